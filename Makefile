@@ -1,0 +1,34 @@
+# make demo, make test: each works on a fresh machine with Python 3.11 and nothing else installed.
+PYTHON ?= python3
+VENV := .venv
+RUN := runs/demo
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export JAX_PLATFORMS ?=
+
+.PHONY: demo test lint setup clean
+
+demo: $(VENV)/installed  ## pre-train a small GLM on the Python standard library, then look at it
+	$(VENV)/bin/python -m experiments.curate --config=configs/curate.py --output=$(RUN)/data
+	$(VENV)/bin/python -m experiments.train --config=configs/tiny.py --workdir=$(RUN)/run --config.data.paths='("$(RUN)/data",)'
+	$(VENV)/bin/python -m experiments.demo_report --workdir=$(RUN)/run
+
+test: $(VENV)/installed-dev  ## all tests
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/installed-dev  ## style
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+setup: $(VENV)/installed-dev  ## everything that tests and development need
+
+$(VENV)/installed: requirements.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: requirements.txt requirements-dev.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
+	touch $@ $(VENV)/installed
+
+clean:
+	rm -rf $(RUN) .cache

@@ -1,0 +1,98 @@
+"""Hugging Face folder <-> work directory.
+
+    python -m experiments.convert --from_hf=DIR --workdir=W     weights and tokenizer.json of DIR as checkpoint 0 of a new W
+    python -m experiments.convert --workdir=W --to_hf=DIR       W's newest checkpoint as a folder for transformers
+
+The target must not exist, or be empty; it appears when it is complete. What a Hugging Face folder does not know, how the
+model is run, is given by flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+
+import orbax.checkpoint as ocp
+from absl import flags
+from flax import nnx
+
+from experiments import entry
+from glm_jax import hf
+from glm_jax.config import DTYPES, REMAT_POLICIES
+from glm_jax.model.moe import RouterBias
+from glm_jax.train.checkpoint import Checkpoints, load_weights
+from glm_jax.train.state import build_model
+from pallas_kernels.attention import api as attention
+from pallas_kernels.grouped_matmul import api as grouped_matmul
+
+FROM_HF = flags.DEFINE_string("from_hf", None, "Hugging Face folder to read.")
+TO_HF = flags.DEFINE_string("to_hf", None, "Hugging Face folder to write.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Work directory: read with --to_hf, written with --from_hf.")
+STEP = flags.DEFINE_integer("step", None, "With --to_hf: the checkpoint's step; without it the newest.")
+DTYPE = flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "With --to_hf: type of the weights (correction biases stay float32).")
+SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "With --to_hf: largest size of a file, in 10^9 bytes.", lower_bound=1e-6)
+RUNTIME = {  # with --from_hf: the model config's fields that no folder knows, see hf_config.RUNTIME_FIELDS
+    "compute_dtype": flags.DEFINE_enum("compute_dtype", "bfloat16", DTYPES, "With --from_hf: type of matmul inputs."),
+    "remat": flags.DEFINE_enum("remat", "full", REMAT_POLICIES, "With --from_hf: what the backward pass recomputes."),
+    "attention": flags.DEFINE_enum("attention", "xla", attention.IMPLEMENTATIONS, "With --from_hf: implementation."),
+    "grouped_matmul": flags.DEFINE_enum("grouped_matmul", "auto", grouped_matmul.IMPLEMENTATIONS, "With --from_hf: implementation."),
+    "scan_layers": flags.DEFINE_bool("scan_layers", True, "With --from_hf: one compiled layer in a loop, or all written out."),
+}
+
+
+def from_hf(source: pathlib.Path, workdir: pathlib.Path, runtime: dict):
+    """A new work directory with the folder's weights as checkpoint 0 (float32, no optimizer state), config and tokenizer.
+
+    Raises ValueError where the folder does not fit or workdir is in use; nothing is written then.
+    """
+    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise ValueError(f"{str(workdir)!r} exists and is not an empty folder: nothing was written")
+    config, state = hf.import_checkpoint(source, runtime)
+    params, router = (nnx.to_pure_dict(part) for part in nnx.split_state(state, nnx.Param, RouterBias))
+    partial = workdir.parent / f".{workdir.name}.partial-{os.getpid()}"
+    partial.mkdir(parents=True)
+    try:
+        (partial / "config.json").write_text(json.dumps({"model": dataclasses.asdict(config)}, indent=2) + "\n")
+        if (source / "tokenizer.json").is_file():
+            shutil.copyfile(source / "tokenizer.json", partial / "tokenizer.json")
+        checkpoints = Checkpoints(partial, keep=1)
+        weights = ocp.args.StandardSave({"params": params, "router": router})
+        checkpoints.manager.save(0, args=ocp.args.Composite(state=weights), force=True)
+        checkpoints.wait()
+        checkpoints.close()
+        partial.replace(workdir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def to_hf(workdir: pathlib.Path, target: pathlib.Path, *, step: int | None, dtype: str, max_shard_bytes: int):
+    """Writes a checkpoint's weights, config and tokenizer as a Hugging Face folder; errors as in hf.export_checkpoint."""
+    config, params, router = load_weights(workdir, step)
+    tokenizer = workdir / "tokenizer.json"
+    state = nnx.state(build_model(config, params, router))
+    hf.export_checkpoint(
+        target, config, state, dtype=dtype, max_shard_bytes=max_shard_bytes, tokenizer=tokenizer if tokenizer.is_file() else None
+    )
+
+
+def main(argv: list[str]):
+    if len(argv) > 1:
+        raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
+    if (FROM_HF.value is None) == (TO_HF.value is None):
+        raise ValueError("give one of --from_hf=DIR and --to_hf=DIR, with --workdir=W")
+    workdir = pathlib.Path(WORKDIR.value)
+    if FROM_HF.value is not None:
+        from_hf(pathlib.Path(FROM_HF.value), workdir, {name: flag.value for name, flag in RUNTIME.items()})
+        print(f"{workdir}: checkpoint 0 with the weights of {FROM_HF.value}")
+    else:
+        target, shard_bytes = pathlib.Path(TO_HF.value), int(SHARD_GB.value * 1e9)
+        to_hf(workdir, target, step=STEP.value, dtype=DTYPE.value, max_shard_bytes=shard_bytes)
+        print(f"{target}: {DTYPE.value} weights of {workdir}")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("workdir")
+    entry.run(main)

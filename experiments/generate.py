@@ -1,0 +1,46 @@
+"""Continues a prompt, or fills in the middle, with a trained checkpoint.
+
+python -m experiments.generate --workdir=W --prompt="def add("
+python -m experiments.generate --workdir=W --prompt="def add(a, b):\n    return " --suffix="\n"
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from data.fim import fim_prompt
+from experiments import entry
+from glm_jax import load
+from glm_jax.infer.sampling import generate
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a run, or a Hugging Face folder with a tokenizer.json.")
+PROMPT = flags.DEFINE_string("prompt", None, r"Text to continue; \n stands for a line break.")
+SUFFIX = flags.DEFINE_string("suffix", None, "Text behind the gap: completes the middle between prompt and suffix.")
+LENGTH = flags.DEFINE_integer("length", 128, "Most new tokens.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 0.6, "0: always the most likely token.", lower_bound=0.0)
+TOP_P = flags.DEFINE_float("top_p", 0.95, "Nucleus: the most likely tokens up to this probability.", lower_bound=0.0, upper_bound=1.0)
+SEED = flags.DEFINE_integer("seed", 0, "Same seed, same text.")
+
+
+def main(argv: list[str]):
+    if len(argv) > 1:
+        raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
+    model, tokenizer = load(WORKDIR.value)
+    if tokenizer is None:
+        raise ValueError(f"{WORKDIR.value} has no tokenizer.json")
+    prompt = PROMPT.value.replace("\\n", "\n")
+    if SUFFIX.value is None:
+        suffix, ids = "", [*tokenizer.start_ids, *tokenizer.encode(prompt)]
+    else:
+        suffix = SUFFIX.value.replace("\\n", "\n")
+        ids = fim_prompt(tokenizer, prompt, suffix)
+    new = generate(
+        model, ids, max_new_tokens=LENGTH.value, temperature=TEMPERATURE.value, top_p=TOP_P.value, seed=SEED.value,
+        stop=(tokenizer.eos_id,),
+    )  # fmt: skip
+    print(prompt + tokenizer.decode(new) + suffix)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["workdir", "prompt"])
+    entry.run(main)

@@ -1,0 +1,72 @@
+"""Runs a sweep: a list of config overrides, one training run each, then one table and one plot.
+
+    python -m experiments.sweep --sweep=experiments/sweeps/muon_vs_adamw.py --workdir=W --data=DIR
+    python -m experiments.sweep --sweep=... --workdir=W --index=$TASK_ID          one run, for a cluster's array job
+    python -m experiments.sweep --sweep=... --workdir=W --results_only            table and plot of what is there
+
+Every run is `experiments.train` in a process and folder of its own, W/<name>. Running the same command again skips what is
+finished and resumes the rest; SIGTERM and Ctrl-C save the run under way and stop. results.csv, results.md and results.png are
+in W.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+from absl import flags
+
+from experiments import entry, sweep_results, sweeping
+
+SWEEP = flags.DEFINE_string("sweep", None, "A file of experiments/sweeps/: CONFIG, RUNS, METRIC, PLOT.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep; each run has a folder of its own in it.")
+DATA = flags.DEFINE_string("data", None, "Dataset folder of experiments.curate; sets data.paths of every run.")
+INDEX = flags.DEFINE_integer("index", None, "Only this run, counted from 0; then get the table with --results_only.", lower_bound=0)
+RESULTS_ONLY = flags.DEFINE_bool("results_only", False, "Run nothing, write table and plot of the runs that are there.")
+
+
+def main(argv: list[str]):
+    if len(argv) > 1:
+        raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
+    if RESULTS_ONLY.value and INDEX.value is not None:
+        raise ValueError("--results_only takes no --index")
+    workdir = pathlib.Path(WORKDIR.value)
+    sweep = sweeping.load_sweep(SWEEP.value)
+    runs = sweeping.prepare(sweep, workdir, DATA.value)
+    failed = []
+    if not RESULTS_ONLY.value:
+        for run in runs:
+            sweeping.check_data(run)
+        for run in chosen(runs, INDEX.value):
+            if not execute(run):
+                failed.append(run.name)
+    if INDEX.value is None:
+        print(sweep_results.write(sweep, runs, workdir))
+    if failed:
+        raise ValueError(f"failed: {', '.join(failed)}; see log.txt in their folders under {workdir}")
+
+
+def chosen(runs: list[sweeping.Run], index: int | None) -> list[sweeping.Run]:
+    if index is None:
+        return runs
+    if index >= len(runs):
+        raise ValueError(f"--index={index}: this sweep has runs 0..{len(runs) - 1}")
+    return [runs[index]]
+
+
+def execute(run: sweeping.Run) -> bool:
+    """Runs or resumes one run; False where it failed. Exits where it was stopped."""
+    if run.is_finished():
+        print(f"{run.name}: finished before, skipped", flush=True)
+        return True
+    print(f"{run.name}: {' '.join(f'{k}={v}' for k, v in run.overrides.items())}", flush=True)
+    code, stopped = sweeping.execute(run, progress=sys.stderr.isatty())
+    if stopped or (code == 0 and not run.is_finished()):
+        print(f"stopped in {run.name}; the same command goes on from there", file=sys.stderr)
+        sys.exit(1)
+    return code == 0
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["sweep", "workdir"])
+    entry.run(main)

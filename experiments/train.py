@@ -1,0 +1,42 @@
+"""Trains a model, or resumes: run the same command again. SIGTERM and Ctrl-C save a checkpoint and exit.
+
+python -m experiments.train --config=configs/tiny.py --workdir=W --config.schedule.learning_rate=5e-3
+"""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from experiments import entry
+from glm_jax.train import loop
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; override any key with --config.a.b=value.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, checkpoints, metrics, samples, log.")
+PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Start jax.distributed first: one process a host of a pod.")
+
+
+def main(argv: list[str]):
+    if len(argv) > 1:
+        raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
+    if DISTRIBUTED.value:
+        import jax
+
+        jax.distributed.initialize()
+    config = entry.run_config(CONFIG.value)
+    workdir = pathlib.Path(WORKDIR.value)
+    workdir.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(workdir / "log.txt")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    steps = loop.train(config, workdir, config_json=CONFIG.value.to_json(indent=2), progress=PROGRESS.value)
+    print(f"{steps} steps done; metrics, samples and checkpoints are in {workdir}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    entry.run(main)

@@ -1,0 +1,383 @@
+"""The Hugging Face border: one table of names, both directions, streaming.
+
+Tensor names, shapes and config keys are those of `glm4_moe` in transformers 5 and of the released GLM-4.5 folders
+(FACTS 1); the MTP block stands behind the last layer, under index num_layers. The table derives from the abstract model, so
+a parameter that model/ declares is a parameter that is read and written here.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import json
+import logging
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import nnx
+
+from glm_jax.config import DTYPES, ModelConfig, check_choice
+from glm_jax.hf_config import config_from_hf, config_to_hf
+from glm_jax.model.layers import axes_of
+from glm_jax.model.transformer import GLM
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+END_OF_TEXT = "<|endoftext|>"  # also what GLM-4.5 pads with
+DISK_TYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
+Path = tuple[str, ...]
+
+# Our path -> Hugging Face name. {layer} counts over the whole model; within a block the names are the same but for experts.
+PREFIXES = {
+    "embed_tokens.": "model.embed_tokens.",
+    "dense_layers.": "model.layers.{layer}.",
+    "moe_layers.": "model.layers.{layer}.",
+    "mtp.block.": "model.layers.{layer}.",
+    "mtp.": "model.layers.{layer}.",
+    "norm.": "model.norm.",
+    "lm_head.": "lm_head.",
+}
+EXPERTS = "mlp.experts."  # ours: gate_proj [E, D, F]; on disk: {expert}.gate_proj.weight [F, D]
+# 'copied' folders carry the trunk's embedding and head a second time, with the MTP block.
+COPIES = {("embed_tokens", "weight"): "embed_tokens.weight", ("lm_head", "weight"): "shared_head.head.weight"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor on disk: its name and shape there, and the place `array[index]` of our array `path` that holds it."""
+
+    name: str
+    shape: tuple[int, ...]
+    path: Path
+    index: tuple[int, ...]  # () or (layer,), (expert,), (layer, expert) of the stacked array
+    transposed: bool
+    float32: bool  # whatever the folder's type
+    copy: bool  # of a tensor that stands in the table by itself
+    layer: int  # only for the order in the folder
+
+
+def abstract_model(config: ModelConfig) -> GLM:
+    """The model with shapes in place of arrays; `nnx.merge(nnx.graphdef(model), state)` gives a real one."""
+    return nnx.eval_shape(lambda: GLM(config, rngs=nnx.Rngs(0)))
+
+
+@functools.lru_cache(maxsize=8)
+def abstract_parameters(config: ModelConfig) -> Mapping[Path, nnx.Variable]:
+    """Every parameter and router bias by its path, with shapes in place of arrays. Not to be changed: others get the same."""
+    return dict(nnx.to_flat_state(nnx.state(abstract_model(config))))
+
+
+def name_table(config: ModelConfig) -> list[Tensor]:
+    """Every tensor of the Hugging Face folder, in its order: embedding, layers, MTP block, norm, head."""
+    table = []
+    for path, variable in abstract_parameters(config).items():
+        table += _tensors_of(config, path, variable)
+        if config.num_mtp_layers and config.mtp_embeddings == "copied" and path in COPIES:
+            name = f"model.layers.{config.num_layers}.{COPIES[path]}"
+            table.append(dataclasses.replace(table[-1], name=name, copy=True, layer=config.num_layers))
+    return sorted(table, key=lambda t: t.layer)
+
+
+def _tensors_of(config: ModelConfig, path: Path, variable: nnx.Variable) -> Iterator[Tensor]:
+    ours = ".".join(path)
+    prefix = next(p for p in PREFIXES if ours.startswith(p))
+    name = PREFIXES[prefix] + ours.removeprefix(prefix).replace(EXPERTS, EXPERTS + "{expert}.")
+    name += ".weight" if EXPERTS in ours else ""
+    layers = {"embed_tokens.": -1, "dense_layers.": 0, "moe_layers.": config.num_dense_layers}
+    first_layer = layers.get(prefix, config.num_layers + (not prefix.startswith("mtp.")))
+    shape, axes = variable.get_value().shape, axes_of(variable)
+    stacked = sum(a in ("layers", "experts") for a in axes)
+    matrix, transposed = shape[stacked:], len(shape) - stacked == 2 and axes[stacked:] != ("vocab", "embed")
+    for index in np.ndindex(shape[:stacked]):
+        at = dict(zip(axes, index, strict=False))
+        layer, expert = first_layer + at.get("layers", 0), at.get("experts")
+        yield Tensor(
+            name=name.format(layer=layer, expert=expert), shape=matrix[::-1] if transposed else matrix, path=path, index=index,
+            transposed=transposed, float32=path[-1] == "e_score_correction_bias", copy=False, layer=layer,
+        )  # fmt: skip
+
+
+def parameter_count(config: ModelConfig) -> dict[str, int]:
+    """Counts from the abstract model, nothing allocated; router biases are state and only count as `stored`.
+
+    Returns:
+      layers: dense and MoE layers and the final norm, the count that GLM-4.5's report gives (355B, 106B with MTP);
+      layers_with_mtp: and the MTP block; both without embeddings and heads, wherever they are.
+      active: of `layers`, what one token passes through.
+      total: everything that the optimizer sees.
+      stored: elements in the Hugging Face folder, copies and router biases included.
+    """
+    count = collections.Counter()
+    for path, variable in abstract_parameters(config).items():
+        size = math.prod(variable.get_value().shape)
+        if not isinstance(variable, nnx.Param):
+            continue
+        count["total"] += size
+        if "vocab" in axes_of(variable):
+            continue
+        count["layers_with_mtp"] += size
+        if path[0] != "mtp":
+            count["layers"] += size
+            count["active"] += size * config.num_experts_per_token // config.num_experts if "experts" in axes_of(variable) else size
+    count["stored"] = sum(math.prod(t.shape) for t in name_table(config))
+    return dict(count)
+
+
+# --- reading ---
+
+
+class Folder:
+    """A Hugging Face folder of safetensors, read slice by slice; files are mapped, not loaded.
+
+    Raises ValueError for a folder without weights, and for damaged or missing files, naming the file.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.root = pathlib.Path(folder)
+        self.config = _read_json(self.root / "config.json")
+        if (self.root / INDEX).is_file():
+            index = _read_json(self.root / INDEX)
+            if "weight_map" not in index:
+                raise ValueError(f"{self.root / INDEX} is damaged: no weight_map")
+            self.file_of = {name: self.root / file for name, file in index["weight_map"].items()}
+        else:
+            self.file_of = dict.fromkeys(_open(self.root / WEIGHTS).keys(), self.root / WEIGHTS)
+        self.files = {file: _open(file) for file in set(self.file_of.values())}
+        names = {file: set(opened.keys()) for file, opened in self.files.items()}
+        for name, file in self.file_of.items():
+            if name not in names[file]:
+                raise ValueError(f"{file} lacks {name!r}, which {INDEX} says is in it")
+
+    def tensor(self, name: str):
+        """Lazy slice of a tensor on disk."""
+        return self.files[self.file_of[name]].get_slice(name)
+
+    def num_mtp_layers(self, config: ModelConfig) -> int:
+        """0 where config.json speaks of an MTP block that the weights lack (transformers' own save_pretrained drops it)."""
+        if config.num_mtp_layers and not any(name.startswith(f"model.layers.{config.num_layers}.") for name in self.file_of):
+            logging.warning("%s: config.json has num_nextn_predict_layers=1, but the weights have no MTP block", self.root)
+            return 0
+        return config.num_mtp_layers
+
+    def mtp_embeddings(self, config: ModelConfig) -> str:
+        """'shared' where the MTP block has no embedding and head, 'copied' where they equal the trunk's, else 'own'."""
+        table = name_table(dataclasses.replace(config, mtp_embeddings="copied"))
+        originals = {t.path: t.name for t in table if not t.copy}
+        pairs = [(originals[t.path], t.name) for t in table if t.copy]
+        if not any(copy in self.file_of for _, copy in pairs):
+            return "shared"
+        present = all(name in self.file_of for pair in pairs for name in pair)
+        return "copied" if present and all(self.equal(*pair) for pair in pairs) else "own"
+
+    def equal(self, first: str, second: str, rows: int = 4096) -> bool:
+        """Whether two matrices have the same bytes; compared some rows at a time."""
+        a, b = self.tensor(first), self.tensor(second)
+        if (a.get_shape(), a.get_dtype()) != (b.get_shape(), b.get_dtype()):
+            return False
+        parts = [slice(i, min(i + rows, a.get_shape()[0])) for i in range(0, a.get_shape()[0], rows)]
+        return all(a[part].tobytes() == b[part].tobytes() for part in parts)
+
+    def check(self, table: list[Tensor]):
+        """Raises ValueError where names, shapes or types differ from the table's. Reads headers only."""
+        expected = {t.name for t in table}
+        missing, unexpected = expected - self.file_of.keys(), self.file_of.keys() - expected
+        if missing or unexpected:
+            wrong = [f"{what} {_few(names)}" for what, names in (("lacks", missing), ("has unexpected", unexpected)) if names]
+            raise ValueError(f"{self.root} {' and '.join(wrong)}")
+        for t in table:
+            tensor, valid = self.tensor(t.name), ("F32",) if t.float32 else tuple(DISK_TYPES)
+            if tuple(tensor.get_shape()) != t.shape:
+                raise ValueError(f"{self.root}: {t.name} has shape {tuple(tensor.get_shape())}, config.json makes it {t.shape}")
+            if tensor.get_dtype() not in valid:
+                raise ValueError(f"{self.root}: {t.name} has type {tensor.get_dtype()}, not {' or '.join(valid)}")
+
+    def read(self, tensors: list[Tensor], shape: tuple[int, ...], dtype: np.dtype, part: tuple[slice, ...]) -> np.ndarray:
+        """array[part] of our array of this shape, whose tensors these are; only what the part needs is read."""
+        ranges = [range(*s.indices(n)) for s, n in zip(part, shape, strict=True)]
+        out = np.empty([len(r) for r in ranges], dtype)
+        for t in tensors:
+            stacked = len(t.index)
+            if all(i in r for i, r in zip(t.index, ranges, strict=False)):
+                inner = [slice(r.start, r.stop) for r in ranges[stacked:]]
+                values = self.tensor(t.name)[tuple(inner[::-1] if t.transposed else inner)]
+                out[tuple(i - r.start for i, r in zip(t.index, ranges, strict=False))] = values.T if t.transposed else values
+        return out
+
+
+def import_checkpoint(
+    folder, runtime: Mapping, *, dtype: str = "float32", shardings: Mapping | None = None
+) -> tuple[ModelConfig, nnx.State]:
+    """Reads a Hugging Face folder, one of our arrays at a time.
+
+    Args:
+      folder: config.json, and model.safetensors or shards with their index, float32 or bfloat16.
+      runtime: value of each of hf_config.RUNTIME_FIELDS, the fields of ModelConfig that no folder knows.
+      dtype: 'float32', 'bfloat16', or 'stored': each array as it is on disk. Router biases are float32 in any case.
+      shardings: path -> jax.sharding.Sharding of every parameter. Each device's share is read straight from the files, so a
+        host never holds more than its devices' shares. Without it the arrays are NumPy's.
+
+    Returns:
+      The config, `mtp_embeddings` and `num_mtp_layers` set by the tensors found, and the model's state; see abstract_model.
+
+    Raises:
+      ValueError: naming the key, tensor or file that is missing, damaged, or does not fit.
+    """
+    check_choice("dtype", dtype, (*DTYPES, "stored"))
+    files = Folder(folder)
+    config = config_from_hf(files.config, {**runtime, "mtp_embeddings": "shared"})
+    config = dataclasses.replace(config, num_mtp_layers=files.num_mtp_layers(config))
+    config = dataclasses.replace(config, mtp_embeddings=files.mtp_embeddings(config))
+    table = name_table(config)
+    files.check(table)
+    tensors = collections.defaultdict(list)
+    for t in table:
+        if not t.copy:
+            tensors[t.path].append(t)
+    flat = []
+    for path, variable in abstract_parameters(config).items():
+        shape, disk = variable.get_value().shape, {files.tensor(t.name).get_dtype() for t in tensors[path]}
+        stored = DISK_TYPES["BF16" if disk == {"BF16"} else "F32"]
+        array_type = stored if dtype == "stored" or tensors[path][0].float32 else np.dtype(dtype)
+
+        def read(part, path=path, shape=shape, array_type=array_type):
+            return files.read(tensors[path], shape, array_type, part)
+
+        value = read((slice(None),) * len(shape)) if shardings is None else jax.make_array_from_callback(shape, shardings[path], read)
+        flat.append((path, variable.replace(value)))
+    return config, nnx.from_flat_state(flat)
+
+
+def _read_json(file: pathlib.Path) -> dict:
+    if not file.is_file():
+        raise ValueError(f"no {file.name} in {str(file.parent)!r}: not a Hugging Face folder")
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def _open(file: pathlib.Path):
+    if not file.is_file():
+        raise ValueError(f"no {file.name} in {str(file.parent)!r}")
+    try:
+        return safetensors.safe_open(file, framework="numpy")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def _few(names, count: int = 4) -> str:
+    names = sorted(names)
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+# --- writing ---
+
+
+def hf_tensors(config: ModelConfig, state: nnx.State, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and host array of every tensor, one at a time, in the folder's order; `state` may live on devices.
+
+    Also maps gradients, or anything else of the parameters' structure.
+    """
+    arrays = {path: _host_view(variable.get_value()) for path, variable in nnx.to_flat_state(state)}
+    for t in name_table(config):
+        value = np.asarray(arrays[t.path][t.index])
+        yield t.name, np.ascontiguousarray(value.T if t.transposed else value, "float32" if t.float32 else dtype)
+
+
+def _host_view(array):
+    """A view, no copy, where the array lies in host memory as a whole; else the array, to be fetched slice by slice."""
+    in_host_memory = isinstance(array, jax.Array) and {d.platform for d in array.devices()} == {"cpu"} and len(array.devices()) == 1
+    return np.asarray(array) if in_host_memory else array
+
+
+def export_checkpoint(
+    folder, config: ModelConfig, state: nnx.State, *, dtype: str, max_shard_bytes: int = 5 * 10**9, tokenizer=None
+) -> pathlib.Path:
+    """Writes a Hugging Face folder that transformers' Glm4MoeForCausalLM loads; holds one shard of it at a time.
+
+    Args:
+      folder: must not exist, or be empty. It appears when it is complete.
+      state: the model's, as nnx.state(GLM) gives it; arrays of JAX or NumPy.
+      dtype: 'float32' or 'bfloat16'; router biases are float32 in any case.
+      max_shard_bytes: a larger tensor gets a shard for itself.
+      tokenizer: a tokenizer.json to take along, or None.
+
+    Raises:
+      ValueError: for a folder that is not empty, or a state that does not fit the config. OSError where writing fails; then
+        nothing is left behind.
+    """
+    check_choice("dtype", dtype, DTYPES)
+    folder = pathlib.Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{str(folder)!r} exists and is not an empty folder: nothing was written")
+    settings = config_to_hf(config, dtype)
+    _check_state(config, state)
+    shards = plan_shards(name_table(config), dtype, max_shard_bytes)
+    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    partial.mkdir(parents=True)
+    try:
+        _write_shards(partial, shards, hf_tensors(config, state, dtype))
+        if tokenizer is not None:
+            settings |= _write_tokenizer(partial, pathlib.Path(tokenizer), config.max_length)
+        _write_json(partial / "config.json", settings)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def plan_shards(table: list[Tensor], dtype: str, max_shard_bytes: int) -> list[dict[str, int]]:
+    """Names and bytes of each shard's tensors, in the table's order."""
+    shards = [{}]
+    for t in table:
+        size = math.prod(t.shape) * np.dtype("float32" if t.float32 else dtype).itemsize
+        if shards[-1] and sum(shards[-1].values()) + size > max_shard_bytes:
+            shards.append({})
+        shards[-1][t.name] = size
+    return shards
+
+
+def _write_shards(folder: pathlib.Path, shards: list[dict[str, int]], tensors: Iterator[tuple[str, np.ndarray]]):
+    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)] if len(shards) > 1 else [WEIGHTS]
+    for file, shard in zip(files, shards, strict=True):
+        try:
+            safetensors.numpy.save_file(dict(next(tensors) for _ in shard), folder / file, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:
+            raise OSError(f"cannot write {folder / file}: {error}") from error
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        _write_json(folder / INDEX, {"metadata": {"total_size": sum(sum(s.values()) for s in shards)}, "weight_map": weight_map})
+
+
+def _check_state(config: ModelConfig, state: nnx.State):
+    found = {path: tuple(v.get_value().shape) for path, v in nnx.to_flat_state(state)}
+    expected = {path: tuple(v.get_value().shape) for path, v in abstract_parameters(config).items()}
+    for path in found.keys() | expected.keys():
+        if found.get(path) != expected.get(path):
+            raise ValueError(f"parameter {'.'.join(path)} has shape {found.get(path)}, the config makes it {expected.get(path)}")
+
+
+def _write_tokenizer(folder: pathlib.Path, tokenizer: pathlib.Path, max_length: int) -> dict[str, int]:
+    """Copies tokenizer.json, adds what AutoTokenizer needs, and returns the token ids for config.json."""
+    ids = {token["content"]: token["id"] for token in _read_json(tokenizer)["added_tokens"]}
+    if END_OF_TEXT not in ids:
+        raise ValueError(f"{tokenizer} has no token {END_OF_TEXT!r}")
+    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    tokens = {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
+    _write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, **tokens},
+    )
+    return {f"{name}_id": ids[token] for name, token in tokens.items()}
+
+
+def _write_json(file: pathlib.Path, content: dict):
+    file.write_text(json.dumps(content, indent=2) + "\n", "utf-8")

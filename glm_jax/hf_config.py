@@ -1,0 +1,98 @@
+"""config.json of a Hugging Face folder <-> ModelConfig, one table for both directions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from glm_jax.config import ModelConfig, check_choice, from_mapping
+
+MODEL_TYPE = "glm4_moe"
+# ModelConfig -> config.json, one to one; RoPE's two keys apart, see rope_from_hf.
+CONFIG_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_dense_layers": "first_k_dense_replace",
+    "num_mtp_layers": "num_nextn_predict_layers",
+    "dense_ffn_size": "intermediate_size",
+    "expert_ffn_size": "moe_intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_size": "head_dim",
+    "qk_norm": "use_qk_norm",
+    "attention_bias": "attention_bias",
+    "max_length": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "num_experts": "n_routed_experts",
+    "num_experts_per_token": "num_experts_per_tok",
+    "num_shared_experts": "n_shared_experts",
+    "num_expert_groups": "n_group",
+    "num_groups_per_token": "topk_group",
+    "norm_topk_prob": "norm_topk_prob",
+    "routed_scaling_factor": "routed_scaling_factor",
+    "init_std": "initializer_range",
+}
+ROPE_KEYS = {"rope_theta": "rope_theta", "rotary_fraction": "partial_rotary_factor"}
+# How the model is run, which is nothing that a folder says: the caller's to choose.
+RUNTIME_FIELDS = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name not in {*CONFIG_KEYS, *ROPE_KEYS, "mtp_embeddings"})
+# What config.json may say, but only so: this model has nothing else.
+CONFIG_CONSTANTS = {"hidden_act": "silu", "attention_dropout": 0.0, "tie_word_embeddings": False}
+CONFIG_ABSENT = ("rope_scaling", "quantization_config")
+
+
+def config_to_hf(config: ModelConfig, dtype: str) -> dict:
+    """config.json for weights of type `dtype`. RoPE is written twice: as transformers 5 reads it, and as older readers do."""
+    if not config.num_shared_experts:
+        raise ValueError("num_shared_experts=0: transformers' glm4_moe always has a shared expert, such a model cannot be exported")
+    rope = {theirs: getattr(config, ours) for ours, theirs in ROPE_KEYS.items()}
+    return {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": MODEL_TYPE,
+        "dtype": dtype,
+        **{theirs: getattr(config, ours) for ours, theirs in CONFIG_KEYS.items()},
+        **CONFIG_CONSTANTS,
+        **rope,
+        "rope_parameters": {"rope_type": "default", **rope},
+        "use_cache": True,
+    }
+
+
+def config_from_hf(hf: Mapping, ours: Mapping) -> ModelConfig:
+    """ModelConfig of a config.json; `ours`: RUNTIME_FIELDS and mtp_embeddings, which it does not know.
+
+    Raises:
+      ValueError: for another model type, a missing key, or a feature that this model does not have, naming it.
+    """
+    if "model_type" not in hf:
+        raise ValueError("config.json lacks model_type")
+    check_choice("config.json: model_type", hf["model_type"], (MODEL_TYPE,))
+    allowed = {**CONFIG_CONSTANTS, **dict.fromkeys(CONFIG_ABSENT)}
+    for key, value in allowed.items():
+        if key in hf and hf[key] != value:
+            raise ValueError(f"config.json: {key}={hf[key]!r} is not supported, only {value!r}")
+    hf = dict(hf)
+    if "num_mtp_layers" in hf:  # transformers' other name for it
+        hf.setdefault("num_nextn_predict_layers", hf["num_mtp_layers"])
+    if not (hf.get("head_dim")) and "hidden_size" in hf and "num_attention_heads" in hf:  # as glm4_moe computes it
+        hf["head_dim"] = hf["hidden_size"] // hf["num_attention_heads"]
+    missing = [key for key in CONFIG_KEYS.values() if key not in hf]
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}")
+    fields = {name: hf[key] for name, key in CONFIG_KEYS.items()} | rope_from_hf(hf) | dict(ours)
+    floats = [f.name for f in dataclasses.fields(ModelConfig) if f.type == "float"]
+    return from_mapping(ModelConfig, fields | {name: float(fields[name]) for name in floats}, "model config")
+
+
+def rope_from_hf(hf: Mapping) -> dict[str, float]:
+    """rope_theta and rotary_fraction, from `rope_parameters` (transformers 5) or from the top level (before it)."""
+    nested = hf["rope_parameters"] if hf.get("rope_parameters") else {}
+    if "rope_type" in nested and nested["rope_type"] != "default":
+        raise ValueError(f"config.json: rope_type={nested['rope_type']!r} is not supported, only 'default'")
+    found = {}
+    for ours, key in ROPE_KEYS.items():
+        values = {float(place[key]) for place in (nested, hf) if key in place}
+        if len(values) != 1:
+            raise ValueError(f"config.json: {key} must be given, and only one value of it; found {sorted(values)}")
+        found[ours] = values.pop()
+    return found

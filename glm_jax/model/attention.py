@@ -1,0 +1,49 @@
+"""Grouped-query attention with partial rotary embedding and optional QK-Norm (FACTS: paper section 2.1)."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from glm_jax.config import ModelConfig
+from glm_jax.model.cache import LayerCache
+from glm_jax.model.layers import Linear, RMSNorm, apply_rope
+from pallas_kernels.attention.api import attention
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        width, queries, keys = config.hidden_size, config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+        bias = config.attention_bias
+        self.q_proj = Linear(config, width, queries, ("embed", "heads"), bias=bias, rngs=rngs)
+        self.k_proj = Linear(config, width, keys, ("embed", "kv_heads"), bias=bias, rngs=rngs)
+        self.v_proj = Linear(config, width, keys, ("embed", "kv_heads"), bias=bias, rngs=rngs)
+        self.o_proj = Linear(config, queries, width, ("heads", "embed"), rngs=rngs)
+        self.q_norm = RMSNorm(config, config.head_size, rngs=rngs) if config.qk_norm else None
+        self.k_norm = RMSNorm(config, config.head_size, rngs=rngs) if config.qk_norm else None
+
+    def queries_keys_values(self, x_BLD: jax.Array, angles) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q [B, L, N, H], k and v [B, L, G, H]; normalised per head before RoPE."""
+        batch, length, _ = x_BLD.shape
+        q, k, v = (proj(x_BLD).reshape(batch, length, -1, self.config.head_size) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return apply_rope(q, angles), apply_rope(k, angles), v
+
+    def __call__(self, x_BLD: jax.Array, segment_ids_BL: jax.Array, angles, cache: LayerCache | None = None):
+        """Returns [B, L, D] and the updated cache (None without one)."""
+        q_BLNH, k_BLGH, v_BLGH = self.queries_keys_values(x_BLD, angles)
+        kv_segment_ids, offset = segment_ids_BL, 0
+        if cache is not None:
+            cache = cache.append(k_BLGH, v_BLGH, segment_ids_BL)
+            k_BLGH, v_BLGH = cache.k.astype(q_BLNH.dtype), cache.v.astype(q_BLNH.dtype)
+            kv_segment_ids, offset = cache.segment_ids, cache.length - x_BLD.shape[1]
+        context_BLNH = attention(
+            q_BLNH, k_BLGH, v_BLGH,
+            q_segment_ids=segment_ids_BL, kv_segment_ids=kv_segment_ids, q_offset=offset,
+            scale=self.config.head_size**-0.5, implementation=self.config.attention,
+        )  # fmt: skip
+        context_BLNH = checkpoint_name(context_BLNH, "context")
+        return self.o_proj(context_BLNH.reshape(*x_BLD.shape[:2], -1)), cache

@@ -1,0 +1,151 @@
+"""Mixture of experts: sigmoid router with a loss-free correction bias, routed and shared experts (FACTS 2)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from glm_jax.config import ModelConfig
+from glm_jax.model.layers import MLP, normal, param
+from glm_jax.sharding import BATCH_AXES
+from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.moe_dispatch import api as dispatch
+
+
+class RouterBias(nnx.Variable):
+    """e_score_correction_bias: state of the balancing rule, not a parameter; float32 [E], no gradient, no weight decay."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class RouterObservation:
+    """What a router saw: tokens of each expert, int32 [E]; balance loss summed over tokens; both without padding."""
+
+    expert_counts: jax.Array
+    balance_loss: jax.Array
+
+
+class Router(nnx.Module):
+    """Scores in float32; the bias changes which experts are chosen, never their weights."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.weight = param(rngs, (config.hidden_size, config.num_experts), ("embed", "router"), normal(config))
+        self.e_score_correction_bias = RouterBias(jnp.zeros(config.num_experts, jnp.float32), axes=("router",))
+
+    def __call__(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Scores [B, L, E], chosen experts [B, L, K] and their weights [B, L, K], float32."""
+        logits = jnp.einsum("bld,de->ble", x_BLD.astype(jnp.float32), self.weight[...], precision=jax.lax.Precision.HIGHEST)
+        scores_BLE = jax.nn.sigmoid(logits)
+        biased = jax.lax.stop_gradient(scores_BLE + self.e_score_correction_bias[...])
+        expert_BLK = jax.lax.top_k(self.within_groups(biased), self.config.num_experts_per_token)[1]
+        weights = jnp.take_along_axis(scores_BLE, expert_BLK, axis=-1)
+        if self.config.norm_topk_prob:
+            weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+        return scores_BLE, expert_BLK, weights * self.config.routed_scaling_factor
+
+    def within_groups(self, biased_BLE: jax.Array) -> jax.Array:
+        """-inf outside the chosen groups; a group's score is the sum of its two best biased scores."""
+        groups, chosen = self.config.num_expert_groups, self.config.num_groups_per_token
+        if chosen == groups:
+            return biased_BLE
+        grouped = biased_BLE.reshape(*biased_BLE.shape[:-1], groups, -1)
+        group_scores = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+        kept = jax.nn.one_hot(jax.lax.top_k(group_scores, chosen)[1], groups, dtype=bool).any(axis=-2)
+        return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(biased_BLE.shape)
+
+
+def observe(scores_BLE: jax.Array, expert_BLK: jax.Array, segment_ids_BL: jax.Array) -> RouterObservation:
+    """Expert counts and the sequence balance loss of DeepSeek-V3 (eq. 17-20), every document a sequence of its own.
+
+    The loss of a document is sum_e f_e P_e with f_e = E / (K L) * tokens that chose e and P_e = mean over its L tokens of
+    s_e / sum s. Documents are weighted by their tokens, so what is returned is sum over tokens t and experts e of
+    f_{doc(t), e} * p_{t, e}; divided by the number of tokens it is DeepSeek's mean where all sequences are equally long.
+    """
+    batch, length, num_experts = scores_BLE.shape
+    per_token = expert_BLK.shape[-1]
+    real_BL = segment_ids_BL > 0
+    chosen_BLE = jnp.sum(jax.nn.one_hot(expert_BLK, num_experts, dtype=jnp.float32), axis=-2) * real_BL[..., None]
+    row = jnp.arange(batch)[:, None]
+    document_counts = jnp.zeros((batch, length + 1, num_experts), jnp.float32).at[row, segment_ids_BL].add(chosen_BLE)
+    counts_BLE = document_counts[row, segment_ids_BL]
+    tokens_BL = jnp.maximum(jnp.sum(counts_BLE, axis=-1) / per_token, 1)
+    fraction_BLE = jax.lax.stop_gradient(counts_BLE * num_experts / (per_token * tokens_BL[..., None]))
+    prob_BLE = scores_BLE / jnp.sum(scores_BLE, axis=-1, keepdims=True)
+    return RouterObservation(
+        expert_counts=jnp.sum(chosen_BLE, axis=(0, 1)).astype(jnp.int32),
+        balance_loss=jnp.sum(fraction_BLE * prob_BLE * real_BL[..., None]),
+    )
+
+
+class Experts(nnx.Module):
+    """The routed experts' SwiGLU feed-forwards, stacked: [E, D, F] and [E, F, D]."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        experts, width, ffn = config.num_experts, config.hidden_size, config.expert_ffn_size
+        self.gate_proj = param(rngs, (experts, width, ffn), ("experts", "embed", "mlp"), normal(config))
+        self.up_proj = param(rngs, (experts, width, ffn), ("experts", "embed", "mlp"), normal(config))
+        self.down_proj = param(rngs, (experts, ffn, width), ("experts", "mlp", "embed"), normal(config))
+
+    def __call__(self, x_BLD: jax.Array, expert_BLK: jax.Array, weights_BLK: jax.Array) -> jax.Array:
+        """Weighted sum of each token's experts, [B, L, D]. An expert index of E means: none (padding)."""
+        gate_up = jnp.concatenate([self.gate_proj.astype(x_BLD.dtype), self.up_proj.astype(x_BLD.dtype)], axis=-1)
+        down = self.down_proj.astype(x_BLD.dtype)
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return self.local(x_BLD, expert_BLK, weights_BLK, gate_up, down, axis=None)
+        rows, matrices = PartitionSpec(BATCH_AXES), PartitionSpec("expert")
+        axis = "expert" if mesh.shape["expert"] > 1 else None
+        return jax.shard_map(
+            lambda *args: self.local(*args, axis=axis),
+            in_specs=(rows, rows, rows, matrices, matrices),
+            out_specs=rows,
+            check_vma=False,
+        )(x_BLD, expert_BLK, weights_BLK, gate_up, down)
+
+    def local(self, x_bLD, expert_bLK, weights_bLK, gate_up_eDF, down_eFD, *, axis: str | None) -> jax.Array:
+        """One device's part. Over an expert axis: gather the tokens of its devices, apply the experts that live here,
+        sum the partial results and scatter them back to their rows. Dropless whatever the routing: the row buffer holds
+        every pair of the axis.
+        """
+        num_local = down_eFD.shape[0]
+        if axis is not None:
+            x_bLD, expert_bLK, weights_bLK = (jax.lax.all_gather(a, axis, axis=0, tiled=True) for a in (x_bLD, expert_bLK, weights_bLK))
+            expert_bLK = expert_bLK - jax.lax.axis_index(axis) * num_local
+        x_TD = x_bLD.reshape(-1, x_bLD.shape[-1])
+        per_token = expert_bLK.shape[-1]
+        plan = dispatch.sort_by_expert(expert_bLK.reshape(-1, per_token), num_local)
+        x_RD = checkpoint_name(dispatch.gather_rows(x_TD, plan), "expert_rows")
+        gate_up_RF = self.product(x_RD, gate_up_eDF, plan.group_sizes_E)
+        gate_RF, up_RF = jnp.split(gate_up_RF, 2, axis=-1)
+        y_RD = self.product(jax.nn.silu(gate_RF) * up_RF, down_eFD, plan.group_sizes_E)
+        y_bLD = dispatch.combine_rows(y_RD, weights_bLK.reshape(-1, per_token), plan).reshape(x_bLD.shape)
+        return y_bLD if axis is None else jax.lax.psum_scatter(y_bLD, axis, scatter_dimension=0, tiled=True)
+
+    def product(self, x_RD, w_EDF, group_sizes_E):
+        return grouped_matmul(x_RD, w_EDF, group_sizes_E, implementation=self.config.grouped_matmul)
+
+
+class MoE(nnx.Module):
+    """y = sum of the chosen routed experts + the shared expert, both on the same normed input."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.gate = Router(config, rngs=rngs)
+        self.experts = Experts(config, rngs=rngs)
+        shared = config.num_shared_experts * config.expert_ffn_size
+        self.shared_experts = MLP(config, shared, rngs=rngs) if shared else None
+
+    def __call__(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> tuple[jax.Array, RouterObservation]:
+        scores_BLE, expert_BLK, weights_BLK = self.gate(x_BLD)
+        observation = observe(scores_BLE, expert_BLK, segment_ids_BL)
+        expert_BLK = jnp.where(segment_ids_BL[..., None] > 0, expert_BLK, scores_BLE.shape[-1])
+        y_BLD = self.experts(x_BLD, expert_BLK, weights_BLK)
+        if self.shared_experts is not None:
+            y_BLD = y_BLD + self.shared_experts(x_BLD)
+        return y_BLD, observation

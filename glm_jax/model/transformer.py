@@ -1,0 +1,169 @@
+"""GLM-4.5: embedding, dense layers, MoE layers, final norm, head, and the MTP block."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from glm_jax.config import ModelConfig
+from glm_jax.model.attention import Attention
+from glm_jax.model.cache import Cache, LayerCache
+from glm_jax.model.layers import MLP, RMSNorm, rope_angles
+from glm_jax.model.moe import MoE, RouterObservation
+from glm_jax.model.mtp import MTP, Weight
+from glm_jax.sharding import constrain
+
+
+class Layer(nnx.Module):
+    """Pre-norm attention and feed-forward, dense or MoE."""
+
+    def __init__(self, config: ModelConfig, moe: bool, *, rngs: nnx.Rngs):
+        self.moe = moe
+        self.input_layernorm = RMSNorm(config, config.hidden_size, rngs=rngs)
+        self.self_attn = Attention(config, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config, config.hidden_size, rngs=rngs)
+        self.mlp = MoE(config, rngs=rngs) if moe else MLP(config, config.dense_ffn_size, rngs=rngs)
+
+    def __call__(self, x_BLD, segment_ids_BL, angles, cache: LayerCache | None = None):
+        """Returns x [B, L, D], a RouterObservation (None for a dense layer), and the updated cache."""
+        x_BLD = constrain(x_BLD, "batch", "length", "act_embed")
+        attended, cache = self.self_attn(self.input_layernorm(x_BLD), segment_ids_BL, angles, cache)
+        x_BLD = x_BLD + attended
+        normed = self.post_attention_layernorm(x_BLD)
+        y_BLD, observation = self.mlp(normed, segment_ids_BL) if self.moe else (self.mlp(normed), None)
+        return constrain(x_BLD + y_BLD, "batch", "length", "act_embed"), observation, cache
+
+
+def remat(function, policy: str):
+    """Wraps one layer so that its backward pass recomputes what the named policy (config.REMAT_POLICIES) does not keep."""
+    if policy == "none":
+        return function
+    policies = {
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "context": jax.checkpoint_policies.save_only_these_names("context", "expert_rows"),
+    }
+    return jax.checkpoint(function, policy=policies[policy], prevent_cse=False)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrunkOutput:
+    """h: state after the final norm [B, L, D]; routers: observations of the MoE layers, stacked; cache: updated or None."""
+
+    h: jax.Array
+    routers: RouterObservation | None
+    cache: Cache | None
+
+
+class GLM(nnx.Module):
+    """The whole model. Layers are stacked arrays; each stack runs as one scan, so depth costs no compile time."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed_tokens = Weight(config, ("vocab", "embed"), rngs=rngs)
+        self.dense_layers = stack(config, moe=False, count=config.num_dense_layers, rngs=rngs)
+        self.moe_layers = stack(config, moe=True, count=config.num_moe_layers, rngs=rngs)
+        self.norm = RMSNorm(config, config.hidden_size, rngs=rngs)
+        self.lm_head = Weight(config, ("embed", "vocab"), rngs=rngs)
+        block = Layer(config, True, rngs=rngs) if config.num_mtp_layers else None
+        self.mtp = MTP(config, block, rngs=rngs) if config.num_mtp_layers else None
+
+    def __call__(self, tokens_BL, *, segment_ids=None, positions=None) -> jax.Array:
+        """Logits [B, L, V] in float32. Without segment ids every row is one document; positions count from 0."""
+        segment_ids, positions = self.defaults(tokens_BL, segment_ids, positions)
+        return self.logits(self.trunk(tokens_BL, segment_ids, positions).h)
+
+    def mtp_logits(self, tokens_BL, *, segment_ids=None, positions=None) -> jax.Array:
+        """The second head's logits [B, L - 1, V]: position i has seen tokens up to i + 1 and predicts token i + 2."""
+        if self.mtp is None:
+            raise ValueError("this model has no MTP block: num_mtp_layers=0")
+        segment_ids, positions = self.defaults(tokens_BL, segment_ids, positions)
+        h = self.trunk(tokens_BL, segment_ids, positions).h
+        x, _ = self.mtp_hidden(h[:, :-1], tokens_BL[:, 1:], segment_ids[:, :-1], positions[:, :-1])
+        return self.logits(x, self.mtp_head)
+
+    def defaults(self, tokens_BL, segment_ids, positions):
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens_BL)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
+        return segment_ids, positions
+
+    def trunk(self, tokens_BL, segment_ids_BL, positions_BL, cache: Cache | None = None) -> TrunkOutput:
+        """Everything up to and with the final norm."""
+        x_BLD = self.embed(self.embed_tokens, tokens_BL)
+        angles = rope_angles(self.config, positions_BL)
+        split = self.config.num_dense_layers
+        parts, routers = [], None
+        for layers, part in ((self.dense_layers, slice(0, split)), (self.moe_layers, slice(split, None))):
+            if layers is None:
+                continue
+            kv = None if cache is None else (cache.k[part], cache.v[part])
+            x_BLD, observed, kv = scan_layers(self.config, layers, x_BLD, segment_ids_BL, angles, cache, kv)
+            routers = observed if observed is not None else routers
+            parts.append(kv)
+        if cache is not None:
+            k, v = (jnp.concatenate(p) for p in zip(*parts, strict=True))
+            ids = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids_BL, (0, cache.length))
+            cache = Cache(k=k, v=v, segment_ids=ids, length=cache.length + tokens_BL.shape[1])
+        return TrunkOutput(h=self.norm(x_BLD), routers=routers, cache=cache)
+
+    def mtp_hidden(self, h_BLD, next_tokens_BL, segment_ids_BL, positions_BL) -> tuple[jax.Array, RouterObservation]:
+        """State [B, L, D] before the second head. next_tokens are t_{i+1}: a batch's `targets`."""
+        embedding = self.embed(self.mtp.embed_tokens or self.embed_tokens, next_tokens_BL)
+        run = remat(lambda mtp, *args: nnx.merge(*mtp)(*args), self.config.remat)
+        graphdef, state = nnx.split(self.mtp)
+        return run((graphdef, state), h_BLD, embedding, segment_ids_BL, positions_BL)
+
+    def embed(self, table: Weight, tokens_BL) -> jax.Array:
+        x_BLD = jnp.take(table.weight[...], tokens_BL, axis=0).astype(self.config.compute_dtype)
+        return constrain(x_BLD, "batch", "length", "act_embed")
+
+    @property
+    def mtp_head(self) -> Weight:
+        return self.mtp.shared_head.head or self.lm_head
+
+    def logits(self, h_BLD, head: Weight | None = None) -> jax.Array:
+        """Float32 logits [B, L, V]; for training use losses.chunked_cross_entropy, which never holds them whole."""
+        weight = (head or self.lm_head).weight.astype(h_BLD.dtype)
+        return jnp.einsum("bld,dv->blv", h_BLD, weight, preferred_element_type=jnp.float32)
+
+
+def stack(config: ModelConfig, *, moe: bool, count: int, rngs: nnx.Rngs) -> Layer | None:
+    """`count` layers whose parameters carry a leading `layers` dimension."""
+    if count == 0:
+        return None
+    return nnx.vmap(lambda r: Layer(config, moe, rngs=r), in_axes=0, out_axes=0)(rngs.split(count))
+
+
+def scan_layers(config: ModelConfig, layers: Layer, x_BLD, segment_ids_BL, angles, cache: Cache | None, kv):
+    """Runs a stack as lax.scan over its state. Returns x, stacked observations and, with a cache, stacked (k, v)."""
+    graphdef, state = nnx.split(layers)
+
+    def body(x_BLD, scanned):
+        layer_state, layer_kv = scanned
+        layer_cache = None if cache is None else LayerCache(*layer_kv, cache.segment_ids, cache.length)
+        x_BLD, observation, layer_cache = nnx.merge(graphdef, layer_state)(x_BLD, segment_ids_BL, angles, layer_cache)
+        return x_BLD, (observation, None if cache is None else (layer_cache.k, layer_cache.v))
+
+    body = remat(body, config.remat)
+    if config.scan_layers:
+        x_BLD, (observations, kv) = jax.lax.scan(body, x_BLD, (state, kv))
+        return x_BLD, observations, kv
+    outputs = []
+    for layer in unstack((state, kv)):
+        x_BLD, output = body(x_BLD, layer)
+        outputs.append(output)
+    return x_BLD, *jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+
+def unstack(tree) -> list:
+    """One tree a layer. By lax.split, whose gradient is one concatenation, not a sum of padded arrays."""
+    leaves, treedef = jax.tree.flatten(tree)
+    count = leaves[0].shape[0]
+    columns = [[part[0] for part in jax.lax.split(leaf, (1,) * count, axis=0)] for leaf in leaves]
+    return [treedef.unflatten(layer) for layer in zip(*columns, strict=True)]

@@ -1,0 +1,111 @@
+"""The mesh, and the one table that maps logical axes of tensors to mesh axes.
+
+Flax's own rules drop a misspelt or doubled axis silently; `spec` raises instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from glm_jax.config import check_types
+
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")  # an expert-parallel device holds its own rows of the batch, too
+
+# Logical axis of a tensor -> mesh axes it is split over.
+RULES: dict[str, tuple[str, ...]] = {
+    # parameters
+    "embed": ("fsdp",),  # model width
+    "vocab": ("tensor",),
+    "heads": ("tensor",),  # query heads x head size
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),  # feed-forward width
+    "experts": ("expert",),
+    "router": (),  # expert dimension of the router: every device routes over all experts
+    "norm": (),
+    "layers": (),  # the stacked dimension that scan walks along
+    # activations
+    "batch": BATCH_AXES,
+    "length": ("context",),
+    "act_embed": (),
+    "act_vocab": ("tensor",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; at most one of them -1: what is left over."""
+
+    data: int
+    fsdp: int
+    expert: int
+    context: int
+    tensor: int
+
+    def __post_init__(self):
+        check_types(self)
+
+
+def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+    """Mesh over all devices (or those given). Raises ValueError where the sizes do not multiply to their number."""
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    count = jax.device_count() if devices is None else len(devices)
+    for axis, size in sizes.items():
+        if size != -1 and size < 1:
+            raise ValueError(f"mesh.{axis}={size}: must be positive, or -1 for what is left over")
+    for axis in ("context", "tensor"):
+        if sizes[axis] != 1:
+            raise ValueError(f"mesh.{axis}={sizes[axis]}: this axis is not supported yet, set it to 1")
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError(f"mesh: only one axis can be -1, not {', '.join(free)}")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if free:
+        sizes[free[0]] = max(count // known, 1)
+    if math.prod(sizes.values()) != count:
+        raise ValueError(f"mesh {sizes} needs {math.prod(sizes.values())} devices, there are {count}")
+    shape, types = tuple(sizes.values()), (AxisType.Auto,) * len(MESH_AXES)
+    if devices is None:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types)
+    return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=types)
+
+
+def spec(axes) -> PartitionSpec:
+    """PartitionSpec of a tensor from its logical axes (None: not split).
+
+    Raises ValueError for an unknown logical axis, or where two dimensions want the same mesh axis.
+    """
+    entries, used = [], {}
+    for axis in axes:
+        if axis is not None and axis not in RULES:
+            raise ValueError(f"logical axis {axis!r} of {tuple(axes)} is not one of {', '.join(RULES)}")
+        mesh_axes = RULES[axis] if axis is not None else ()
+        for mesh_axis in mesh_axes:
+            if mesh_axis in used:
+                raise ValueError(f"{tuple(axes)}: {axis!r} and {used[mesh_axis]!r} both want mesh axis {mesh_axis!r}")
+            used[mesh_axis] = axis
+        entries.append(mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None)
+    return PartitionSpec(*entries)
+
+
+def named(mesh: Mesh, axes, shape=None, name: str = "tensor") -> NamedSharding:
+    """NamedSharding of a tensor; with its shape given, raises ValueError where a dimension does not divide evenly."""
+    partition = spec(axes)
+    if shape is not None:
+        for size, axis, entry in zip(shape, axes, partition, strict=True):
+            split = math.prod(mesh.shape[a] for a in ((entry,) if isinstance(entry, str) else entry or ()))
+            if size % split:
+                raise ValueError(f"{name}: {axis!r} of size {size} cannot be split over {entry!r}, {split} devices")
+    return NamedSharding(mesh, partition)
+
+
+def constrain(x: jax.Array, *axes) -> jax.Array:
+    """Pins x to its logical axes on the current mesh (jax.set_mesh); without one, returns x as it is."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes))

@@ -1,0 +1,273 @@
+"""The training loop: data, step, metrics, evaluation, samples, checkpoints, resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import pathlib
+import signal
+import time
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from data.held_out import held_out_batches
+from data.pipeline import BatchIterator, DataConfig
+from data.tokenizer import Tokenizer
+from glm_jax.config import ModelConfig, check_types
+from glm_jax.optim.optimizer import OptimizerConfig
+from glm_jax.optim.schedules import Point, Schedule, ScheduleConfig
+from glm_jax.sharding import MeshConfig, make_mesh, named
+from glm_jax.train.checkpoint import Checkpoints
+from glm_jax.train.evaluation import Evaluator, Sampler
+from glm_jax.train.metrics import Recorder, flops_per_token, load_statistics, peak_flops
+from glm_jax.train.state import Trainee, TrainState
+from glm_jax.train.step import Knobs, compile_step, map_routers
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    seed: int  # of the initial weights
+    checkpoint_every: int  # steps; the last step is always saved
+    keep_checkpoints: int
+    eval_every: int  # steps; 0: only at the end
+    eval_batches: int  # microbatches of held-out text; 0: all of it
+    sample_every: int  # steps, and at the end; 0: never
+    sample_length: int  # tokens
+    sample_temperature: float
+    sample_top_p: float
+    sample_prompts: tuple[str, ...]
+    fim_prompts: tuple[str, ...]  # '<prefix>|<suffix>' pairs, the middle is completed
+
+    def __post_init__(self):
+        check_types(self)
+        for prompt in self.fim_prompts:
+            if prompt.count("|") != 1:
+                raise ValueError(f"loop.fim_prompts holds {prompt!r}: must be a prefix and a suffix with one '|' between")
+        if self.checkpoint_every < 1 or self.keep_checkpoints < 1:
+            raise ValueError(f"checkpoint_every={self.checkpoint_every} and keep_checkpoints={self.keep_checkpoints} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    model: ModelConfig
+    mesh: MeshConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    data: DataConfig
+    loop: LoopConfig
+
+    def __post_init__(self):
+        if self.data.sequence_length > self.model.max_length:
+            raise ValueError(f"data.sequence_length={self.data.sequence_length} exceeds model.max_length={self.model.max_length}")
+
+
+class NonFiniteLoss(FloatingPointError):
+    """A loss that is not a number; the message names the step and where its batch was written."""
+
+
+class Batches:
+    """Device batches [A, B, L] of a step's microbatches, and the data position behind them."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh):
+        self.iterator = BatchIterator(config.data, jax.process_index(), jax.process_count())
+        if self.iterator.vocab_size > config.model.vocab_size:
+            raise ValueError(f"the data's tokenizer has {self.iterator.vocab_size} tokens, model.vocab_size={config.model.vocab_size}")
+        shape = (config.data.batch_size, config.data.sequence_length)
+        self.sharding = named(mesh, (None, "batch", "length"), (1, *shape), "batch")
+        self.capacity = config.schedule.last_microbatches
+
+    def next(self, microbatches: int) -> tuple[dict[str, jax.Array], list[dict[str, np.ndarray]]]:
+        """A step's batch on the devices, padded with empty microbatches to one shape, and the same on the host."""
+        parts = []
+        for _ in range(microbatches):
+            try:
+                parts.append(next(self.iterator))
+            except StopIteration:
+                raise ValueError("the data ended before schedule.total_tokens: set data.epochs=0 for endless, or fewer tokens") from None
+        empty = [jax.tree.map(np.zeros_like, parts[0])] * (self.capacity - microbatches)
+        stacked = {name: np.stack([p[name] for p in [*parts, *empty]]) for name in parts[0]}
+        return {n: jax.make_array_from_process_local_data(self.sharding, x) for n, x in stacked.items()}, parts
+
+
+class Stop:
+    """Set by SIGTERM or SIGINT: the loop then saves and returns. On several processes they agree on the step."""
+
+    def __init__(self):
+        self.requested = False
+        self.previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def _on_signal(self, *_):
+        self.requested = True
+
+    def now(self, checkpoints: Checkpoints, step: int) -> bool:
+        return self.requested if jax.process_count() == 1 else checkpoints.manager.reached_preemption(step)
+
+    def restore_handlers(self):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def train(config: RunConfig, workdir: pathlib.Path, *, config_json: str, progress: bool) -> int:
+    """Runs, or resumes, a run until schedule.total_tokens. Returns the number of steps behind it.
+
+    Raises ValueError for anything wrong with config, data or checkpoint before the first step, NonFiniteLoss during one.
+    """
+    mesh = make_mesh(config.mesh)
+    trainee = Trainee.create(config.model, config.optimizer)
+    abstract = trainee.abstract_state(mesh)
+    schedule = Schedule(config.schedule, config.data.batch_size * config.data.sequence_length)
+    batches = Batches(config, mesh)
+    tokenizer = batches.iterator.tokenizer
+
+    # Everything that can be wrong was read; from here on the work directory is written.
+    write_config(workdir, config_json)
+    (workdir / "tokenizer.json").write_text(tokenizer.to_json())
+    checkpoints = Checkpoints(workdir, keep=config.loop.keep_checkpoints)
+    first = checkpoints.latest()
+    if first is None:
+        first, state = 0, trainee.create_state(mesh, config.loop.seed)
+    else:
+        state, data_state = checkpoints.restore(first, abstract)
+        batches.iterator.set_state(data_state)
+        logger.info("resumed from step %d", first)
+    run = _Run(config, workdir, mesh, trainee, schedule, checkpoints, tokenizer, first, progress)
+    try:
+        return run.loop(state, batches)
+    finally:
+        run.close()
+
+
+def write_config(workdir: pathlib.Path, config_json: str):
+    """Writes config.json; on resume raises ValueError where the model differs from the run's own."""
+    path = workdir / "config.json"
+    if path.exists():
+        old, new = json.loads(path.read_text()), json.loads(config_json)
+        for section in ("model", "data", "optimizer"):
+            for key in sorted(old[section].keys() | new[section].keys()):
+                before, now = old[section].get(key), new[section].get(key)
+                if before != now and (section, key) not in CHANGEABLE:
+                    raise ValueError(f"{workdir} was started with {section}.{key}={before!r}, not {now!r}; use another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(config_json)
+    temporary.replace(path)
+
+
+# Keys of model, data and optimizer that a resumed run may change: how it computes or where the data lies, not what.
+CHANGEABLE = {("model", k) for k in ("compute_dtype", "remat", "attention", "grouped_matmul", "max_length", "rope_theta")} | {
+    ("data", "paths"),
+    ("data", "verify_checksums"),
+}
+
+
+class _Run:
+    """One call of `train`: owns the recorder, the progress bar and what is derived from the config."""
+
+    def __init__(self, config, workdir, mesh, trainee, schedule, checkpoints, tokenizer: Tokenizer, first: int, progress: bool):
+        self.config, self.workdir, self.schedule, self.checkpoints = config, workdir, schedule, checkpoints
+        self.mesh, self.first = mesh, first
+        self.is_main = jax.process_index() == 0
+        self.recorder = Recorder(workdir, first) if self.is_main else None
+        self.step_function = compile_step(trainee, config.schedule.balance_weight)
+        self.evaluator = Evaluator(config.model, mesh, held_out_batches(
+            config.data, jax.process_index(), jax.process_count(), config.loop.eval_batches or None))  # fmt: skip
+        self.sampler = Sampler(config.model, tokenizer, config.loop)
+        peak = peak_flops(jax.local_devices()[0])
+        self.flops_per_token = flops_per_token(config.model, config.data.sequence_length)
+        self.peak = peak and peak * jax.device_count()
+        self.bar = tqdm(total=schedule.num_steps, initial=first, desc="train", unit="step", disable=not (progress and self.is_main))
+        self.stop = Stop()
+
+    def close(self):
+        self.stop.restore_handlers()
+        self.bar.close()
+        self.checkpoints.close()
+        if self.recorder:
+            self.recorder.close()
+
+    def loop(self, state: TrainState, batches: Batches) -> int:
+        loop, last = self.config.loop, self.schedule.num_steps
+        pending = None  # the step in flight: its metrics are read when the next one is under way
+        mark = time.perf_counter()
+        step = self.first
+        while step < last:
+            point = self.schedule[step]
+            batch, host_batch = batches.next(point.microbatches)
+            with jax.set_mesh(self.mesh):
+                state, metrics = self.step_function(state, batch, Knobs.of(point))
+            step += 1
+            if pending is not None:
+                mark = self.record(*pending, mark)
+            pending = (point, metrics, host_batch)
+            stop = self.stop.now(self.checkpoints, step)
+            saving = step == last or stop or step % loop.checkpoint_every == 0
+            evaluating = step == last or (loop.eval_every and step % loop.eval_every == 0)
+            sampling = loop.sample_every and (step == last or step % loop.sample_every == 0)
+            if not (saving or evaluating or sampling):
+                continue
+            with jax.set_mesh(self.mesh):
+                extra = self.evaluator(state) if evaluating else {}
+            mark = self.record(*pending, mark, extra | self.router_biases(state))  # a bad loss raises before it is saved
+            pending = None
+            if saving:
+                self.checkpoints.save(step, state, batches.iterator.get_state())
+            if sampling:
+                self.write_samples(step, state)
+            mark = time.perf_counter() if evaluating or sampling else mark
+            if stop:
+                break
+        self.checkpoints.wait()
+        return step
+
+    def record(self, point: Point, metrics, host_batch, mark: float, extra: dict | None = None) -> float:
+        """Writes one step's line. Returns the time now, from which the next step is counted."""
+        metrics = jax.device_get(metrics)
+        now = time.perf_counter()
+        loss = float(metrics["loss"])
+        if not np.isfinite(loss):
+            self.fail(point, host_batch, loss)
+        tokens = self.schedule.tokens_before[point.step + 1]
+        speed = (tokens - point.tokens) / max(now - mark, 1e-9)
+        record = {"step": point.step, "tokens": tokens, "learning_rate": point.learning_rate, "microbatches": point.microbatches}
+        record |= {"mtp_weight": point.mtp_weight, "bias_rate": point.bias_rate, "tokens_per_second": speed}
+        if self.peak:
+            record["mfu"] = speed * self.flops_per_token / self.peak
+        if "expert_counts" in metrics:
+            violation, entropy = load_statistics(metrics.pop("expert_counts"))
+            record |= {"max_violation": violation, "load_entropy": entropy}
+        record |= {name: float(value) for name, value in metrics.items()} | (extra or {})
+        if self.recorder:
+            self.recorder.write(record)
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+        self.bar.update(1)
+        return now
+
+    def fail(self, point: Point, host_batch, loss: float):
+        path = self.workdir / f"nonfinite_step_{point.step}_process_{jax.process_index()}.npz"
+        np.savez(path, **{f"{name}_{i}": x for i, part in enumerate(host_batch) for name, x in part.items()})
+        good = self.checkpoints.latest()
+        kept = f"the last good checkpoint is of step {good}" if good is not None else "there is no checkpoint yet"
+        raise NonFiniteLoss(
+            f"loss is {loss} at step {point.step} (learning rate {point.learning_rate:.3g}); its batch is in {path}; {kept}"
+        )
+
+    def router_biases(self, state: TrainState) -> dict:
+        """Every router's bias, for the record."""
+        tables = []
+        if state.router:
+            map_routers(lambda table: tables.append(np.asarray(table)) or table, state.router)
+        return {"router_bias": tables[0].tolist()} if tables else {}
+
+    def write_samples(self, step: int, state: TrainState):
+        text = self.sampler(state)
+        if self.recorder:
+            folder = self.workdir / "samples"
+            folder.mkdir(exist_ok=True)
+            (folder / f"{step:07d}.txt").write_text(text)
+            self.recorder.text(step, "samples", text)

@@ -1,0 +1,131 @@
+"""One training step: a pure function of (state, batch, scalars of the schedule)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from glm_jax import losses
+from glm_jax.optim.optimizer import group_rms
+from glm_jax.optim.schedules import Point
+from glm_jax.sharding import constrain
+from glm_jax.train.state import Trainee, TrainState, build_model
+
+LOSS_CHUNK = 128  # positions a row whose logits exist at a time
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Knobs:
+    """Scalars of one step, traced: changing them compiles nothing."""
+
+    microbatches: jax.Array
+    learning_rate: jax.Array
+    mtp_weight: jax.Array
+    bias_rate: jax.Array
+
+    @classmethod
+    def of(cls, point: Point) -> Knobs:
+        floats = (jnp.float32(v) for v in (point.learning_rate, point.mtp_weight, point.bias_rate))
+        return cls(jnp.int32(point.microbatches), *floats)
+
+
+def loss_function(trainee: Trainee, params, router, batch, totals, knobs: Knobs, balance_weight: float):
+    """Loss of one microbatch [B, L], already divided by the totals of the whole step, and what it observed.
+
+    Returns (loss, aux): aux holds `cross_entropy`, `mtp`, `balance` (each divided likewise, before weights) and
+    `expert_counts` int32 [routers, E], the MTP router last.
+    """
+    model = build_model(trainee.config, params, router)
+    segment_ids, positions = batch["segment_ids"], batch["positions"]
+    out = model.trunk(batch["tokens"], segment_ids, positions)
+    head = model.lm_head.weight[...]
+    total_cross_entropy = losses.chunked_cross_entropy(out.h, head, batch["targets"], batch["loss_weights"], LOSS_CHUNK)
+    aux = {"cross_entropy": total_cross_entropy / totals["targets"]}
+    loss, routers = aux["cross_entropy"], [] if out.routers is None else [out.routers]
+    if model.mtp is not None:
+        x, observation = model.mtp_hidden(out.h, batch["targets"], segment_ids, positions)
+        targets, weights = losses.mtp_targets(batch)
+        mtp = losses.chunked_cross_entropy(x, model.mtp_head.weight[...], targets, weights, LOSS_CHUNK)
+        aux["mtp"] = mtp / totals["mtp_targets"]
+        loss += knobs.mtp_weight * aux["mtp"]
+        routers.append(jax.tree.map(lambda leaf: leaf[None], observation))
+    if routers:
+        routers = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routers)
+        aux["balance"] = jnp.sum(routers.balance_loss) / totals["tokens"]
+        aux["expert_counts"] = routers.expert_counts
+        loss += balance_weight * aux["balance"]
+    return loss, aux
+
+
+def step_totals(batch, microbatches) -> dict[str, jax.Array]:
+    """Tokens, weighted targets and MTP targets of the step's first `microbatches` microbatches; batch arrays [A, B, L]."""
+    live = jnp.arange(batch["tokens"].shape[0])[:, None, None] < microbatches
+    count = lambda x: jnp.maximum(jnp.sum(jnp.where(live, x, 0).astype(jnp.float32)), 1.0)  # noqa: E731
+    return {
+        "tokens": count(batch["segment_ids"] > 0),
+        "targets": count(batch["loss_weights"]),
+        "mtp_targets": count(jax.vmap(losses.mtp_targets)(batch)[1]),
+    }
+
+
+def gradients(trainee: Trainee, state: TrainState, batch, knobs: Knobs, balance_weight: float):
+    """((loss, aux), gradients) summed over the microbatches of a step; batch arrays [A, B, L], the first `microbatches` count."""
+    batch = {name: constrain(x, None, "batch", "length") for name, x in batch.items()}
+    totals = step_totals(batch, knobs.microbatches)
+    grad_function = jax.value_and_grad(
+        lambda params, microbatch: loss_function(trainee, params, state.router, microbatch, totals, knobs, balance_weight),
+        has_aux=True,
+    )
+
+    def one(index):
+        return grad_function(state.params, {name: x[index] for name, x in batch.items()})
+
+    if batch["tokens"].shape[0] == 1:
+        return one(0)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
+    return jax.lax.fori_loop(0, knobs.microbatches, lambda i, total: jax.tree.map(jnp.add, total, one(i)), zeros)
+
+
+def train_step(trainee: Trainee, balance_weight: float, state: TrainState, batch, knobs: Knobs) -> tuple[TrainState, dict]:
+    """Gradients, clipping, optimizer, router biases from global counts.
+
+    Returns the new state and metrics: `loss`, `cross_entropy`, `mtp`, `balance`, `grad_norm`, `grad_rms/<group>`,
+    `update_rms/<group>` (learning rate included), `expert_counts` [routers, E].
+    """
+    (loss, aux), grads = gradients(trainee, state, batch, knobs, balance_weight)
+    metrics = {"loss": loss, **aux, "grad_norm": optax.tree.norm(grads)}
+    metrics |= {f"grad_rms/{group}": rms for group, rms in group_rms(grads, trainee.groups).items()}
+    if trainee.max_grad_norm > 0:
+        factor = jnp.minimum(1.0, trainee.max_grad_norm / (metrics["grad_norm"] + 1e-12))
+        grads = jax.tree.map(lambda g: g * factor, grads)
+    updates, opt_state = trainee.optimizer.update(grads, state.opt_state, state.params)
+    updates = jax.tree.map(lambda u: -knobs.learning_rate * u, updates)
+    metrics |= {f"update_rms/{group}": rms for group, rms in group_rms(updates, trainee.groups).items()}
+    router = state.router
+    if "expert_counts" in aux:
+        router = map_routers(lambda bias_RE: losses.update_router_bias(bias_RE, aux["expert_counts"], knobs.bias_rate), router)
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), router, opt_state), metrics
+
+
+def map_routers(function, router):
+    """Applies a function of all biases [routers, E] (the registry: trunk layers in order, then MTP) to the tree of biases."""
+    leaves, treedef = jax.tree.flatten(router)  # keys in order: moe_layers, mtp
+    rows = [leaf.reshape(-1, leaf.shape[-1]) for leaf in leaves]
+    table = function(jnp.concatenate(rows))
+    sizes = [len(r) for r in rows]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    parts = [table[start : start + size].reshape(leaf.shape) for start, size, leaf in zip(starts, sizes, leaves, strict=True)]
+    return treedef.unflatten(parts)
+
+
+def compile_step(trainee: Trainee, balance_weight: float):
+    """The jitted step; donates the state. Call it under jax.set_mesh."""
+
+    def step(state, batch, knobs):
+        return train_step(trainee, balance_weight, state, batch, knobs)
+
+    return jax.jit(step, donate_argnums=0)

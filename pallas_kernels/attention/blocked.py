@@ -1,0 +1,63 @@
+"""Attention for XLA without a kernel: query blocks against the keys up to their own end.
+
+Written for the passes it makes over the [L, M] scores, which are what attention costs outside its products: two forward
+(running the maximum, the exponential), one backward. Row sums ride along in the product with v as a column of ones, and
+the division by them happens on [L, H].
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention.reference import allowed_pairs
+
+MIN_QUERY_BLOCK = 128
+MAX_QUERY_BLOCKS = 16  # unrolled in the program, so bounded
+
+
+def attention(q_BLNH, k_BMGH, v_BMGH, q_segment_ids_BL, kv_segment_ids_BM, scale: float) -> jax.Array:
+    """As reference.attention with q_offset 0 and L == M; n blocks do (n + 1) / 2n of the square's work."""
+    batch, length, heads, size = q_BLNH.shape
+    groups = k_BMGH.shape[2]
+    q = (q_BLNH * scale).reshape(batch, length, groups, heads // groups, size).transpose(0, 2, 1, 3, 4)
+    k, v = k_BMGH.transpose(0, 2, 1, 3), v_BMGH.transpose(0, 2, 1, 3)
+    block = max(MIN_QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
+    stops = [*range(block, length, block), length]
+    out = []
+    # Whole parts by split and concatenate: their gradients are each other, where a slice's is a padded sum.
+    for start, stop, q_block in zip([0, *stops], stops, jnp.split(q, stops[:-1], axis=2), strict=False):
+        mask = allowed_pairs(q_segment_ids_BL[:, start:stop], kv_segment_ids_BM[:, :stop], jnp.arange(start, stop), jnp.arange(stop))
+        out.append(_block(q_block, k[:, :, :stop], v[:, :, :stop], mask))
+    return jnp.concatenate(out, axis=2).transpose(0, 2, 1, 3, 4).reshape(batch, length, heads, size)
+
+
+@jax.custom_vjp
+def _block(q_BGLPH, k_BGMH, v_BGMH, mask_BLM):
+    return _block_forward(q_BGLPH, k_BGMH, v_BGMH, mask_BLM)[0]
+
+
+def _block_forward(q, k, v, mask):
+    scores = jnp.einsum("bglph,bgmh->bglpm", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, :, None], scores, jnp.finfo(jnp.float32).min)
+    exps = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)).astype(v.dtype)
+    ones = jnp.ones((*v.shape[:-1], 1), v.dtype)
+    sums = jnp.einsum("bglpm,bgmh->bglph", exps, jnp.concatenate([v, ones], axis=-1), preferred_element_type=jnp.float32)
+    out, total = sums[..., :-1], sums[..., -1:]
+    out = (out / total).astype(v.dtype)
+    return out, (q, k, v, exps, total, out)
+
+
+def _block_backward(residuals, dout):
+    q, k, v, exps, total, out = residuals
+    scaled = (dout / total).astype(v.dtype)
+    inner = jnp.sum(scaled.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    dv = jnp.einsum("bglpm,bglph->bgmh", exps, scaled)
+    dexps = jnp.einsum("bglph,bgmh->bglpm", scaled, v, preferred_element_type=jnp.float32)
+    dscores = (exps * (dexps - inner)).astype(q.dtype)
+    dq = jnp.einsum("bglpm,bgmh->bglph", dscores, k)
+    dk = jnp.einsum("bglpm,bglph->bgmh", dscores, q)
+    return dq, dk, dv, None
+
+
+_block.defvjp(_block_forward, _block_backward)

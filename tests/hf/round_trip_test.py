@@ -1,0 +1,238 @@
+"""HF -> ours -> HF: the same names and the same bytes; and what a folder that does not fit is answered."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from glm_jax import hf
+from glm_jax.model.layers import axes_of
+from tests.model.oracle import RUNTIME, random_state, tiny_config
+
+CONFIG = tiny_config(mtp_embeddings="copied")
+MTP = f"model.layers.{CONFIG.num_layers}."
+
+
+def tensors_of(folder) -> dict[str, np.ndarray]:
+    out = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        out |= load_file(file)
+    return out
+
+
+def assert_same_bytes(first: dict[str, np.ndarray], second: dict[str, np.ndarray]):
+    assert first.keys() == second.keys()
+    for name, a in first.items():
+        b = second[name]
+        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()), name
+
+
+def write_like_hugging_face(folder, kind: str, dtype, seed: int = 0) -> dict[str, np.ndarray]:
+    """A folder made without our name table: names typed from FACTS 1, random bytes, two files and an index."""
+    c, rng = CONFIG, np.random.default_rng(seed)
+    names: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (64, 32), "model.norm.weight": (32,), "lm_head.weight": (64, 32)}
+    for i in range(5):
+        p = f"model.layers.{i}."
+        names |= {f"{p}{n}.weight": (32,) for n in ("input_layernorm", "post_attention_layernorm")}
+        names |= {f"{p}self_attn.{n}_norm.weight": (16,) for n in "qk"}
+        names |= {f"{p}self_attn.q_proj.weight": (64, 32), f"{p}self_attn.q_proj.bias": (64,), f"{p}self_attn.o_proj.weight": (32, 64)}
+        names |= {f"{p}self_attn.{n}_proj.weight": (32, 32) for n in "kv"} | {f"{p}self_attn.{n}_proj.bias": (32,) for n in "kv"}
+        ffns = {"mlp.": 48} if i < 2 else {f"mlp.experts.{j}.": 24 for j in range(8)} | {"mlp.shared_experts.": 24}
+        for ffn, size in ffns.items():
+            names |= {f"{p}{ffn}{n}_proj.weight": (32, size) if n == "down" else (size, 32) for n in ("gate", "up", "down")}
+        if i >= 2:
+            names |= {f"{p}mlp.gate.weight": (8, 32), f"{p}mlp.gate.e_score_correction_bias": (8,)}
+    names |= {f"{MTP}{n}.weight": (32,) for n in ("enorm", "hnorm", "shared_head.norm")} | {f"{MTP}eh_proj.weight": (32, 64)}
+    if kind != "shared":
+        names |= {f"{MTP}embed_tokens.weight": (64, 32), f"{MTP}shared_head.head.weight": (64, 32)}
+    tensors = {n: rng.standard_normal(s).astype(np.float32 if n.endswith("correction_bias") else dtype) for n, s in names.items()}
+    if kind == "copied":
+        tensors[f"{MTP}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].copy()
+        tensors[f"{MTP}shared_head.head.weight"] = tensors["lm_head.weight"].copy()
+    folder.mkdir()
+    files = {"first.safetensors": list(tensors)[::2], "second.safetensors": list(tensors)[1::2]}
+    for file, part in files.items():
+        save_file({n: tensors[n] for n in part}, folder / file)
+    (folder / hf.INDEX).write_text(json.dumps({"weight_map": {n: file for file, part in files.items() for n in part}}))
+    config = transformers.Glm4MoeConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=4, first_k_dense_replace=2, intermediate_size=48, moe_intermediate_size=24,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, use_qk_norm=True, attention_bias=True, max_position_embeddings=128,
+        n_routed_experts=8, num_experts_per_tok=3, routed_scaling_factor=2.5, initializer_range=0.2,
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    assert c == tiny_config(mtp_embeddings="copied")
+    return tensors
+
+
+@pytest.fixture
+def exported(tmp_path):
+    return hf.export_checkpoint(tmp_path / "exported", CONFIG, random_state(CONFIG), dtype="float32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["shared", "copied", "own"])
+def test_round_trip_keeps_names_and_bytes(tmp_path, kind, dtype):
+    theirs = write_like_hugging_face(tmp_path / "theirs", kind, np.dtype(dtype))
+    config, state = hf.import_checkpoint(tmp_path / "theirs", RUNTIME)
+    assert config == tiny_config(mtp_embeddings=kind)
+    assert {v.get_value().dtype for _, v in nnx.to_flat_state(state)} == {np.dtype(np.float32)}
+    again = hf.export_checkpoint(tmp_path / "again", config, state, dtype=dtype, max_shard_bytes=30_000)
+    assert_same_bytes(theirs, tensors_of(again))
+    files = sorted(again.glob("*.safetensors"))
+    assert len(files) > 3 and all(f.stat().st_size < 60_000 for f in files)
+    weight_map = json.loads((again / hf.INDEX).read_text())["weight_map"]
+    assert weight_map.keys() == theirs.keys() and set(weight_map.values()) == {f.name for f in files}
+
+
+def test_stored_type_keeps_bfloat16_arrays(tmp_path):
+    write_like_hugging_face(tmp_path / "theirs", "own", ml_dtypes.bfloat16)
+    config, state = hf.import_checkpoint(tmp_path / "theirs", RUNTIME, dtype="stored")
+    types = {path: v.get_value().dtype for path, v in nnx.to_flat_state(state)}
+    assert {p[-1] for p, t in types.items() if t == np.float32} == {"e_score_correction_bias"}
+    assert_same_bytes(tensors_of(tmp_path / "theirs"), dict(hf.hf_tensors(config, state, "bfloat16")))
+
+
+def test_shardings_place_the_same_values(exported):
+    mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ("a", "b"))
+    parameters = hf.abstract_parameters(CONFIG)
+    shardings = {path: NamedSharding(mesh, PartitionSpec(*(None for _ in axes_of(v)))) for path, v in parameters.items()}
+    _, state = hf.import_checkpoint(exported, RUNTIME, shardings=shardings)
+    assert all(isinstance(v.get_value(), jax.Array) for _, v in nnx.to_flat_state(state))
+    assert_same_bytes(tensors_of(exported), dict(hf.hf_tensors(CONFIG, state, "float32")))
+
+
+def test_a_part_of_an_array_reads_as_the_slice_of_the_whole(exported):
+    files, whole = hf.Folder(exported), dict(nnx.to_flat_state(random_state(CONFIG)))
+    for name in ("moe_layers.mlp.experts.down_proj", "embed_tokens.weight", "moe_layers.self_attn.q_proj.weight"):
+        path = tuple(name.split("."))
+        array = whole[path].get_value()
+        part = tuple(slice(n // 2, n) for n in array.shape)
+        tensors = [t for t in hf.name_table(CONFIG) if t.path == path and not t.copy]
+        np.testing.assert_array_equal(files.read(tensors, array.shape, array.dtype, part), array[part])
+
+
+def test_transformers_loads_the_export_and_its_own_save_comes_back_without_mtp(exported, tmp_path, caplog):
+    model, info = transformers.Glm4MoeForCausalLM.from_pretrained(exported, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert info["unexpected_keys"] and all(k.startswith(MTP) for k in info["unexpected_keys"])
+    assert model.dtype == torch.float32
+    rope = model.config.rope_parameters
+    assert (rope["rope_theta"], rope["partial_rotary_factor"], rope["rope_type"]) == (CONFIG.rope_theta, 0.5, "default")
+    model.save_pretrained(tmp_path / "theirs")
+    config, state = hf.import_checkpoint(tmp_path / "theirs", RUNTIME)
+    assert "no MTP block" in caplog.text
+    assert config == tiny_config(num_mtp_layers=0)
+    trunk = {n: t for n, t in tensors_of(exported).items() if not n.startswith(MTP)}
+    assert_same_bytes(trunk, dict(hf.hf_tensors(config, state, "float32")))
+
+
+def test_tokenizer_loads_with_auto_tokenizer(tmp_path):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    tokenizer.add_special_tokens([hf.END_OF_TEXT])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    folder = hf.export_checkpoint(tmp_path / "out", CONFIG, random_state(CONFIG), dtype="bfloat16", tokenizer=tmp_path / "tokenizer.json")
+    loaded = transformers.AutoTokenizer.from_pretrained(folder)
+    assert loaded("ab").input_ids == [0, 1] and loaded.eos_token_id == 2
+    config = transformers.AutoConfig.from_pretrained(folder)
+    assert (config.eos_token_id, config.pad_token_id) == (2, 2)
+
+
+def rewrite(folder, change):
+    """Applies change(tensors) to the folder's only safetensors file."""
+    tensors = load_file(folder / hf.WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / hf.WEIGHTS)
+
+
+def rewrite_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+NAME = "model.layers.3.mlp.experts.5.up_proj.weight"
+BIAS = "model.layers.3.mlp.gate.e_score_correction_bias"
+DAMAGES = {
+    "missing tensor": (lambda f: rewrite(f, lambda t: t.pop(NAME)), f"lacks {NAME}"),
+    "extra tensor": (lambda f: rewrite(f, lambda t: t.update(extra=t[NAME])), "unexpected extra"),
+    "wrong shape": (lambda f: rewrite(f, lambda t: t.update({NAME: t[NAME][1:]})), rf"{NAME} has shape \(23, 32\).*\(24, 32\)"),
+    "wrong type": (lambda f: rewrite(f, lambda t: t.update({NAME: t[NAME].astype(np.float16)})), f"{NAME} has type F16"),
+    "bias type": (lambda f: rewrite(f, lambda t: t.update({BIAS: t[BIAS].astype(ml_dtypes.bfloat16)})), f"{BIAS} has type BF16, not F32"),
+    "half of the copies": (lambda f: rewrite(f, lambda t: t.pop(f"{MTP}embed_tokens.weight")), f"lacks {MTP}embed_tokens.weight"),
+    "truncated file": (lambda f: truncate(f / hf.WEIGHTS), f"{hf.WEIGHTS} is damaged"),
+    "no weights": (lambda f: (f / hf.WEIGHTS).unlink(), f"no {hf.WEIGHTS}"),
+    "index of a missing file": (lambda f: (f / hf.INDEX).write_text('{"weight_map": {"a": "b.safetensors"}}'), "no b.safetensors"),
+    "index of a missing tensor": (lambda f: (f / hf.INDEX).write_text(f'{{"weight_map": {{"a": "{hf.WEIGHTS}"}}}}'), "lacks 'a'"),
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
+    "model type": (lambda f: rewrite_config(f, model_type="glm4moe"), "model_type='glm4moe' is not one of glm4_moe"),
+    "missing key": (lambda f: rewrite_config(f, n_group="absent"), "lacks n_group"),
+    "tied": (lambda f: rewrite_config(f, tie_word_embeddings=True), "tie_word_embeddings=True"),
+    "dropout": (lambda f: rewrite_config(f, attention_dropout=0.1), "attention_dropout=0.1"),
+    "rope scaling": (lambda f: rewrite_config(f, rope_scaling={"type": "yarn"}), "rope_scaling="),
+    "rope type": (lambda f: rewrite_config(f, rope_parameters={"rope_type": "yarn"}), "rope_type='yarn'"),
+    "two thetas": (lambda f: rewrite_config(f, rope_theta=5.0), "rope_theta must be given, and only one"),
+    "quantised": (lambda f: rewrite_config(f, quantization_config={}), "quantization_config="),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_import_names_what_does_not_fit(exported, damage):
+    break_it, message = DAMAGES[damage]
+    break_it(exported)
+    with pytest.raises(ValueError, match=message):
+        hf.import_checkpoint(exported, RUNTIME)
+
+
+def test_import_takes_rope_from_the_top_level_of_an_older_config(exported):
+    rewrite_config(exported, rope_parameters="absent", rope_theta=5000)
+    assert hf.import_checkpoint(exported, RUNTIME)[0].rope_theta == 5000.0
+
+
+def test_export_refuses_a_folder_in_use_and_leaves_it_alone(tmp_path):
+    (tmp_path / "in_use").mkdir()
+    (tmp_path / "in_use" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="in_use' exists and is not an empty folder"):
+        hf.export_checkpoint(tmp_path / "in_use", CONFIG, random_state(CONFIG), dtype="float32")
+    assert [f.name for f in tmp_path.rglob("*")] == ["in_use", "notes.txt"]
+
+
+def test_a_failed_export_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full_disk(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full_disk)
+    (tmp_path / "tokenizer.json").write_text('{"added_tokens": [{"content": "<|endoftext|>", "id": 1}]}')
+    with pytest.raises(OSError, match="No space left"):
+        hf.export_checkpoint(tmp_path / "out", CONFIG, random_state(CONFIG), dtype="float32", tokenizer=tmp_path / "tokenizer.json")
+    assert [f.name for f in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+def test_export_names_a_parameter_that_does_not_fit_the_config(tmp_path):
+    with pytest.raises(ValueError, match=r"parameter .* has shape .*, the config makes it"):
+        hf.export_checkpoint(tmp_path / "out", tiny_config(vocab_size=65), random_state(CONFIG), dtype="float32")
+    with pytest.raises(ValueError, match="num_shared_experts=0"):
+        hf.export_checkpoint(tmp_path / "out", tiny_config(num_shared_experts=0), random_state(CONFIG), dtype="float32")
+
+
+def test_export_is_bfloat16_but_for_the_correction_bias(tmp_path):
+    folder = hf.export_checkpoint(tmp_path / "out", CONFIG, random_state(CONFIG), dtype="bfloat16")
+    with safe_open(folder / hf.WEIGHTS, framework="numpy") as file:
+        types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 -- not iterable itself
+    assert all((kind == "F32") == name.endswith("e_score_correction_bias") for name, kind in types.items())
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"

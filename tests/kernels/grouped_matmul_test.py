@@ -1,0 +1,76 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.grouped_matmul import batched
+from pallas_kernels.grouped_matmul.api import IMPLEMENTATIONS, grouped_matmul
+
+ROWS, WIDTH, OUT, GROUPS = 320, 6, 10, 4
+
+
+def oracle(x, w, sizes):
+    """A loop over rows in float64."""
+    y = np.zeros((len(x), w.shape[2]))
+    row = 0
+    for group, size in enumerate(sizes):
+        for _ in range(size):
+            y[row] = x[row].astype(np.float64) @ w[group].astype(np.float64)
+            row += 1
+    return y
+
+
+def oracle_gradients(x, w, sizes, dy):
+    dx, dw = np.zeros_like(x, np.float64), np.zeros_like(w, np.float64)
+    row = 0
+    for group, size in enumerate(sizes):
+        for _ in range(size):
+            dx[row] = w[group].astype(np.float64) @ dy[row]
+            dw[group] += np.outer(x[row], dy[row])
+            row += 1
+    return dx, dw
+
+
+@pytest.fixture(scope="module", params=[name for name in IMPLEMENTATIONS if name != "auto"])
+def value_and_gradients(request):
+    def run(x, w, sizes, dy):
+        y, pullback = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, implementation=request.param), x, w)
+        return y, *pullback(dy)
+
+    return jax.jit(run)
+
+
+def sizes_strategy():
+    """Empty groups, one group that takes all, rows past the last group, and anything between."""
+    cuts = st.lists(st.integers(0, ROWS), min_size=GROUPS, max_size=GROUPS).map(sorted)
+    return cuts.map(lambda c: np.diff([0, *c]).astype(np.int32)) | st.sampled_from(
+        [np.eye(GROUPS, dtype=np.int32)[i] * ROWS for i in range(GROUPS)] + [np.zeros(GROUPS, np.int32)]
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=sizes_strategy(), seed=st.integers(0, 2**16))
+def test_products_and_gradients_equal_a_loop_over_rows_for_any_group_sizes(value_and_gradients, sizes, seed):
+    rng = np.random.default_rng(seed)
+    x, w = rng.normal(size=(ROWS, WIDTH)).astype(np.float32), rng.normal(size=(GROUPS, WIDTH, OUT)).astype(np.float32)
+    dy = rng.normal(size=(ROWS, OUT)).astype(np.float32)
+    y, dx, dw = value_and_gradients(x, w, jnp.asarray(sizes), dy)
+    np.testing.assert_allclose(y, oracle(x, w, sizes), atol=1e-4)
+    expected_dx, expected_dw = oracle_gradients(x, w, sizes, dy)
+    np.testing.assert_allclose(dx, expected_dx, atol=1e-4)
+    np.testing.assert_allclose(dw, expected_dw, atol=1e-3)
+
+
+def test_a_group_larger_than_its_slab_goes_through_the_overflow_tiles():
+    slab = batched._slab_rows(ROWS, GROUPS)
+    assert slab < ROWS - batched.TILE, "the sizes above must reach the overflow loop with more than one tile"
+
+
+def test_unknown_implementation_and_wrong_shapes_are_named():
+    x, w, sizes = jnp.ones((4, 3)), jnp.ones((2, 3, 5)), jnp.asarray([2, 2])
+    with pytest.raises(ValueError, match="'megablox' is not one of auto, reference"):
+        grouped_matmul(x, w, sizes, implementation="megablox")
+    with pytest.raises(ValueError, match=r"\(4, 4\)"):
+        grouped_matmul(jnp.ones((4, 4)), w, sizes, implementation="batched")

@@ -1,0 +1,148 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import glm45
+from glm_jax.optim.muon import newton_schulz, scale_by_muon
+from glm_jax.optim.optimizer import OptimizerConfig, group_of, group_rms, group_tree, make_optimizer
+
+SHAPES = {"square": (12, 12), "tall": (24, 8), "wide": (8, 24), "experts": (3, 4, 6, 10)}
+STEPS = 3
+
+
+def config(**changes) -> OptimizerConfig:
+    return OptimizerConfig(**{**glm45.get_config().optimizer.to_dict(), "ns_dtype": "float32", **changes})
+
+
+def muon(**changes):
+    arguments = dict(momentum=0.95, nesterov=False, ns_steps=5, ns_dtype="float32", update_rms=0.2)
+    return scale_by_muon(**{**arguments, **changes})
+
+
+@pytest.fixture(scope="module")
+def gradients():
+    rng = np.random.default_rng(0)
+    return [{k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in SHAPES.items()} for _ in range(STEPS)]
+
+
+def optax_numbers(params):
+    """Dimension numbers that tell optax which axes are a matrix; the others are batches."""
+    return jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), params)
+
+
+def test_three_steps_with_decay_equal_optax(gradients):
+    """Plain momentum: optax's bias-corrected average differs from it in scale only, which Newton-Schulz removes."""
+    rate, decay = 0.02, 0.1
+    start = jax.tree.map(lambda g: 0.3 * g[::-1], gradients[0])
+    theirs = optax.contrib.muon(
+        rate, beta=0.95, nesterov=False, weight_decay=decay, consistent_rms=0.2, muon_weight_dimension_numbers=optax_numbers(start)
+    )
+    mine = optax.chain(muon(), optax.add_decayed_weights(decay), optax.scale(-rate))
+    results = []
+    for transformation in (mine, theirs):
+        params, state = start, transformation.init(start)
+        for gradient in gradients:
+            updates, state = jax.jit(transformation.update)(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+        results.append(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *results)
+    assert all(np.abs(a - b).max() > 1e-3 for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(start), strict=True))
+
+
+def test_nesterov_direction_is_momentum_times_buffer_plus_gradient(gradients):
+    """Against a float64 loop of Moonlight's formula, one matrix at a time."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+
+    def orthogonalize(x):
+        x = x.T if x.shape[0] > x.shape[1] else x
+        transposed = x
+        x = x / np.linalg.norm(x)
+        for _ in range(5):
+            gram = x @ x.T
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        return x, transposed
+
+    transformation = muon(nesterov=True)
+    state = transformation.init(gradients[0])
+    buffer = np.zeros(SHAPES["tall"])
+    for gradient in gradients:
+        updates, state = transformation.update(gradient, state)
+        g = np.asarray(gradient["tall"], np.float64)
+        buffer = 0.95 * buffer + g
+        expected = orthogonalize(0.95 * buffer + g)[0].T * 0.2 * np.sqrt(24)
+        np.testing.assert_allclose(updates["tall"], expected, atol=2e-5)
+
+
+def test_update_rms_is_about_point_two_for_every_shape(gradients):
+    updates, _ = muon(nesterov=True).update(gradients[0], muon().init(gradients[0]))
+    for name, update in updates.items():
+        fan = SHAPES[name][-2:]
+        expected = 0.2 * np.sqrt(max(fan)) * np.sqrt(min(fan) / (fan[0] * fan[1]))
+        assert np.sqrt(np.mean(np.square(update))) == pytest.approx(expected, rel=0.3), name
+        assert expected == pytest.approx(0.2), name
+
+
+def test_singular_values_come_near_one_also_in_bfloat16():
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(5, 16, 40)), jnp.float32)
+    for dtype in ("float32", "bfloat16"):
+        values = np.linalg.svd(np.asarray(newton_schulz(x, 5, dtype)), compute_uv=False)
+        assert values.min() > 0.6 and values.max() < 1.25
+
+
+@pytest.mark.parametrize(("axis", "parts"), [(-1, 3), (-2, 2)])
+def test_split_heads_equals_every_head_on_its_own(axis, parts):
+    rng = np.random.default_rng(3)
+    gradient = {"w": jnp.asarray(rng.normal(size=(2, 8, 12)), jnp.float32)}
+    together, _ = muon(head_splits={"w": (axis, parts)}).update(gradient, muon().init(gradient))
+    heads = [{"w": h} for h in jnp.split(gradient["w"], parts, axis=axis)]
+    apart = [muon().update(h, muon().init(h))[0]["w"] for h in heads]
+    np.testing.assert_allclose(together["w"], jnp.concatenate(apart, axis=axis), rtol=1e-5, atol=1e-6)
+
+
+def test_groups_follow_the_paper():
+    assert group_of(("lm_head", "weight"), ("embed", "vocab")) == "muon"
+    assert group_of(("moe_layers", "mlp", "gate", "weight"), ("embed", "router")) == "muon"
+    assert group_of(("moe_layers", "mlp", "experts", "gate_proj"), ("experts", "embed", "mlp")) == "muon"
+    assert group_of(("embed_tokens", "weight"), ("vocab", "embed")) == "embedding"
+    assert group_of(("mtp", "embed_tokens", "weight"), ("vocab", "embed")) == "embedding"
+    assert group_of(("norm", "weight"), ("norm",)) == "vector"
+    assert group_of(("moe_layers", "self_attn", "q_proj", "bias"), ("heads",)) == "vector"
+
+
+AXES = {"embed_tokens": {"weight": ("vocab", "embed")}, "q_proj": {"weight": ("embed", "heads"), "bias": ("heads",)}}
+PARAMS = {"embed_tokens": {"weight": jnp.ones((6, 4))}, "q_proj": {"weight": jnp.ones((4, 8)), "bias": jnp.ones(8)}}
+
+
+@pytest.mark.parametrize("split_heads", [False, True])
+def test_optimizer_sends_each_group_to_its_rule_and_decays_matrices_and_embedding_only(split_heads):
+    shapes = jax.tree.map(lambda x: x.shape, PARAMS)
+    optimizer = make_optimizer(config(split_heads=split_heads), AXES, shapes, head_size=4)
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    updates, _ = optimizer.update(zeros, optimizer.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(updates["embed_tokens"]["weight"], 0.1)
+    np.testing.assert_allclose(updates["q_proj"]["weight"], 0.1, atol=1e-6)
+    np.testing.assert_array_equal(updates["q_proj"]["bias"], 0)
+    ones = jax.tree.map(jnp.ones_like, PARAMS)
+    updates, _ = optimizer.update(ones, optimizer.init(PARAMS), zeros)
+    np.testing.assert_allclose(updates["q_proj"]["bias"], 1, rtol=1e-5)  # Adam's first step
+    np.testing.assert_allclose(updates["embed_tokens"]["weight"], 1, rtol=1e-5)
+    assert np.abs(updates["q_proj"]["weight"]).max() < 0.9
+
+
+def test_adamw_ablation_moves_matrices_as_adam():
+    optimizer = make_optimizer(config(name="adamw"), AXES, jax.tree.map(lambda x: x.shape, PARAMS), head_size=4)
+    ones = jax.tree.map(jnp.ones_like, PARAMS)
+    updates, _ = optimizer.update(ones, optimizer.init(PARAMS), jax.tree.map(jnp.zeros_like, PARAMS))
+    np.testing.assert_allclose(updates["q_proj"]["weight"], 1, rtol=1e-5)
+
+
+def test_group_rms_pools_all_elements_of_a_group():
+    rms = group_rms(jax.tree.map(lambda x: 2 * x, PARAMS), group_tree(AXES))
+    assert {k: float(v) for k, v in rms.items()} == pytest.approx({"muon": 2, "embedding": 2, "vector": 2})
+
+
+def test_unknown_optimizer_is_named():
+    with pytest.raises(ValueError, match="'moun' is not one of muon, adamw. Did you mean 'muon'"):
+        config(name="moun")

@@ -1,0 +1,362 @@
+"""The rules of the design, held on this tree: arrows, sizes, names, configs, requirements, and what the README promises."""
+
+import ast
+import dataclasses
+import functools
+import graphlib
+import importlib
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+TOP = ("configs", "pallas_kernels", "data", "glm_jax", "experiments", "tests")
+PRODUCT = ("configs", "pallas_kernels", "data", "glm_jax", "experiments")
+
+# Left may import right, and itself. The longest matching name counts. Nobody imports experiments, tests or glm_jax's own `load`.
+ARROWS = {
+    "configs": (),
+    "pallas_kernels": (),
+    "data": (),
+    "glm_jax.config": (),
+    "glm_jax.sharding": ("glm_jax.config",),
+    "glm_jax.model": ("glm_jax.config", "glm_jax.sharding", "pallas_kernels"),
+    "glm_jax.losses": ("glm_jax.config", "glm_jax.sharding", "pallas_kernels"),
+    "glm_jax.optim": ("glm_jax.config", "glm_jax.sharding", "pallas_kernels"),
+    "glm_jax.infer": ("glm_jax.config", "glm_jax.sharding", "glm_jax.model"),
+    "glm_jax.train": (
+        "glm_jax.config", "glm_jax.sharding", "glm_jax.model", "glm_jax.losses", "glm_jax.optim", "data",
+        "glm_jax.infer.sampling",  # samples during training
+    ),
+    "glm_jax.hf": ("glm_jax.config", "glm_jax.model"),
+    "glm_jax.pod": ("glm_jax.config", "glm_jax.sharding", "glm_jax.train"),
+    "glm_jax.sandbox": (),
+    "glm_jax.rewards": ("data", "glm_jax.sandbox"),
+    "glm_jax.envs": ("data", "glm_jax.sandbox", "glm_jax.rewards"),
+    "glm_jax.sft": ("glm_jax.config", "glm_jax.train", "data"),
+    "glm_jax.rl": ("glm_jax.config", "glm_jax.infer", "glm_jax.envs", "glm_jax.rewards", "glm_jax.train"),
+    "glm_jax": ("data", "glm_jax.hf", "glm_jax.train"),  # glm_jax/__init__.py: load
+    "experiments": ("configs", "data", "glm_jax", "pallas_kernels"),
+}  # fmt: skip
+GROUP_OF = {"glm_jax.hf_config": "glm_jax.hf"}
+
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ENTRY_LINES = 500, 80, 120
+HEAVY = {"torch", "transformers", "tensorflow", "tensorflow_text", "seqio", "tensorflow_datasets", "t5"}
+HEAVY_ALLOWED = {"experiments/benchmark_sides.py"}  # the other side of the comparison
+DEV_ALLOWED = {"experiments/benchmark_sides.py"}  # may import what only requirements-dev.txt has
+BROAD_EXCEPT_ALLOWED = {"data/tokenizer.py", "glm_jax/sandbox.py"}  # a library that raises bare Exception; the sandbox's edge
+DISTRIBUTION_OF = {"absl": "absl-py", "orbax": "orbax-checkpoint"}
+
+
+# --- the tree ---
+
+
+def source_files(folders):
+    return [p for folder in folders for p in sorted((ROOT / folder).rglob("*.py")) if "__pycache__" not in p.parts]
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+@functools.cache
+def tree_of(path):
+    return ast.parse(path.read_text("utf-8"), filename=str(path))
+
+
+def module_of(path):
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_module(dotted):
+    path = ROOT / pathlib.Path(*dotted.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def imports_of(path):
+    """(line, dotted name) of everything imported at any depth of the file; `from a import b` is a.b where that is a module."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}:{node.lineno}: relative import; write the whole name"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield node.lineno, full if node.module.split(".")[0] in TOP and is_module(full) else node.module
+
+
+def group_of(dotted):
+    """The group of ARROWS that a module belongs to; None for one that stands in no group."""
+    if dotted in GROUP_OF:
+        return GROUP_OF[dotted]
+    if dotted == "glm_jax":
+        return dotted
+    parts = dotted.split(".")
+    names = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((n for n in names if n in ARROWS and n != "glm_jax"), None)
+
+
+def fail_on(broken):
+    assert not broken, "\n" + "\n".join(broken)
+
+
+# --- arrows ---
+
+
+def test_the_arrows_themselves_go_round_in_no_circle():
+    graph = {left: {group_of(r) for r in rights} for left, rights in ARROWS.items() if left != "experiments"}
+    tuple(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_every_module_has_its_place():
+    fail_on([name_of(p) for p in source_files(PRODUCT) if group_of(module_of(p)) is None])
+
+
+def test_imports_follow_the_arrows():
+    broken = []
+    for path in source_files(PRODUCT):
+        group = group_of(module_of(path))
+        for line, imported in imports_of(path):
+            if imported.split(".")[0] not in TOP:
+                continue
+            inside = group_of(imported) == group
+            allowed = any(imported == right or imported.startswith(right + ".") for right in ARROWS[group])
+            if not (inside or allowed or (imported == "glm_jax.hf_config" and "glm_jax.hf" in ARROWS[group])):
+                broken.append(f"{name_of(path)}:{line}: {group} must not import {imported}")
+    fail_on(broken)
+
+
+def test_only_experiments_and_configs_know_flags_and_configdicts():
+    broken = []
+    for path in source_files(("pallas_kernels", "data", "glm_jax")):
+        for line, imported in imports_of(path):
+            if imported.split(".")[0] in ("ml_collections", "absl"):
+                broken.append(f"{name_of(path)}:{line}: imports {imported}")
+    for path in source_files(("configs",)):
+        broken += [f"{name_of(path)}:{line}: imports {name}" for line, name in imports_of(path) if name.split(".")[0] == "absl"]
+    fail_on(broken)
+
+
+def test_tensorflow_and_torch_stay_out():
+    broken = []
+    for path in source_files(PRODUCT):
+        if name_of(path) not in HEAVY_ALLOWED:
+            broken += [f"{name_of(path)}:{line}: imports {n}" for line, n in imports_of(path) if n.split(".")[0] in HEAVY]
+    fail_on(broken)
+
+
+# --- sizes and names ---
+
+
+def test_no_file_is_too_long():
+    broken = []
+    for path in source_files(TOP):
+        lines = len(path.read_text("utf-8").splitlines())
+        entry = path.parent == ROOT / "experiments" and 'if __name__ == "__main__"' in path.read_text("utf-8")
+        limit = MAX_ENTRY_LINES if entry else MAX_FILE_LINES
+        if lines > limit:
+            broken.append(f"{name_of(path)}: {lines} lines, at most {limit}")
+    fail_on(broken)
+
+
+def test_no_function_is_too_long():
+    broken = []
+    for path in source_files(TOP):
+        if path.name == "kernel.py":
+            continue
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                if lines > MAX_FUNCTION_LINES:
+                    broken.append(f"{name_of(path)}:{node.lineno}: {node.name} has {lines} lines, at most {MAX_FUNCTION_LINES}")
+    fail_on(broken)
+
+
+def test_file_names_say_something():
+    broken = []
+    for path in source_files(TOP):
+        words = path.relative_to(ROOT).with_suffix("").parts
+        if any(re.search(r"(^|_)(utils?|common|helpers?|misc|v\d+|new|old)$", word) for word in words):
+            broken.append(name_of(path))
+    fail_on(broken)
+
+
+def test_no_broad_except():
+    broken = []
+    for path in source_files(PRODUCT):
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.ExceptHandler) and name_of(path) not in BROAD_EXCEPT_ALLOWED:
+                caught = {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)} if node.type else {"BaseException"}
+                if caught & {"Exception", "BaseException"}:
+                    broken.append(f"{name_of(path)}:{node.lineno}: broad except")
+    fail_on(broken)
+
+
+def test_no_workplace_in_a_file():
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    place = re.compile(r"(?<![\w.:/])/(home|Users|root|work|farm)/\w|/tmp/\w+/|(?<!\w)\.\./shared/")
+    broken = []
+    for name in listed.stdout.splitlines():
+        path = ROOT / name
+        if path.is_file() and path.suffix in {".py", ".md", ".toml", ".txt", ".ipynb", ".json", ".csv", ".cfg", ".yaml", ""}:
+            for number, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), 1):
+                if place.search(line) and path != pathlib.Path(__file__):
+                    broken.append(f"{name}:{number}: {place.search(line).group()}")
+    fail_on(broken)
+
+
+# --- configs ---
+
+
+def config_classes():
+    from data.curation import CurateConfig
+    from experiments.entry import SECTIONS
+
+    return {**SECTIONS, "curate": CurateConfig}
+
+
+@pytest.mark.parametrize("path", sorted(p for p in (ROOT / "configs").glob("*.py") if p.name != "__init__.py"), ids=lambda p: p.stem)
+def test_every_key_of_a_config_is_a_field(path):
+    from experiments import entry
+
+    module = importlib.import_module(f"configs.{path.stem}")
+    config = module.get_config()
+    assert module.__doc__ and "python -m experiments." in module.__doc__, "its docstring gives the command"
+    if "model" in config:
+        assert isinstance(entry.run_config(config), entry.RunConfig)
+    else:
+        assert config_classes()["curate"](**config.to_dict())
+
+
+def test_configs_have_no_defaults():
+    broken = []
+    for cls in config_classes().values():
+        for field in dataclasses.fields(cls):
+            if not (field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING):
+                broken.append(f"{cls.__name__}.{field.name} has a default")
+    for path in source_files(PRODUCT):
+        for node in ast.walk(tree_of(path)):
+            if not isinstance(node, ast.Call):
+                continue
+            method = node.func.attr if isinstance(node.func, ast.Attribute) else None
+            receiver = ast.unparse(node.func.value if method else node.args[0]) if method or node.args else ""
+            function = node.func.id if isinstance(node.func, ast.Name) else None
+            of_config = receiver.split(".")[-1].strip("_").lower().endswith(("config", "cfg"))
+            if of_config and ((method == "get" and len(node.args) > 1) or (function == "getattr" and len(node.args) > 2)):
+                broken.append(f"{name_of(path)}:{node.lineno}: hidden default, {ast.unparse(node)}")
+    fail_on(broken)
+
+
+def test_every_config_key_is_read():
+    """A field counts as read where it is taken from something called like a config, outside of the class's own checks."""
+    reads = set()
+    receivers = {*config_classes(), "config", "_config"}
+    for path in source_files(("glm_jax", "data")):
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                receiver = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", None)
+                if receiver in receivers:
+                    reads.add(node.attr)
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
+                reads |= set(read_by_properties(node))
+    broken = []
+    for section, cls in config_classes().items():
+        if section == "mesh":
+            continue  # read as getattr(config, axis) for axis in MESH_AXES
+        broken += [f"{section}.{field.name} is read nowhere" for field in dataclasses.fields(cls) if field.name not in reads]
+    fail_on(broken)
+
+
+def read_by_properties(class_node):
+    """Fields of a config class that its own properties read."""
+    for function in class_node.body:
+        if isinstance(function, ast.FunctionDef) and any(isinstance(d, ast.Name) and d.id == "property" for d in function.decorator_list):
+            for node in ast.walk(function):
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+                    yield node.attr
+
+
+def test_mesh_config_has_the_mesh_axes():
+    from glm_jax.sharding import MESH_AXES, MeshConfig
+
+    assert tuple(f.name for f in dataclasses.fields(MeshConfig)) == MESH_AXES
+
+
+# --- requirements ---
+
+
+def requirements(name):
+    """Distribution -> reason."""
+    found = {}
+    for line in (ROOT / name).read_text("utf-8").splitlines():
+        line, _, reason = line.partition("#")  # noqa: PLW2901
+        if line.strip() and not line.startswith("-r"):
+            found[re.match(r"[\w.-]+", line.strip()).group().lower()] = reason.strip()
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in ROOT.glob("requirements*.txt")))
+def test_every_requirement_has_its_reason(name):
+    fail_on([f"{name}: {distribution} has no reason" for distribution, reason in requirements(name).items() if not reason])
+
+
+def test_requirements_are_what_is_imported():
+    direct, dev, used, broken = requirements("requirements.txt"), requirements("requirements-dev.txt"), set(), []
+    for path in source_files(PRODUCT):
+        for line, imported in imports_of(path):
+            package = imported.split(".")[0]
+            if package in TOP or package in sys.stdlib_module_names:
+                continue
+            distribution = DISTRIBUTION_OF.get(package, package.replace("_", "-")).lower()
+            used.add(distribution)
+            if distribution not in (direct | dev if name_of(path) in DEV_ALLOWED else direct):
+                broken.append(f"{name_of(path)}:{line}: {distribution} is not in requirements.txt")
+    broken += [f"requirements.txt: nothing imports {distribution}" for distribution in direct.keys() - used]
+    fail_on(broken)
+
+
+# --- what the README and the docstrings promise ---
+
+
+def documents():
+    """(name, text) of README, Makefile and every docstring that gives commands."""
+    for name in ("README.md", "Makefile"):
+        yield name, (ROOT / name).read_text("utf-8")
+    for path in source_files(("configs", "experiments")):
+        yield name_of(path), ast.get_docstring(tree_of(path)) or ""
+
+
+def test_every_command_named_exists():
+    broken = []
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    for name, text in documents():
+        for module, arguments in re.findall(r"python3? -m experiments\.(\w+)((?:[^\n`]|\\\n)*)", text):
+            path = ROOT / "experiments" / f"{module}.py"
+            if not path.is_file():
+                broken.append(f"{name}: there is no experiments/{module}.py")
+                continue
+            flags = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', path.read_text("utf-8"))) | {"help"}
+            broken += [f"{name}: experiments.{module} has no --{f}" for f in re.findall(r"--(\w+)", arguments) if f not in flags]
+        wanted = re.findall(r"(?:`|^\s*|\$ )make ([a-z-]+)", text, re.MULTILINE)
+        broken += [f"{name}: no make target {target}" for target in wanted if target not in targets]
+    fail_on(broken)
+
+
+def test_every_path_that_the_readme_names_exists():
+    text = (ROOT / "README.md").read_text("utf-8")
+    named = set(re.findall(r"\]\(([^)#]+)\)", text))
+    for quoted in re.findall(r"`([^`\n]+)`", text) + re.findall(r"```.*?\n(.*?)```", text, re.DOTALL):
+        named |= set(re.findall(r"(?<![\w./=-])((?:[\w.-]+/)+[\w.*-]*|[\w-]+\.(?:py|md|txt|toml|ipynb|png|csv))(?![\w/])", quoted))
+    tops = {p.name for p in ROOT.iterdir()} - {"runs"}
+    broken = []
+    for path in sorted(named):
+        ours = path.split("/")[0] in tops
+        if "://" in path or not ours or re.search(r"\b(W|DIR|NAME|runs)\b", path):
+            continue
+        if not any(ROOT.glob(path.rstrip("/"))) and not any(ROOT.glob(f"*/{path.rstrip('/')}")):
+            broken.append(f"README.md: {path} does not exist")
+    fail_on(broken)

@@ -1,0 +1,69 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.entry import run_config
+from glm_jax.train.state import Trainee
+from glm_jax.train.step import Knobs, compile_step, gradients, map_routers
+
+ROWS, LENGTH = 4, 32
+
+
+@pytest.fixture
+def trainee(toy_config):
+    run = run_config(toy_config)
+    return Trainee.create(run.model, run.optimizer)
+
+
+def batch_of(microbatches: int) -> dict:
+    rng = np.random.default_rng(0)
+    shape = (microbatches, ROWS * 2 // microbatches, LENGTH)
+    tokens, targets = rng.integers(0, 300, (2, *shape)).astype(np.int32)
+    segments = np.broadcast_to(1 + np.arange(LENGTH) // 20, shape).astype(np.int32)
+    positions = np.broadcast_to(np.arange(LENGTH) % 20, shape).astype(np.int32)
+    weights = rng.integers(0, 2, shape).astype(np.float32)
+    return {"tokens": tokens, "targets": targets, "segment_ids": segments, "positions": positions, "loss_weights": weights}
+
+
+def knobs(microbatches: int, rate: float = 1e-3) -> Knobs:
+    return Knobs(jnp.int32(microbatches), jnp.float32(rate), jnp.float32(0.3), jnp.float32(1e-3))
+
+
+def test_two_microbatches_equal_one_batch_and_a_third_empty_one_changes_nothing(trainee):
+    state = trainee.initial_state(jax.random.key(0))
+    compute = jax.jit(lambda batch, knobs: gradients(trainee, state, batch, knobs, 1e-4))
+    whole = compute(batch_of(1), knobs(1))
+    halves = batch_of(2)
+    padded = jax.tree.map(lambda x: np.concatenate([x, x[:1]]), halves)  # the third is not to be read
+    for parts in (compute(halves, knobs(2)), compute(padded, knobs(2))):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), whole, parts)
+
+
+def test_changing_knobs_compiles_nothing(trainee):
+    step = compile_step(trainee, 1e-4)
+    state = trainee.initial_state(jax.random.key(0))
+    for microbatches, rate in ((1, 1e-3), (2, 5e-4)):
+        state, _ = step(state, batch_of(2), knobs(microbatches, rate))
+    assert step._cache_size() == 1
+
+
+def test_clipping_scales_every_gradient_by_one_factor(trainee):
+    state = trainee.initial_state(jax.random.key(0))
+    momenta = []
+    for limit in (0.0, 0.01):
+        clipped = dataclasses.replace(trainee, max_grad_norm=limit)
+        new, metrics = compile_step(clipped, 1e-4)(jax.tree.map(jnp.copy, state), batch_of(1), knobs(1))
+        momenta.append([x for x in jax.tree.leaves(new.opt_state) if x.ndim > 2])
+    factor = 0.01 / float(metrics["grad_norm"])
+    assert factor < 0.1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a * factor, b, rtol=1e-4, atol=1e-9), *momenta)
+
+
+def test_registry_walks_all_routers_trunk_first_then_mtp():
+    router = {"moe_layers": {"b": jnp.zeros((2, 4))}, "mtp": {"b": jnp.zeros(4)}}
+    seen = map_routers(lambda table: table + jnp.arange(3.0)[:, None], router)
+    np.testing.assert_array_equal(seen["moe_layers"]["b"], [[0] * 4, [1] * 4])
+    np.testing.assert_array_equal(seen["mtp"]["b"], [2] * 4)
