@@ -18,7 +18,9 @@ def get_config() -> ConfigDict:
     model.num_layers = 8
     model.num_mtp_layers = 0  # transformers does not train it
     model.dense_ffn_size = 768
+    model.expert_ffn_size = 128
     model.num_heads = 8
+    model.head_size = 64
     config.optimizer.name = "adamw"
     config.data.batch_size = 4
     config.data.virtual_shards = 4

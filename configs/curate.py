@@ -30,6 +30,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.vocab_size = 4096
     # The tokenizer is trained on about so many bytes of the train split.
     config.tokenizer_train_bytes = 10_000_000
+    # Longer files of the train split become several documents, cut at line ends; 0: whole files.
+    config.max_document_bytes = 4096
     # Number of files of each split.
     config.train_shards = 4
     config.held_out_shards = 1

@@ -14,14 +14,14 @@ def get_config() -> ConfigDict:
 
     model = config.model
     model.vocab_size = 4096
-    model.hidden_size = 192
-    model.num_layers = 5
+    model.hidden_size = 128
+    model.num_layers = 4
     model.num_dense_layers = 1
-    model.dense_ffn_size = 512
-    model.expert_ffn_size = 128
-    model.num_heads = 6
+    model.dense_ffn_size = 384
+    model.expert_ffn_size = 64
+    model.num_heads = 8
     model.num_kv_heads = 2
-    model.head_size = 64
+    model.head_size = 32
     model.max_length = 512
     model.num_experts = 16
     model.num_experts_per_token = 4
@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     config.optimizer.ns_dtype = "float32"
 
     schedule = config.schedule
-    schedule.total_tokens = 614_400
+    schedule.total_tokens = 1_228_800  # 600 steps
     schedule.learning_rate = 1e-2
     schedule.final_learning_rate = 5e-4
     schedule.warmup_tokens = 40_000
@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     schedule.first_microbatches = 1
     schedule.last_microbatches = 1
     schedule.batch_ramp_tokens = 0
-    schedule.bias_rate = 1e-2  # a short run has few steps to balance in
+    schedule.bias_rate = 5e-3  # a short run has few steps to balance in
     schedule.late_bias_rate = schedule.bias_rate
     schedule.late_mtp_weight = schedule.mtp_weight
     schedule.switch_tokens = schedule.total_tokens

@@ -39,6 +39,8 @@ class CurateConfig:
     tokenizer_path: a tokenizer.json to use, or '' to train one on the train split.
     vocab_size: of a trained tokenizer, special tokens included.
     tokenizer_train_bytes: train the tokenizer on about so much text of the train split.
+    max_document_bytes: longer files of the train split become several documents, cut at line ends; 0: whole files. Packing
+        reads a document in one go, so where a corpus is small against its longest files, batches would be all of a few files.
     train_shards, held_out_shards: number of files of each split.
     """
 
@@ -51,6 +53,7 @@ class CurateConfig:
     tokenizer_path: str
     vocab_size: int
     tokenizer_train_bytes: int
+    max_document_bytes: int
     train_shards: int
     held_out_shards: int
 
@@ -63,6 +66,8 @@ class CurateConfig:
         for name in ("tokenizer_train_bytes", "train_shards", "held_out_shards"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; valid: 1 or more")
+        if self.max_document_bytes < 0:
+            raise ValueError(f"max_document_bytes={self.max_document_bytes}; valid: 0 (whole files) or more")
 
 
 def curate(config: CurateConfig, output: str | pathlib.Path, progress: bool) -> Manifest:
@@ -81,6 +86,7 @@ def curate(config: CurateConfig, output: str | pathlib.Path, progress: bool) -> 
     with _folder_in_one_piece(output) as folder:
         tokenizer = _make_tokenizer(config, train)
         (folder / "tokenizer.json").write_text(tokenizer.to_json(), "utf-8")
+        train = [piece for document in train for piece in _in_pieces(document, config.max_document_bytes)]
         num_bytes = sum(len(document.content) for document in documents)
         with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="tokenize", disable=not progress) as bar:
             train_split = Split(_write_shards(folder, "train", train, config.train_shards, tokenizer, bar))
@@ -141,6 +147,18 @@ def _split(documents: Sequence[Document], config: CurateConfig) -> tuple[list[Do
                 f"fewer than its {num_shards} shards"
             )
     return list(train), held_out
+
+
+def _in_pieces(document: Document, max_bytes: int) -> list[Document]:
+    """The document, or pieces of at most max_bytes cut at line ends (a longer line is a piece of its own), as path:1, path:2, ..."""
+    if not max_bytes or len(document.content) <= max_bytes:
+        return [document]
+    pieces = [b""]
+    for line in document.content.splitlines(keepends=True):
+        if pieces[-1] and len(pieces[-1]) + len(line) > max_bytes:
+            pieces.append(b"")
+        pieces[-1] += line
+    return [dataclasses.replace(document, path=f"{document.path}:{i}", content=piece) for i, piece in enumerate(pieces, 1)]
 
 
 def _corpus_digest(documents: Sequence[Document]) -> str:

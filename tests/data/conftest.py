@@ -15,6 +15,7 @@ CURATE = dict(
     tokenizer_path="",
     vocab_size=500,
     tokenizer_train_bytes=1_000_000,
+    max_document_bytes=0,
     train_shards=3,
     held_out_shards=2,
 )

@@ -49,6 +49,25 @@ def test_every_decodable_file_is_in_one_split_with_its_exact_bytes(dataset, corp
         assert document.num_bytes == len(content) and document.is_code == path.endswith(".py")
 
 
+def test_long_train_files_are_cut_at_line_ends_and_held_out_ones_stay_whole(dataset, curate_config, tmp_path):
+    whole = documents_of(dataset)
+    limit = 200
+    curate(dataclasses.replace(curate_config, max_document_bytes=limit), tmp_path / "out", progress=False)
+    cut = documents_of(tmp_path / "out")
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    texts = {}
+    for piece in cut["train"]:
+        text = tokenizer.decode(piece.ids)
+        assert len(text.encode()) == piece.num_bytes
+        assert piece.num_bytes <= limit or "\n" not in text[:-1]
+        name, *number = piece.path.split(":")
+        texts.setdefault(name, {})[int(number[0]) if number else 1] = text
+    joined = {name: "".join(text for _, text in sorted(pieces.items())) for name, pieces in texts.items()}
+    assert joined == {d.path: tokenizer.decode(d.ids) for d in whole["train"]}
+    assert max(len(pieces) for pieces in texts.values()) > 2
+    assert [d.path for d in cut["held_out"]] == [d.path for d in whole["held_out"]]
+
+
 def test_manifest_counts_what_is_there(dataset):
     manifest = load_manifest(dataset, verify_checksums=True)
     for name, documents in documents_of(dataset).items():
