@@ -31,7 +31,7 @@ def ours(run, optimizer: str):
     batch = {"tokens": tokens[..., :-1], "targets": tokens[..., 1:], "positions": positions}
     batch |= {"segment_ids": jnp.ones_like(positions), "loss_weights": jnp.ones(positions.shape, jnp.float32)}
     knobs = Knobs(jnp.int32(1), jnp.float32(LEARNING_RATE), jnp.float32(0), jnp.float32(run.schedule.bias_rate))
-    step = compile_step(trainee, run.schedule.balance_weight)
+    step = compile_step(trainee, run.schedule.balance_weight, mesh)
     state = trainee.create_state(mesh, run.loop.seed)
 
     def one():

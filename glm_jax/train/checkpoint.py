@@ -41,8 +41,9 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
         try:
             restored = self.manager.restore(step, args=args)
-        except (ValueError, KeyError, FileNotFoundError, TypeError) as error:
-            raise ValueError(f"checkpoint {self.folder / str(step)} does not fit this config or is damaged: {error}") from error
+        except Exception as error:  # Orbax raises bare Exception for an array that it cannot read
+            reason = (str(error).splitlines() or [""])[0][:200]
+            raise ValueError(f"checkpoint {self.folder / str(step)} does not fit this config or is damaged: {reason}") from error
         return restored.state, restored.data
 
     def wait(self):

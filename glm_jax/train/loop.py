@@ -148,6 +148,8 @@ def write_config(workdir: pathlib.Path, config_json: str):
     path = workdir / "config.json"
     if path.exists():
         old, new = json.loads(path.read_text()), json.loads(config_json)
+        if old.keys() != new.keys():
+            raise ValueError(f"{workdir} holds no run of experiments.train: its config.json has {', '.join(old)}; use another --workdir")
         for section in ("model", "data", "optimizer"):
             for key in sorted(old[section].keys() | new[section].keys()):
                 before, now = old[section].get(key), new[section].get(key)
@@ -174,7 +176,7 @@ class _Run:
         self.mesh, self.first = mesh, first
         self.is_main = jax.process_index() == 0
         self.recorder = Recorder(workdir, first) if self.is_main else None
-        self.step_function = compile_step(trainee, config.schedule.balance_weight)
+        self.step_function = compile_step(trainee, config.schedule.balance_weight, mesh)
         self.evaluator = Evaluator(config.model, mesh, held_out_batches(
             config.data, jax.process_index(), jax.process_count(), config.loop.eval_batches or None))  # fmt: skip
         self.sampler = Sampler(config.model, tokenizer, config.loop)

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from glm_jax import losses
 from glm_jax.optim.optimizer import group_rms
@@ -122,10 +123,11 @@ def map_routers(function, router):
     return treedef.unflatten(parts)
 
 
-def compile_step(trainee: Trainee, balance_weight: float):
-    """The jitted step; donates the state. Call it under jax.set_mesh."""
+def compile_step(trainee: Trainee, balance_weight: float, mesh: Mesh):
+    """The jitted step; donates the state, and returns it placed as it came. Call it under jax.set_mesh."""
 
     def step(state, batch, knobs):
         return train_step(trainee, balance_weight, state, batch, knobs)
 
-    return jax.jit(step, donate_argnums=0)
+    placed = jax.tree.map(lambda x: x.sharding, trainee.abstract_state(mesh))
+    return jax.jit(step, donate_argnums=0, out_shardings=(placed, None))

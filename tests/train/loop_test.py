@@ -73,6 +73,21 @@ def test_a_run_writes_what_the_design_says_and_resumes_bit_for_bit(toy_config, u
     assert [r["loss"] for r in records(stopped)] == [r["loss"] for r in whole]
 
 
+def test_a_damaged_checkpoint_is_named_and_nothing_is_overwritten(toy_config, undisturbed):
+    files = sorted((p for p in (undisturbed / "checkpoints" / "6").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    files[-1].write_bytes(files[-1].read_bytes()[:1000])
+    before = {p: p.read_bytes() for p in undisturbed.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=r"checkpoint .*checkpoints/6 does not fit this config or is damaged"):
+        train(toy_config, undisturbed)
+    assert {p: p.read_bytes() for p in undisturbed.rglob("*") if p.is_file()} == before
+
+
+def test_a_run_continues_only_with_its_own_model(toy_config, undisturbed):
+    toy_config.model.expert_ffn_size = 24
+    with pytest.raises(ValueError, match=r"was started with model.expert_ffn_size=16, not 24; use another --workdir"):
+        train(toy_config, undisturbed)
+
+
 def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_good_checkpoint(toy_config, tmp_path, monkeypatch):
     point = loop.Schedule.__getitem__
 

@@ -48,7 +48,7 @@ def run_steps(trainee: Trainee, initial, sizes) -> dict[bool, list]:
     batch = batch_of(trainee.config.vocab_size)
     batch = {n: jax.device_put(x, named(mesh, (None, "batch", "length"))) for n, x in batch.items()}
     knobs = Knobs(jnp.int32(1), jnp.float32(2e-3), jnp.float32(0.3), jnp.float32(1e-3))
-    step, out = compile_step(trainee, 1e-4), {}
+    step, out = compile_step(trainee, 1e-4, mesh), {}
     for one_expert in (False, True):
         state = initial
         if one_expert:  # every token chooses expert 0
@@ -60,6 +60,7 @@ def run_steps(trainee: Trainee, initial, sizes) -> dict[bool, list]:
             for _ in range(STEPS):
                 state, metrics = step(state, batch, knobs)
                 out[one_expert].append(jax.device_get((metrics, state.params, state.router, state.opt_state)))
+    assert step._cache_size() == 1, "a state that comes back placed otherwise compiles the step anew"
     return out
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.entry import run_config
+from glm_jax.sharding import MeshConfig, make_mesh
 from glm_jax.train.state import Trainee
 from glm_jax.train.step import Knobs, compile_step, gradients, map_routers
 
@@ -16,6 +17,11 @@ ROWS, LENGTH = 4, 32
 def trainee(toy_config):
     run = run_config(toy_config)
     return Trainee.create(run.model, run.optimizer)
+
+
+@pytest.fixture
+def mesh():
+    return make_mesh(MeshConfig(data=1, fsdp=1, expert=1, context=1, tensor=1), jax.devices()[:1])
 
 
 def batch_of(microbatches: int) -> dict:
@@ -42,20 +48,20 @@ def test_two_microbatches_equal_one_batch_and_a_third_empty_one_changes_nothing(
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), whole, parts)
 
 
-def test_changing_knobs_compiles_nothing(trainee):
-    step = compile_step(trainee, 1e-4)
-    state = trainee.initial_state(jax.random.key(0))
+def test_changing_knobs_compiles_nothing(trainee, mesh):
+    step = compile_step(trainee, 1e-4, mesh)
+    state = trainee.create_state(mesh, 0)
     for microbatches, rate in ((1, 1e-3), (2, 5e-4)):
         state, _ = step(state, batch_of(2), knobs(microbatches, rate))
     assert step._cache_size() == 1
 
 
-def test_clipping_scales_every_gradient_by_one_factor(trainee):
-    state = trainee.initial_state(jax.random.key(0))
+def test_clipping_scales_every_gradient_by_one_factor(trainee, mesh):
+    state = trainee.create_state(mesh, 0)
     momenta = []
     for limit in (0.0, 0.01):
         clipped = dataclasses.replace(trainee, max_grad_norm=limit)
-        new, metrics = compile_step(clipped, 1e-4)(jax.tree.map(jnp.copy, state), batch_of(1), knobs(1))
+        new, metrics = compile_step(clipped, 1e-4, mesh)(jax.tree.map(jnp.copy, state), batch_of(1), knobs(1))
         momenta.append([x for x in jax.tree.leaves(new.opt_state) if x.ndim > 2])
     factor = 0.01 / float(metrics["grad_norm"])
     assert factor < 0.1
