@@ -25,7 +25,7 @@ from glm_jax.train.metrics import read_metrics
 
 KILLS = flags.DEFINE_integer("kills", 20, "SIGKILLs before the run is left to end.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
-STEPS, TOKENS = 60, 8 * 64
+STEPS, TOKENS = 800, 8 * 64
 MEASURED = {"tokens_per_second", "mfu"}
 
 
@@ -33,8 +33,8 @@ def command(data: pathlib.Path, workdir: pathlib.Path) -> list[str]:
     overrides = {f"model.{key}": value for key, value in toy.MODEL.items()}
     overrides |= {
         "data.paths": (str(data),), "data.sequence_length": 64, "schedule.total_tokens": STEPS * TOKENS,
-        "schedule.decay_tokens": STEPS * TOKENS, "schedule.warmup_tokens": TOKENS, "loop.checkpoint_every": 2,
-        "loop.eval_every": 20, "loop.eval_batches": 1, "loop.sample_every": 0,
+        "schedule.decay_tokens": STEPS * TOKENS, "schedule.warmup_tokens": TOKENS, "loop.checkpoint_every": 4,
+        "loop.eval_every": 100, "loop.eval_batches": 1, "loop.sample_every": 0,
     }  # fmt: skip
     flags_ = [f"--config.{key}={value}" for key, value in overrides.items()]
     return [sys.executable, "-m", "experiments.train", "--config=configs/tiny.py", f"--workdir={workdir}", "--noprogress", *flags_]
