@@ -63,7 +63,8 @@ def kill_once(arguments: list[str], workdir: pathlib.Path, *, inside_save: bool,
         return None
     process.kill()
     process.wait()
-    return "inside a save" if list((workdir / "checkpoints").glob("*tmp*")) else "outside a save"
+    half_written = set((workdir / "checkpoints").glob("*tmp*")) - before  # without what an earlier kill left
+    return "inside a save" if half_written else "outside a save"
 
 
 def main(argv: list[str]):
