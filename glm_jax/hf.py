@@ -28,7 +28,7 @@ from flax import nnx
 from glm_jax.config import DTYPES, ModelConfig, check_choice
 from glm_jax.hf_config import config_from_hf, config_to_hf
 from glm_jax.model.layers import axes_of
-from glm_jax.model.transformer import GLM
+from glm_jax.model.transformer import abstract_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 END_OF_TEXT = "<|endoftext|>"  # also what GLM-4.5 pads with
@@ -62,11 +62,6 @@ class Tensor:
     float32: bool  # whatever the folder's type
     copy: bool  # of a tensor that stands in the table by itself
     layer: int  # only for the order in the folder
-
-
-def abstract_model(config: ModelConfig) -> GLM:
-    """The model with shapes in place of arrays; `nnx.merge(nnx.graphdef(model), state)` gives a real one."""
-    return nnx.eval_shape(lambda: GLM(config, rngs=nnx.Rngs(0)))
 
 
 @functools.lru_cache(maxsize=8)

@@ -133,6 +133,11 @@ class GLM(nnx.Module):
         return jnp.einsum("bld,dv->blv", h_BLD, weight, preferred_element_type=jnp.float32)
 
 
+def abstract_model(config: ModelConfig) -> GLM:
+    """The model with shapes in place of arrays; `nnx.merge(nnx.graphdef(model), state)` gives a real one."""
+    return nnx.eval_shape(lambda: GLM(config, rngs=nnx.Rngs(0)))
+
+
 def stack(config: ModelConfig, *, moe: bool, count: int, rngs: nnx.Rngs) -> Layer | None:
     """`count` layers whose parameters carry a leading `layers` dimension."""
     if count == 0:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from glm_jax import sharding
 from glm_jax.config import ModelConfig
+from glm_jax.model import transformer
 from glm_jax.model.layers import axes_of
 from glm_jax.model.moe import RouterBias
 from glm_jax.model.transformer import GLM
@@ -37,7 +38,7 @@ class TrainState:
 @functools.lru_cache(maxsize=8)
 def abstract_model(config: ModelConfig):
     """(graphdef, parameters, router biases) of a model that is never allocated; nnx.States of ShapeDtypeStructs."""
-    return nnx.split(nnx.eval_shape(lambda: GLM(config, rngs=nnx.Rngs(0))), nnx.Param, RouterBias)
+    return nnx.split(transformer.abstract_model(config), nnx.Param, RouterBias)
 
 
 def build_model(config: ModelConfig, params, router) -> GLM:

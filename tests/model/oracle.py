@@ -29,8 +29,6 @@ TINY = {
     "compute_dtype": "float32", "remat": "none", "attention": "xla", "grouped_matmul": "batched",
     "scan_layers": True,
 }  # fmt: skip
-# XLA:CPU compiles these programs five times faster so, and they run for milliseconds.
-FAST_COMPILE = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}
 RUNTIME = {name: TINY[name] for name in RUNTIME_FIELDS}
 
 

@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 
 from glm_jax import hf, losses
+from glm_jax.train.state import FAST_COMPILE
 from pallas_kernels.attention import blocked
-from tests.model.oracle import FAST_COMPILE, Oracle, random_state, tiny_config, to_jax
+from tests.model.oracle import Oracle, random_state, tiny_config, to_jax
 
 CASES = {  # the implementations are spread over the cases: each must equal the oracle
     "qk_norm": {"qk_norm": True, "grouped_matmul": "batched", "attention": "xla"},

@@ -1,4 +1,4 @@
-"""Kills a training run with SIGKILL at random moments, half of them inside a save, and compares it with an undisturbed one.
+"""Kills a training run with SIGKILL at random moments, half of them aimed into a save, and compares it with an undisturbed one.
 
     PYTHONPATH=tests:. python tests/train/kills.py --kills=20
 
@@ -21,12 +21,10 @@ from absl import app, flags
 
 from configs import curate as curate_config
 from data.curation import CurateConfig, curate
-from glm_jax.train.metrics import read_metrics
 
 KILLS = flags.DEFINE_integer("kills", 20, "SIGKILLs before the run is left to end.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
 STEPS, TOKENS = 800, 8 * 64
-MEASURED = {"tokens_per_second", "mfu"}
 
 
 def command(data: pathlib.Path, workdir: pathlib.Path) -> list[str]:
@@ -38,10 +36,6 @@ def command(data: pathlib.Path, workdir: pathlib.Path) -> list[str]:
     }  # fmt: skip
     flags_ = [f"--config.{key}={value}" for key, value in overrides.items()]
     return [sys.executable, "-m", "experiments.train", "--config=configs/tiny.py", f"--workdir={workdir}", "--noprogress", *flags_]
-
-
-def losses(workdir: pathlib.Path) -> list[dict]:
-    return [{k: v for k, v in record.items() if k not in MEASURED} for record in read_metrics(workdir)]
 
 
 def kill_once(arguments: list[str], workdir: pathlib.Path, *, inside_save: bool, rng: random.Random) -> str | None:
@@ -85,10 +79,10 @@ def main(argv: list[str]):
             if where is None:
                 raise RuntimeError(f"the run ended after {kills} kills: give it more steps")
             kills += 1
-            steps = len(losses(killed)) if (killed / "metrics.jsonl").exists() else 0
+            steps = len(toy.records(killed)) if (killed / "metrics.jsonl").exists() else 0
             print(f"kill {kills}: {where}, {steps} steps recorded", flush=True)
         subprocess.run(command(root / "data", killed), check=True)
-        expected, found = losses(undisturbed), losses(killed)
+        expected, found = toy.records(undisturbed), toy.records(killed)
     differences = [a["step"] for a, b in zip(expected, found, strict=False) if a != b]
     if len(expected) != STEPS or len(found) != STEPS:
         raise RuntimeError(f"{len(expected)} and {len(found)} steps recorded, {STEPS} expected")
