@@ -109,3 +109,9 @@ def constrain(x: jax.Array, *axes) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def is_split(axis: str) -> bool:
+    """Whether the current mesh splits this logical axis over more than one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and math.prod(mesh.shape[a] for a in RULES[axis]) > 1

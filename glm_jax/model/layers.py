@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from glm_jax.config import ModelConfig
-from glm_jax.sharding import spec
+from glm_jax.sharding import is_split, spec
 
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init) -> nnx.Param:
@@ -43,7 +43,10 @@ class Linear(nnx.Module):
         self.bias = param(rngs, (size_out,), axes[1:], jax.nn.initializers.zeros) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.weight.astype(x.dtype)
+        # Rows as one dimension: the weight's gradient then contracts one dimension. Over two, XLA:CPU transposes dy first and
+        # fuses what made dy into that strided loop. A split length must stay a dimension of its own.
+        rows = x if is_split("length") else x.reshape(-1, x.shape[-1])
+        y = (rows @ self.weight.astype(x.dtype)).reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias.astype(x.dtype)
 
 

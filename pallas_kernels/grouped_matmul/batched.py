@@ -54,6 +54,18 @@ def _tiles(group_sizes_E, num_rows):
     return tile_ends[-1], group, starts[group] + slab + (tile - first_tile[group]) * TILE
 
 
+def _tile_rows(first, end, num_rows):
+    """Start of a tile within the rows, and which of its rows lie in [first, end): bool [tile, 1]."""
+    tile = min(TILE, num_rows)
+    start = jnp.minimum(first, num_rows - tile)
+    row = start + jnp.arange(tile)[:, None]
+    return start, (row >= first) & (row < end)
+
+
+def _rows(x_RD, start):
+    return lax.dynamic_slice_in_dim(x_RD, start, min(TILE, x_RD.shape[0]), 0)
+
+
 def _gather(x_RD, rows):
     """Rows of x, zeros where the index is R."""
     return x_RD.at[rows].get(mode="fill", fill_value=0)
@@ -69,11 +81,10 @@ def _product(x_RD, w_EDF, layout, tiles, *, transposed=False):
     count, groups, firsts = tiles
 
     def tile(i, y):
-        rows = firsts[i] + jnp.arange(TILE)
-        live = rows < ends[groups[i]]
-        rows = jnp.where(live, rows, num_rows)
+        start, live = _tile_rows(firsts[i], ends[groups[i]], num_rows)
         w_DF = lax.dynamic_index_in_dim(w_EDF, groups[i], 0, keepdims=False)
-        return y.at[rows].set(_gather(x_RD, rows) @ (w_DF.T if transposed else w_DF), mode="drop")
+        product = _rows(x_RD, start) @ (w_DF.T if transposed else w_DF)
+        return lax.dynamic_update_slice_in_dim(y, jnp.where(live, product, _rows(y, start)), start, 0)
 
     return lax.fori_loop(0, count, tile, y), slabs
 
@@ -94,9 +105,8 @@ def _backward(residuals, dy_RF):
     ends = layout[2]
 
     def tile(i, dw):
-        rows = firsts[i] + jnp.arange(TILE)
-        rows = jnp.where(rows < ends[groups[i]], rows, num_rows)
-        return dw.at[groups[i]].add(_gather(x_RD, rows).T @ _gather(dy_RF, rows))
+        start, live = _tile_rows(firsts[i], ends[groups[i]], num_rows)
+        return dw.at[groups[i]].add(jnp.where(live, _rows(x_RD, start), 0).T @ _rows(dy_RF, start))
 
     return dx, lax.fori_loop(0, count, tile, dw), None
 
