@@ -2,7 +2,7 @@
 
     python -m experiments.sweep --sweep=experiments/sweeps/muon_vs_adamw.py --workdir=W --data=DIR
 
-DIR: made by experiments.curate --config=configs/curate.py. Six runs of about 8 minutes each on two cores. Every run sees the same
+DIR: made by experiments.curate --config=configs/curate.py. Six runs of about 4 minutes each on two cores. Every run sees the same
 batches in the same order from the same initial weights; held-out loss, on the same 4,096 tokens, every 8 steps. results.md
 says after which share of the steps the best Muon run is where the best AdamW run ends.
 """
@@ -36,10 +36,10 @@ def _run(name: str, learning_rate: float) -> dict:
 
 
 RUNS = {
-    "muon_5e-3": _run("muon", 5e-3),
     "muon_1e-2": _run("muon", 1e-2),
     "muon_2e-2": _run("muon", 2e-2),
-    "adamw_1.5e-3": _run("adamw", 1.5e-3),
+    "muon_4e-2": _run("muon", 4e-2),
     "adamw_3e-3": _run("adamw", 3e-3),
     "adamw_6e-3": _run("adamw", 6e-3),
+    "adamw_1.2e-2": _run("adamw", 1.2e-2),
 }
