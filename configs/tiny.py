@@ -62,5 +62,5 @@ def get_config() -> ConfigDict:
     loop.sample_every = 200
     loop.sample_length = 96
     loop.sample_prompts = ("def add(", "import os\n\n\nclass ", "    def __init__(self, ")
-    loop.fim_prompts = ("class Point:\n    def __init__(self, x, y):\n|\n    def __repr__(self):\n        return repr((self.x, self.y))\n",)
+    loop.fim_prompts = ("    def test_close(self):\n        self.file.close()\n|        self.assertTrue(self.file.closed)\n",)
     return config
