@@ -11,7 +11,7 @@ from absl import flags
 from data.fim import fim_prompt
 from experiments import entry
 from glm_jax import load
-from glm_jax.infer.sampling import generate
+from glm_jax.infer.engine import SamplingParams, generate
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a run, or a Hugging Face folder with a tokenizer.json.")
 PROMPT = flags.DEFINE_string("prompt", None, r"Text to continue; \n stands for a line break.")
@@ -34,11 +34,10 @@ def main(argv: list[str]):
     else:
         suffix = SUFFIX.value.replace("\\n", "\n")
         ids = fim_prompt(tokenizer, prompt, suffix)
-    new = generate(
-        model, ids, max_new_tokens=LENGTH.value, temperature=TEMPERATURE.value, top_p=TOP_P.value, seed=SEED.value,
-        stop=(tokenizer.eos_id,),
-    )  # fmt: skip
-    print(prompt + tokenizer.decode(new) + suffix)
+    params = SamplingParams(
+        max_new_tokens=LENGTH.value, temperature=TEMPERATURE.value, top_p=TOP_P.value, seed=SEED.value, stop_tokens=(tokenizer.eos_id,)
+    )
+    print(prompt + tokenizer.decode(generate(model, [ids], params)[0].text_tokens) + suffix)
 
 
 if __name__ == "__main__":

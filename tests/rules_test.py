@@ -29,7 +29,7 @@ ARROWS = {
     "glm_jax.infer": ("glm_jax.config", "glm_jax.sharding", "glm_jax.model"),
     "glm_jax.train": (
         "glm_jax.config", "glm_jax.sharding", "glm_jax.model", "glm_jax.losses", "glm_jax.optim", "data",
-        "glm_jax.infer.sampling",  # samples during training
+        "glm_jax.infer.engine",  # samples during training
     ),
     "glm_jax.hf": ("glm_jax.config", "glm_jax.model"),
     "glm_jax.pod": ("glm_jax.config", "glm_jax.sharding", "glm_jax.train"),

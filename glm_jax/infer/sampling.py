@@ -1,80 +1,90 @@
-"""Sampling a continuation with a key-value cache: one prompt, or a few of equal length."""
+"""Drawing the next token of every row, by the row's own parameters and seed."""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-
-from glm_jax.model.cache import Cache
-from glm_jax.model.transformer import GLM
-
-PROMPT_BUCKET = 64  # prompts are padded on the left to a multiple of this, so that few lengths compile
 
 
-def generate(
-    model: GLM, prompt: list[int], *, max_new_tokens: int, temperature: float, top_p: float, seed: int, stop: tuple[int, ...]
-) -> list[int]:
-    """New token ids after the prompt, up to and without the first of `stop`, at most max_new_tokens.
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How one request is continued."""
 
-    temperature 0 takes the most likely token. top_p keeps the smallest set of tokens whose probability reaches it.
-    Raises ValueError for an empty prompt, one that leaves no room in the context, or parameters out of range.
-    """
-    room = model.config.max_length - len(prompt)
-    if not prompt or room < 1:
-        raise ValueError(f"prompt of {len(prompt)} tokens: must be 1..{model.config.max_length - 1}, the context less one")
-    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-        raise ValueError(f"temperature={temperature} must be >= 0, top_p={top_p} in (0, 1], max_new_tokens={max_new_tokens} >= 1")
-    if max(prompt) >= model.config.vocab_size or min(prompt) < 0:
-        raise ValueError(f"prompt holds token {max(prompt)}, the vocabulary has {model.config.vocab_size}")
-    max_new_tokens = min(max_new_tokens, room)
-    pad = -len(prompt) % PROMPT_BUCKET
-    tokens = jnp.asarray([[0] * pad + prompt], jnp.int32)
-    graphdef, state = nnx.split(model)
-    stops = jnp.asarray(stop or (-1,), jnp.int32)
-    buckets = -(-max_new_tokens // PROMPT_BUCKET) * PROMPT_BUCKET
-    out, count = _generate(
-        graphdef, state, tokens, jnp.int32(pad), jnp.int32(max_new_tokens), stops, jnp.float32(temperature), jnp.float32(top_p),
-        jax.random.key(seed), buckets,
-    )  # fmt: skip
-    return out[: int(count)].tolist()
+    max_new_tokens: int
+    temperature: float = 1.0  # 0: always the most likely token
+    top_k: int = 0  # of the k most likely tokens only; 0: of all
+    top_p: float = 1.0  # nucleus: of the fewest tokens that together have this probability
+    seed: int = 0  # the same seed, prompt and weights give the same tokens, whatever else is in the batch
+    stop_tokens: tuple[int, ...] = ()  # ends with, and returns, any of these
+    stop_strings: tuple[str, ...] = ()  # ends where the text of the new tokens holds one of these
 
-
-@functools.partial(jax.jit, static_argnums=(0, 9))
-def _generate(graphdef, state, tokens_BL, pad, max_new_tokens, stops, temperature, top_p, key, capacity: int):
-    """(tokens [capacity], number of them before a stop). Padding is segment 0, the prompt and its continuation segment 1."""
-    model = nnx.merge(graphdef, state)
-    batch, length = tokens_BL.shape
-    index = jnp.arange(length)[None]
-    segment_ids = jnp.broadcast_to((index >= pad).astype(jnp.int32), tokens_BL.shape)
-    positions = jnp.maximum(index - pad, 0)
-    out = model.trunk(tokens_BL, segment_ids, positions, Cache.empty(model.config, batch, length + capacity))
-    first = sample(model.logits(out.h[:, -1:])[0, 0], temperature, top_p, jax.random.fold_in(key, 0))
-
-    def unfinished(carry):
-        count, token, _, _ = carry
-        return (count < max_new_tokens) & ~jnp.any(token == stops)
-
-    def body(carry):
-        count, token, generated, cache = carry
-        generated = generated.at[count].set(token)
-        position = (length - pad + count)[None, None]
-        out = model.trunk(token[None, None], jnp.ones((1, 1), jnp.int32), position, cache)
-        token = sample(model.logits(out.h)[0, 0], temperature, top_p, jax.random.fold_in(key, count + 1))
-        return count + 1, token, generated, out.cache
-
-    start = (jnp.int32(0), first, jnp.zeros(capacity, jnp.int32), out.cache)
-    count, _, generated, _ = jax.lax.while_loop(unfinished, body, start)
-    return generated, count
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature} must be finite and at least 0")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be at least 0; 0 is no limit")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be in (0, 1]")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be in 0..{2**32 - 1}")
+        if len(self.stop_tokens) > MAX_STOP_TOKENS:
+            raise ValueError(f"{len(self.stop_tokens)} stop tokens, at most {MAX_STOP_TOKENS}")
+        if "" in self.stop_strings:
+            raise ValueError("stop_strings holds an empty string")
 
 
-def sample(logits_V: jax.Array, temperature, top_p, key) -> jax.Array:
-    """One token id. Temperature 0 is greedy; nucleus sampling keeps the most likely tokens up to probability top_p."""
-    scaled = logits_V / jnp.maximum(temperature, 1e-6)
-    order = jnp.argsort(-scaled)
-    probs = jax.nn.softmax(scaled)[order]
-    kept = jnp.cumsum(probs) - probs < top_p
-    drawn = order[jax.random.categorical(key, jnp.where(kept, scaled[order], -jnp.inf))]
-    return jnp.where(temperature == 0, jnp.argmax(logits_V), drawn).astype(jnp.int32)
+MAX_STOP_TOKENS = 8
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class RowParams:
+    """SamplingParams of the rows of a batch, as arrays [S] (stop_tokens [S, MAX_STOP_TOKENS], -1: none)."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    seed: jax.Array
+    stop_tokens: jax.Array
+
+
+def filter_logits(scaled_SV: jax.Array, top_k_S: jax.Array, top_p_S: jax.Array) -> jax.Array:
+    """-inf outside each row's top k and nucleus. The nucleus is taken of what top k leaves; the best token always stays."""
+    order = jnp.argsort(-scaled_SV, axis=-1)
+    ranked = jnp.take_along_axis(scaled_SV, order, axis=-1)
+    rank = jnp.arange(scaled_SV.shape[-1])
+    ranked = jnp.where((top_k_S[:, None] == 0) | (rank < top_k_S[:, None]), ranked, -jnp.inf)
+    probs = jax.nn.softmax(ranked, axis=-1)
+    ranked = jnp.where(jnp.cumsum(probs, axis=-1) - probs < top_p_S[:, None], ranked, -jnp.inf)
+    row = jnp.arange(len(order))[:, None]
+    return jnp.full_like(scaled_SV, -jnp.inf).at[row, order].set(ranked)
+
+
+def drawing_logits(logits_SV: jax.Array, params: RowParams) -> jax.Array:
+    """Logits of the distribution that each row draws from: temperature, top k, nucleus; at temperature 0 all on the best."""
+    logits_SV = logits_SV.astype(jnp.float32)
+    scaled = logits_SV / jnp.maximum(params.temperature, 1e-6)[:, None]
+    limited = jnp.any((params.top_k > 0) | (params.top_p < 1))
+    scaled = jax.lax.cond(limited, filter_logits, lambda scaled, *_: scaled, scaled, params.top_k, params.top_p)
+    best = jnp.arange(logits_SV.shape[-1]) == jnp.argmax(logits_SV, axis=-1, keepdims=True)
+    return jnp.where(params.temperature[:, None] == 0, jnp.where(best, 0.0, -jnp.inf), scaled)
+
+
+def keys(params: RowParams, index_S: jax.Array) -> jax.Array:
+    """A key for each row's token number index_S: a row draws the same wherever it stands and whenever it is paused."""
+    return jax.vmap(lambda seed, index: jax.random.fold_in(jax.random.key(seed), index))(params.seed, index_S)
+
+
+def model_logprobs(logits_SV: jax.Array, token_S: jax.Array) -> jax.Array:
+    """Log-probabilities of tokens under the model itself: temperature 1, no filter; float32 [S]."""
+    return jnp.take_along_axis(jax.nn.log_softmax(logits_SV.astype(jnp.float32), axis=-1), token_S[:, None], axis=-1)[:, 0]
+
+
+def sample(logits_SV: jax.Array, params: RowParams, index_S: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Token ids int32 [S], and their log-probabilities under the model. index_S: how many tokens a row has drawn before."""
+    token_S = jax.vmap(jax.random.categorical)(keys(params, index_S), drawing_logits(logits_SV, params)).astype(jnp.int32)
+    return token_S, model_logprobs(logits_SV, token_S)

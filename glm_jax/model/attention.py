@@ -7,9 +7,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from glm_jax.config import ModelConfig
-from glm_jax.model.cache import LayerCache
+from glm_jax.model.cache import Cache
 from glm_jax.model.layers import Linear, RMSNorm, apply_rope
 from pallas_kernels.attention.api import attention
+from pallas_kernels.paged_attention.api import paged_attention
 
 
 class Attention(nnx.Module):
@@ -32,18 +33,16 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return apply_rope(q, angles), apply_rope(k, angles), v
 
-    def __call__(self, x_BLD: jax.Array, segment_ids_BL: jax.Array, angles, cache: LayerCache | None = None):
-        """Returns [B, L, D] and the updated cache (None without one)."""
+    def __call__(self, x_BLD: jax.Array, segment_ids_BL: jax.Array, angles, cache: Cache | None = None, layer=None):
+        """Returns [B, L, D] and the cache with layer number `layer` written (None without a cache)."""
         q_BLNH, k_BLGH, v_BLGH = self.queries_keys_values(x_BLD, angles)
-        kv_segment_ids, offset = segment_ids_BL, 0
-        if cache is not None:
-            cache = cache.append(k_BLGH, v_BLGH, segment_ids_BL)
-            k_BLGH, v_BLGH = cache.k.astype(q_BLNH.dtype), cache.v.astype(q_BLNH.dtype)
-            kv_segment_ids, offset = cache.segment_ids, cache.length - x_BLD.shape[1]
-        context_BLNH = attention(
-            q_BLNH, k_BLGH, v_BLGH,
-            q_segment_ids=segment_ids_BL, kv_segment_ids=kv_segment_ids, q_offset=offset,
-            scale=self.config.head_size**-0.5, implementation=self.config.attention,
-        )  # fmt: skip
+        scale, implementation = self.config.head_size**-0.5, self.config.attention
+        if cache is None:
+            context_BLNH = attention(q_BLNH, k_BLGH, v_BLGH, segment_ids_BL, scale=scale, implementation=implementation)
+        else:
+            cache = cache.write(layer, k_BLGH, v_BLGH)
+            context_BLNH = paged_attention(
+                q_BLNH, cache.k, cache.v, layer, cache.tables_SP, cache.starts_S, scale=scale, implementation=implementation
+            )
         context_BLNH = checkpoint_name(context_BLNH, "context")
         return self.o_proj(context_BLNH.reshape(*x_BLD.shape[:2], -1)), cache

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from glm_jax.config import ModelConfig
+from glm_jax.model.cache import Cache
 from glm_jax.model.layers import Linear, RMSNorm, normal, param, rope_angles
 
 
@@ -40,8 +41,11 @@ class MTP(nnx.Module):
         self.shared_head = SharedHead(config, rngs=rngs)
         self.embed_tokens = Weight(config, ("vocab", "embed"), rngs=rngs) if config.mtp_embeddings == "own" else None
 
-    def __call__(self, h_BLD: jax.Array, next_embedding_BLD: jax.Array, segment_ids_BL, positions_BL):
-        """Normed state [B, L, D] whose product with the head predicts t_{i+2}, and the router's observation."""
+    def __call__(self, h_BLD: jax.Array, next_embedding_BLD: jax.Array, segment_ids_BL, positions_BL, cache: Cache | None = None):
+        """Normed state [B, L, D] whose product with the head predicts t_{i+2}, the router's observation, and the cache: its
+        layer behind the trunk's is this block's.
+        """
         x_BLD = self.eh_proj(jnp.concatenate([self.enorm(next_embedding_BLD), self.hnorm(h_BLD)], axis=-1))
-        x_BLD, observation, _ = self.block(x_BLD, segment_ids_BL, rope_angles(self.config, positions_BL))
-        return self.shared_head.norm(x_BLD), observation
+        angles = rope_angles(self.config, positions_BL)
+        x_BLD, observation, cache = self.block(x_BLD, segment_ids_BL, angles, cache, self.config.num_layers)
+        return self.shared_head.norm(x_BLD), observation, cache

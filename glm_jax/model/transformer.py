@@ -10,7 +10,7 @@ from flax import nnx
 
 from glm_jax.config import ModelConfig
 from glm_jax.model.attention import Attention
-from glm_jax.model.cache import Cache, LayerCache
+from glm_jax.model.cache import Cache
 from glm_jax.model.layers import MLP, RMSNorm, rope_angles
 from glm_jax.model.moe import MoE, RouterObservation
 from glm_jax.model.mtp import MTP, Weight
@@ -27,10 +27,10 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config, config.hidden_size, rngs=rngs)
         self.mlp = MoE(config, rngs=rngs) if moe else MLP(config, config.dense_ffn_size, rngs=rngs)
 
-    def __call__(self, x_BLD, segment_ids_BL, angles, cache: LayerCache | None = None):
+    def __call__(self, x_BLD, segment_ids_BL, angles, cache: Cache | None = None, layer=None):
         """Returns x [B, L, D], a RouterObservation (None for a dense layer), and the updated cache."""
         x_BLD = constrain(x_BLD, "batch", "length", "act_embed")
-        attended, cache = self.self_attn(self.input_layernorm(x_BLD), segment_ids_BL, angles, cache)
+        attended, cache = self.self_attn(self.input_layernorm(x_BLD), segment_ids_BL, angles, cache, layer)
         x_BLD = x_BLD + attended
         normed = self.post_attention_layernorm(x_BLD)
         y_BLD, observation = self.mlp(normed, segment_ids_BL) if self.moe else (self.mlp(normed), None)
@@ -83,7 +83,7 @@ class GLM(nnx.Module):
             raise ValueError("this model has no MTP block: num_mtp_layers=0")
         segment_ids, positions = self.defaults(tokens_BL, segment_ids, positions)
         h = self.trunk(tokens_BL, segment_ids, positions).h
-        x, _ = self.mtp_hidden(h[:, :-1], tokens_BL[:, 1:], segment_ids[:, :-1], positions[:, :-1])
+        x, _, _ = self.mtp_hidden(h[:, :-1], tokens_BL[:, 1:], segment_ids[:, :-1], positions[:, :-1])
         return self.logits(x, self.mtp_head)
 
     def defaults(self, tokens_BL, segment_ids, positions):
@@ -97,27 +97,19 @@ class GLM(nnx.Module):
         """Everything up to and with the final norm."""
         x_BLD = self.embed(self.embed_tokens, tokens_BL)
         angles = rope_angles(self.config, positions_BL)
-        split = self.config.num_dense_layers
-        parts, routers = [], None
-        for layers, part in ((self.dense_layers, slice(0, split)), (self.moe_layers, slice(split, None))):
-            if layers is None:
-                continue
-            kv = None if cache is None else (cache.k[part], cache.v[part])
-            x_BLD, observed, kv = scan_layers(self.config, layers, x_BLD, segment_ids_BL, angles, cache, kv)
-            routers = observed if observed is not None else routers
-            parts.append(kv)
-        if cache is not None:
-            k, v = (jnp.concatenate(p) for p in zip(*parts, strict=True))
-            ids = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids_BL, (0, cache.length))
-            cache = Cache(k=k, v=v, segment_ids=ids, length=cache.length + tokens_BL.shape[1])
+        routers = None
+        for layers, first in ((self.dense_layers, 0), (self.moe_layers, self.config.num_dense_layers)):
+            if layers is not None:
+                x_BLD, observed, cache = scan_layers(self.config, layers, first, x_BLD, segment_ids_BL, angles, cache)
+                routers = observed if observed is not None else routers
         return TrunkOutput(h=self.norm(x_BLD), routers=routers, cache=cache)
 
-    def mtp_hidden(self, h_BLD, next_tokens_BL, segment_ids_BL, positions_BL) -> tuple[jax.Array, RouterObservation]:
-        """State [B, L, D] before the second head. next_tokens are t_{i+1}: a batch's `targets`."""
+    def mtp_hidden(self, h_BLD, next_tokens_BL, segment_ids_BL, positions_BL, cache: Cache | None = None):
+        """State [B, L, D] before the second head, the router's observation, the cache. next_tokens are t_{i+1}: a batch's `targets`."""
         embedding = self.embed(self.mtp.embed_tokens or self.embed_tokens, next_tokens_BL)
         run = remat(lambda mtp, *args: nnx.merge(*mtp)(*args), self.config.remat)
         graphdef, state = nnx.split(self.mtp)
-        return run((graphdef, state), h_BLD, embedding, segment_ids_BL, positions_BL)
+        return run((graphdef, state), h_BLD, embedding, segment_ids_BL, positions_BL, cache)
 
     def embed(self, table: Weight, tokens_BL) -> jax.Array:
         x_BLD = jnp.take(table.weight[...], tokens_BL, axis=0).astype(self.config.compute_dtype)
@@ -145,25 +137,31 @@ def stack(config: ModelConfig, *, moe: bool, count: int, rngs: nnx.Rngs) -> Laye
     return nnx.vmap(lambda r: Layer(config, moe, rngs=r), in_axes=0, out_axes=0)(rngs.split(count))
 
 
-def scan_layers(config: ModelConfig, layers: Layer, x_BLD, segment_ids_BL, angles, cache: Cache | None, kv):
-    """Runs a stack as lax.scan over its state. Returns x, stacked observations and, with a cache, stacked (k, v)."""
-    graphdef, state = nnx.split(layers)
+def scan_layers(config: ModelConfig, layers: Layer, first: int, x_BLD, segment_ids_BL, angles, cache: Cache | None):
+    """Runs a stack as lax.scan over its state; `first` is the number of its first layer in the cache.
 
-    def body(x_BLD, scanned):
-        layer_state, layer_kv = scanned
-        layer_cache = None if cache is None else LayerCache(*layer_kv, cache.segment_ids, cache.length)
-        x_BLD, observation, layer_cache = nnx.merge(graphdef, layer_state)(x_BLD, segment_ids_BL, angles, layer_cache)
-        return x_BLD, (observation, None if cache is None else (layer_cache.k, layer_cache.v))
+    Returns x, stacked observations, the cache. The cache is carried whole: as a scanned input and output every layer's
+    pages would be copied in every call.
+    """
+    graphdef, state = nnx.split(layers)
+    count = jax.tree.leaves(state)[0].shape[0]
+
+    def body(carry, scanned):
+        x_BLD, cache = carry
+        layer_state, layer = scanned
+        x_BLD, observation, cache = nnx.merge(graphdef, layer_state)(x_BLD, segment_ids_BL, angles, cache, layer)
+        return (x_BLD, cache), observation
 
     body = remat(body, config.remat)
+    carry = x_BLD, cache
     if config.scan_layers:
-        x_BLD, (observations, kv) = jax.lax.scan(body, x_BLD, (state, kv))
-        return x_BLD, observations, kv
+        carry, observations = jax.lax.scan(body, carry, (state, jnp.arange(first, first + count)))
+        return carry[0], observations, carry[1]
     outputs = []
-    for layer in unstack((state, kv)):
-        x_BLD, output = body(x_BLD, layer)
+    for layer, layer_state in enumerate(unstack(state), first):
+        carry, output = body(carry, (layer_state, layer))
         outputs.append(output)
-    return x_BLD, *jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+    return carry[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs), carry[1]
 
 
 def unstack(tree) -> list:

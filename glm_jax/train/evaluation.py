@@ -13,7 +13,7 @@ from data.fim import fim_prompt
 from data.held_out import HeldOutBatches
 from data.tokenizer import Tokenizer
 from glm_jax.config import ModelConfig
-from glm_jax.infer.sampling import generate
+from glm_jax.infer.engine import SamplingParams, generate
 from glm_jax.losses import chunked_cross_entropy
 from glm_jax.sharding import named
 from glm_jax.train.state import TrainState, build_model
@@ -55,14 +55,15 @@ class Sampler:
         host = jax.tree.map(lambda x: np.asarray(jax.device_get(x)), (state.params, state.router))
         model = build_model(self.config, *jax.tree.map(jnp.asarray, host))
         tokenizer, loop, out = self.tokenizer, self.loop, []
-        requests = [("prompt", p, "", [*tokenizer.start_ids, *tokenizer.encode(p)]) for p in loop.sample_prompts]
+        asked = [("prompt", p, "", [*tokenizer.start_ids, *tokenizer.encode(p)]) for p in loop.sample_prompts]
         for pair in loop.fim_prompts:
             prefix, suffix = pair.split("|")
-            requests.append(("fill in the middle", prefix, suffix, fim_prompt(tokenizer, prefix, suffix)))
-        for kind, before, after, ids in requests:
-            new = generate(
-                model, ids, max_new_tokens=loop.sample_length, temperature=loop.sample_temperature, top_p=loop.sample_top_p,
-                seed=loop.seed, stop=(tokenizer.eos_id,),
-            )  # fmt: skip
-            out.append(f"--- {kind} ---\n{before}[[{tokenizer.decode(new)}]]{after}\n")
+            asked.append(("fill in the middle", prefix, suffix, fim_prompt(tokenizer, prefix, suffix)))
+        params = SamplingParams(
+            max_new_tokens=loop.sample_length, temperature=loop.sample_temperature, top_p=loop.sample_top_p, seed=loop.seed,
+            stop_tokens=(tokenizer.eos_id,),
+        )  # fmt: skip
+        answers = generate(model, [ids for *_, ids in asked], params)
+        for (kind, before, after, _), answer in zip(asked, answers, strict=True):
+            out.append(f"--- {kind} ---\n{before}[[{tokenizer.decode(answer.text_tokens)}]]{after}\n")
         return "\n".join(out)

@@ -48,7 +48,7 @@ def loss_function(trainee: Trainee, params, router, batch, totals, knobs: Knobs,
     aux = {"cross_entropy": total_cross_entropy / totals["targets"]}
     loss, routers = aux["cross_entropy"], [] if out.routers is None else [out.routers]
     if model.mtp is not None:
-        x, observation = model.mtp_hidden(out.h, batch["targets"], segment_ids, positions)
+        x, observation, _ = model.mtp_hidden(out.h, batch["targets"], segment_ids, positions)
         targets, weights = losses.mtp_targets(batch)
         mtp = losses.chunked_cross_entropy(x, model.mtp_head.weight[...], targets, weights, LOSS_CHUNK)
         aux["mtp"] = mtp / totals["mtp_targets"]

@@ -16,18 +16,18 @@ MIN_QUERY_BLOCK = 128
 MAX_QUERY_BLOCKS = 16  # unrolled in the program, so bounded
 
 
-def attention(q_BLNH, k_BMGH, v_BMGH, q_segment_ids_BL, kv_segment_ids_BM, scale: float) -> jax.Array:
-    """As reference.attention with q_offset 0 and L == M; n blocks do (n + 1) / 2n of the square's work."""
+def attention(q_BLNH, k_BLGH, v_BLGH, segment_ids_BL, scale: float) -> jax.Array:
+    """As reference.attention; n blocks do (n + 1) / 2n of the square's work."""
     batch, length, heads, size = q_BLNH.shape
-    groups = k_BMGH.shape[2]
+    groups = k_BLGH.shape[2]
     q = (q_BLNH * scale).reshape(batch, length, groups, heads // groups, size).transpose(0, 2, 1, 3, 4)
-    k, v = k_BMGH.transpose(0, 2, 1, 3), v_BMGH.transpose(0, 2, 1, 3)
+    k, v = k_BLGH.transpose(0, 2, 1, 3), v_BLGH.transpose(0, 2, 1, 3)
     block = max(MIN_QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
     stops = [*range(block, length, block), length]
     out = []
     # Whole parts by split and concatenate: their gradients are each other, where a slice's is a padded sum.
     for start, stop, q_block in zip([0, *stops], stops, jnp.split(q, stops[:-1], axis=2), strict=False):
-        mask = allowed_pairs(q_segment_ids_BL[:, start:stop], kv_segment_ids_BM[:, :stop], jnp.arange(start, stop), jnp.arange(stop))
+        mask = allowed_pairs(segment_ids_BL[:, start:stop], segment_ids_BL[:, :stop], jnp.arange(start, stop), jnp.arange(stop))
         out.append(_block(q_block, k[:, :, :stop], v[:, :, :stop], mask))
     return jnp.concatenate(out, axis=2).transpose(0, 2, 1, 3, 4).reshape(batch, length, heads, size)
 

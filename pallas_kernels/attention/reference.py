@@ -23,7 +23,6 @@ def softmax_attention(q_BLNH, k_BMGH, v_BMGH, mask_BLM, scale) -> jax.Array:
     return jnp.einsum("bgplm,bmgh->blgph", probs, v_BMGH).reshape(batch, length, heads, size)
 
 
-def attention(q_BLNH, k_BMGH, v_BMGH, q_segment_ids_BL, kv_segment_ids_BM, q_offset, scale) -> jax.Array:
-    q_index = jnp.arange(q_BLNH.shape[1]) + q_offset
-    mask = allowed_pairs(q_segment_ids_BL, kv_segment_ids_BM, q_index, jnp.arange(k_BMGH.shape[1]))
-    return softmax_attention(q_BLNH, k_BMGH, v_BMGH, mask, scale)
+def attention(q_BLNH, k_BLGH, v_BLGH, segment_ids_BL, scale) -> jax.Array:
+    index = jnp.arange(q_BLNH.shape[1])
+    return softmax_attention(q_BLNH, k_BLGH, v_BLGH, allowed_pairs(segment_ids_BL, segment_ids_BL, index, index), scale)

@@ -36,7 +36,7 @@ def inputs():
 
 def run(implementation, q, k, v, segments, dout):
     call = lambda q, k, v: attention(  # noqa: E731
-        q, k, v, q_segment_ids=segments, kv_segment_ids=segments, q_offset=0, scale=SCALE, implementation=implementation
+        q, k, v, segments, scale=SCALE, implementation=implementation
     )
     out, pullback = jax.vjp(call, q, k, v)
     return out, *pullback(dout)
@@ -54,26 +54,10 @@ def test_gradients_of_the_blocked_form_equal_those_of_autodiff_through_the_refer
         np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
 
 
-def test_queries_at_an_offset_equal_the_tail_of_the_whole_row(inputs):
-    q, k, v, segments, _ = inputs
-    whole = run("xla", *inputs)[0]
-    tail = attention(
-        q[:, 200:],
-        k,
-        v,
-        q_segment_ids=segments[:, 200:],
-        kv_segment_ids=segments,
-        q_offset=jnp.int32(200),
-        scale=SCALE,
-        implementation="xla",
-    )
-    np.testing.assert_allclose(tail, whole[:, 200:], atol=2e-5)
-
-
 def test_very_large_scores_do_not_overflow():
     q = jnp.full((1, 4, 1, 8), 100.0)
     ones = jnp.ones((1, 4), jnp.int32)
-    out = attention(q, q, q, q_segment_ids=ones, kv_segment_ids=ones, q_offset=0, scale=1.0, implementation="xla")
+    out = attention(q, q, q, ones, scale=1.0, implementation="xla")
     np.testing.assert_allclose(out, q)
 
 

@@ -55,7 +55,7 @@ def weighted_losses(graphdef, state, rows, segment_ids, positions, weights, mtp_
     tokens, targets = rows[:, :-1], rows[:, 1:]
     h = model.trunk(tokens, segment_ids, positions).h
     first = losses.chunked_cross_entropy(h, model.lm_head.weight[...], targets, weights, CHUNK)
-    x, _ = model.mtp_hidden(h, targets, segment_ids, positions)
+    x, _, _ = model.mtp_hidden(h, targets, segment_ids, positions)
     batch = {"targets": targets, "segment_ids": segment_ids, "loss_weights": jnp.ones(tokens.shape)}
     second_targets, allowed = losses.mtp_targets(batch)
     second = losses.chunked_cross_entropy(x, model.mtp_head.weight[...], second_targets, mtp_weights * allowed, CHUNK)
