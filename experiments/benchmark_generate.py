@@ -1,6 +1,6 @@
 """Generation speed on this machine beside transformers' `generate`: same model, prompts, lengths and precision, in one run.
 
-    python -m experiments.benchmark_generate --config=configs/bench.py
+    python -m experiments.benchmark_generate --config=configs/bench.py --config.model.scan_layers=False
 
 64 requests of mixed length, and one alone; greedy, and every request runs to its length. Each side warms up, then the sides
 take turns. Theirs runs in left-padded batches, of all requests or of those alike in length, whatever is fastest. Ours is also

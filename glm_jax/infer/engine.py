@@ -25,7 +25,7 @@ from glm_jax.infer.pages import NO_KEY, PagePool, page_key
 from glm_jax.infer.sampling import MAX_STOP_TOKENS, RowParams, SamplingParams
 from glm_jax.infer.steps import Rows, decode, experts_of, prefill
 from glm_jax.model.cache import empty_pages
-from glm_jax.model.transformer import GLM
+from glm_jax.model.transformer import GLM, per_layer
 from glm_jax.sharding import BATCH_AXES
 
 MIN_TABLE = 4  # pages
@@ -35,8 +35,8 @@ CACHE_DTYPES = ("compute", "float32", "bfloat16", "float8_e4m3fn")
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """Sizes of the engine. What runs on the device compiles once for each size of batch (1, 4, 16, ...), of page table (powers of
-    two from MIN_TABLE on) and of prefill chunk (1, 4, 16, ...) that occurs."""
+    """Sizes of the engine. What runs on the device compiles once for each size of batch (powers of two) that occurs; a prefill also
+    for each length of chunk (1, 4, 16, ...) and of page table (powers of two from MIN_TABLE on)."""
 
     context: int  # most tokens of a request, prompt and continuation; at most the model's max_length
     num_rows: int  # requests in the batch at a time
@@ -125,7 +125,7 @@ class Engine:
         num_layers = model.config.num_layers + (config.draft_tokens > 0)
         dtype = model.config.compute_dtype if config.cache_dtype == "compute" else config.cache_dtype
         with self._on_mesh():
-            self.state = quantize.prepare(state, config.weights, model.config.compute_dtype, mesh)
+            self.state = self._prepared(state)
             self.pages = empty_pages(model.config, num_layers, config.num_pages, config.page_size, dtype, config.keep_experts)
         self.pools = [PagePool(config.num_pages // self.shards) for _ in range(self.shards)]
         self.waiting: collections.deque[Request] = collections.deque()
@@ -172,7 +172,7 @@ class Engine:
             if old != new.shape:
                 raise ValueError(f"new weights hold a tensor of shape {new.shape} where the engine has {old}")
         with self._on_mesh():
-            self.state = quantize.prepare(state, self.config.weights, self.model_config.compute_dtype, self.mesh)
+            self.state = self._prepared(state)
         self.version += 1
         for pool in self.pools:
             pool.forget_all()
@@ -180,6 +180,10 @@ class Engine:
             if recompute:
                 self._requeue(request)
             request.stale = not recompute
+
+    def _prepared(self, state):
+        state = quantize.prepare(state, self.config.weights, self.model_config.compute_dtype, self.mesh)
+        return state if self.model_config.scan_layers else jax.jit(per_layer)(state)
 
     @property
     def idle(self) -> bool:
@@ -296,7 +300,7 @@ class Engine:
         budgets = [min(steps, self._room(r)) for r in rows]
         last = np.zeros(seats, np.int32)
         last[places] = [r.tokens[-1] for r in rows]
-        tables = self._tables(rows, [b + ahead for b in budgets])
+        tables = self._tables(rows, [b + ahead for b in budgets], self._pages_for(self.config.context + ahead))
         drawn, self.pages = decode(self.graphdef, self.state, self.pages, self._rows(rows, budgets), last, tables, steps, ahead)
         drawn = jax.device_get(drawn)
         for place, request in zip(places, rows, strict=True):
@@ -313,7 +317,7 @@ class Engine:
         for request in requests:
             order.append((request.shard, taken[request.shard]))
             taken[request.shard] += 1
-        rows = min(_bucket(max(taken.values()), 4), self.config.num_rows // self.shards)
+        rows = min(_bucket(max(taken.values())), self.config.num_rows // self.shards)
         return rows * self.shards, [shard * rows + place for shard, place in order]
 
     def _room(self, request: Request) -> int:
@@ -413,11 +417,11 @@ class Engine:
             ),
         )
 
-    def _tables(self, requests: list[Request], counts: list[int]) -> np.ndarray:
-        """Page tables up to each row's end after `counts` more tokens, padded to powers of two."""
+    def _tables(self, requests: list[Request], counts: list[int], width: int | None = None) -> np.ndarray:
+        """Page tables up to each row's end after `counts` more tokens, padded to `width` or a power of two."""
         pages = [r.pages[: self._pages_for(r.stored + count)] for r, count in zip(requests, counts, strict=True)]
         seats, places = self._seats(requests)
-        tables = np.zeros((seats, _bucket(max(MIN_TABLE, *map(len, pages)))), np.int32)
+        tables = np.zeros((seats, width or _bucket(max(MIN_TABLE, *map(len, pages)))), np.int32)
         for place, own in zip(places, pages, strict=True):
             tables[place, : len(own)] = own
         return tables

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,9 @@ ROWS, TABLES = ("batch",), ("batch", None)
 class Cache:
     """All layers' keys and values, and where this call's rows stand in them.
 
-    k, v: [layers, pages, G, page size, H]. experts: the routed experts of every position, int16 [layers, pages, page size, K],
-    or None. tables_SP: int32 page of each block of positions of a row. starts_S: tokens of a row stored before this call.
-    counts_S: how many of this call's L tokens are real; the others are not stored.
+    k: [layers, pages, G, H, page size]; v: [layers, pages, G, page size, H]. experts: the routed experts of every position,
+    int16 [layers, pages, page size, K], or None. tables_SP: int32 page of each block of positions of a row. starts_S: tokens
+    of a row stored before this call. counts_S: how many of this call's L tokens are real; the others are not stored.
 
     On a mesh every device holds the pages of its own rows, and tables count from its first page.
     """
@@ -43,14 +44,14 @@ class Cache:
     def write(self, layer, k_SLGH: jax.Array, v_SLGH: jax.Array) -> Cache:
         """The cache with one layer's keys and values of the new tokens in their pages."""
         new = ("batch", None, "kv_heads", None)
-        k, v = (self._put(pages, PAGES, layer, x, new) for pages, x in ((self.k, k_SLGH), (self.v, v_SLGH)))
+        k, v = self._put(self.k, PAGES, layer, k_SLGH, new, -1), self._put(self.v, PAGES, layer, v_SLGH, new, -2)
         return dataclasses.replace(self, k=k, v=v)
 
     def write_experts(self, layer, expert_SLK: jax.Array) -> Cache:
         """The cache with one layer's choice of experts, where it keeps them."""
         if self.experts is None:
             return self
-        experts = self._put(self.experts, EXPERT_PAGES, layer, expert_SLK, ("batch", None, None))
+        experts = self._put(self.experts, EXPERT_PAGES, layer, expert_SLK, ("batch", None, None), -2)
         return dataclasses.replace(self, experts=experts)
 
     def attend(self, layer, q_SLNH: jax.Array, *, scale: float, implementation: str) -> jax.Array:
@@ -60,17 +61,18 @@ class Cache:
         def run(*args):
             return paged_attention(*args, scale=scale, implementation=implementation)
 
-        run = by_device(run, (queries, PAGES, PAGES, None, TABLES, ROWS), queries)
-        return run(q_SLNH, self.k, self.v, layer, self.tables_SP, self.starts_S)
+        run = by_device(run, (queries, PAGES, PAGES, None, TABLES, ROWS, ROWS), queries)
+        return run(q_SLNH, self.k, self.v, layer, self.tables_SP, self.starts_S, self.counts_S)
 
-    def _put(self, pages, page_axes, layer, new_SL, new_axes):
-        put = by_device(_put, (page_axes, None, new_axes, TABLES, ROWS, ROWS), page_axes)
+    def _put(self, pages, page_axes, layer, new_SL, new_axes, position_axis):
+        put = functools.partial(_put, position_axis)
+        put = by_device(put, (page_axes, None, new_axes, TABLES, ROWS, ROWS), page_axes)
         return put(pages, layer, new_SL, self.tables_SP, self.starts_S, self.counts_S)
 
 
-def _put(pages, layer, new_SL, tables_SP, starts_S, counts_S):
-    """One layer's pages with new_SL, [S, L, G, H] or [S, L, K], at its positions."""
-    num_pages, page_size = pages.shape[1], pages.shape[-2]
+def _put(position_axis, pages, layer, new_SL, tables_SP, starts_S, counts_S):
+    """One layer's pages with new_SL, [S, L, G, H] or [S, L, K], at its positions, which lie along position_axis of a page."""
+    num_pages, page_size = pages.shape[1], pages.shape[position_axis]
     step = jnp.arange(new_SL.shape[1])
     position_SL = starts_S[:, None] + step
     page_SL = jnp.take_along_axis(tables_SP, position_SL // page_size, axis=1, mode="fill", fill_value=num_pages)
@@ -78,14 +80,20 @@ def _put(pages, layer, new_SL, tables_SP, starts_S, counts_S):
     if pages.dtype == jnp.float8_e4m3fn:  # which has no infinity: what is too large would become NaN
         largest = float(jnp.finfo(pages.dtype).max)
         new_SL = jnp.clip(new_SL, -largest, largest)
-    between = (slice(None),) * (new_SL.ndim - 3)  # the heads
-    return pages.at[layer, page_SL, *between, position_SL % page_size].set(new_SL.astype(pages.dtype), mode="drop")
+    at = [layer, page_SL, *(slice(None),) * (pages.ndim - 2)]
+    at[position_axis] = position_SL % page_size
+    return pages.at[tuple(at)].set(new_SL.astype(pages.dtype), mode="drop")
 
 
 def empty_pages(config: ModelConfig, num_layers: int, num_pages: int, page_size: int, dtype: str, keep_experts: bool):
     """Cache.pages of `num_layers` layers, zeros, placed on the current mesh if there is one; keys and values of type `dtype`."""
-    shape = (num_layers, num_pages, config.num_kv_heads, page_size, config.head_size)
-    keys = lambda: constrain(jnp.zeros(shape, dtype), *PAGES)  # noqa: E731
+    heads = (num_layers, num_pages, config.num_kv_heads)
+    shapes = (*heads, config.head_size, page_size), (*heads, page_size, config.head_size)
     shape_of_choices = (num_layers, num_pages, page_size, config.num_experts_per_token)
-    choices = lambda: constrain(jnp.zeros(shape_of_choices, jnp.int16), *EXPERT_PAGES)  # noqa: E731
-    return jax.jit(lambda: (keys(), keys(), choices() if keep_experts else None))()
+
+    def zeros():
+        k, v = (constrain(jnp.zeros(shape, dtype), *PAGES) for shape in shapes)
+        experts = constrain(jnp.zeros(shape_of_choices, jnp.int16), *EXPERT_PAGES) if keep_experts else None
+        return k, v, experts
+
+    return jax.jit(zeros)()

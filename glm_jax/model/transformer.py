@@ -150,7 +150,6 @@ def scan_layers(config: ModelConfig, layers: Layer, first: int, x_BLD, segment_i
     pages would be copied in every call.
     """
     graphdef, state = nnx.split(layers)
-    count = jax.tree.leaves(state)[0].shape[0]
 
     def body(carry, scanned):
         x_BLD, cache = carry
@@ -161,6 +160,7 @@ def scan_layers(config: ModelConfig, layers: Layer, first: int, x_BLD, segment_i
     body = remat(body, config.remat)
     carry = x_BLD, cache
     if config.scan_layers:
+        count = jax.tree.leaves(state)[0].shape[0]
         carry, observations = jax.lax.scan(body, carry, (state, jnp.arange(first, first + count), replay))
         return carry[0], observations, carry[1]
     outputs = []
@@ -170,9 +170,23 @@ def scan_layers(config: ModelConfig, layers: Layer, first: int, x_BLD, segment_i
     return carry[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs), carry[1]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class PerLayer:
+    """A stack's parameter as arrays of their own, one a layer: written-out layers then read them where they lie. See per_layer."""
+
+    layers: tuple
+
+
+def per_layer(state):
+    """A GLM's state (nnx) with the stacks' parameters as PerLayer, for models that are run often with scan_layers off."""
+    stacks = {"dense_layers", "moe_layers"}
+    split = lambda variable: variable.replace(PerLayer(tuple(unstack(variable.get_value()))))  # noqa: E731
+    return nnx.from_flat_state([(path, split(v) if path[0] in stacks else v) for path, v in nnx.to_flat_state(state)])
+
+
 def unstack(tree) -> list:
     """One tree a layer. By lax.split, whose gradient is one concatenation, not a sum of padded arrays."""
-    leaves, treedef = jax.tree.flatten(tree)
-    count = leaves[0].shape[0]
-    columns = [[part[0] for part in jax.lax.split(leaf, (1,) * count, axis=0)] for leaf in leaves]
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, PerLayer))
+    columns = [x.layers if isinstance(x, PerLayer) else [part[0] for part in jax.lax.split(x, (1,) * len(x))] for x in leaves]
     return [treedef.unflatten(layer) for layer in zip(*columns, strict=True)]

@@ -15,13 +15,12 @@ from pallas_kernels.grouped_matmul.reference import group_of_row
 
 SLACK = 1.125  # slab rows over mean group size
 TILE = 128  # rows of an overflow tile, or a slab's if that is less
-FEW = 3  # a fetched matrix is read, written and read again
-SPREAD = 2.5  # standard deviations of a group's size that slabs allow for, were rows dealt at random: counts where groups are small
+SPREAD = 1.5  # standard deviations of a group's size that slabs allow for, were rows dealt at random: counts where groups are small
 
 
 def grouped_matmul(x_RD, w_EDF, group_sizes_E):
-    """As api.grouped_matmul. Where rows are few beside the groups, every row fetches its own matrix: most are not read at all."""
-    if FEW * len(x_RD) <= len(w_EDF):
+    """As api.grouped_matmul. Where rows are not more than groups, every row fetches its own matrix: the others are not read at all."""
+    if len(x_RD) <= len(w_EDF):
         group_R = group_of_row(group_sizes_E, len(x_RD))
         y_RF = jnp.einsum("rd,rdf->rf", x_RD, w_EDF.at[group_R].get(mode="clip"))
         return jnp.where(group_R[:, None] < len(w_EDF), y_RF, 0)

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-RANK_BLOCK = 128  # rows whose ranks one triangular product counts; exact in float32
+RANK_BLOCK = 128  # rows that are compared with each other
 
 
 @jax.tree_util.register_dataclass
@@ -29,16 +29,14 @@ def sort_by_expert(expert_TK: jax.Array, num_experts: int) -> Dispatch:
     pairs = expert_TK.reshape(-1)
     pairs = jnp.where((pairs >= 0) & (pairs < num_experts), pairs, num_experts)
     num_rows = pairs.shape[0]
-    padded = jnp.pad(pairs, (0, -num_rows % RANK_BLOCK), constant_values=num_experts)
-    one_hot = jax.nn.one_hot(padded.reshape(-1, RANK_BLOCK), num_experts + 1, dtype=jnp.float32)
-    before = jnp.tril(jnp.ones((RANK_BLOCK, RANK_BLOCK), jnp.float32), k=-1)
-    rank_in_block = jnp.einsum("ij,bje->bie", before, one_hot).astype(jnp.int32)
-    block_counts = jnp.sum(one_hot, axis=1).astype(jnp.int32)
-    blocks_before = jnp.cumsum(block_counts, axis=0) - block_counts
-    sizes = jnp.zeros(num_experts + 1, jnp.int32).at[pairs].add(1)
+    padded = jnp.pad(pairs, (0, -num_rows % RANK_BLOCK), constant_values=num_experts).reshape(-1, RANK_BLOCK)
+    before = jnp.tril(jnp.ones((RANK_BLOCK, RANK_BLOCK), bool), k=-1)
+    rank_in_block = jnp.sum((padded[:, :, None] == padded[:, None, :]) & before, axis=-1)
+    block_counts = jnp.sum(padded[..., None] == jnp.arange(num_experts + 1), axis=1)
+    sizes = jnp.sum(block_counts, axis=0)
     first_row = jnp.cumsum(sizes) - sizes
-    rows_before = rank_in_block + (blocks_before + first_row)[:, None, :]
-    slot = jnp.sum(rows_before * one_hot.astype(jnp.int32), axis=-1).reshape(-1)[:num_rows]
+    rows_before = jnp.cumsum(block_counts, axis=0) - block_counts + first_row
+    slot = (rank_in_block + jnp.take_along_axis(rows_before, padded, axis=1)).reshape(-1)[:num_rows]
     source = jnp.zeros(num_rows, jnp.int32).at[slot].set(jnp.arange(num_rows, dtype=jnp.int32), unique_indices=True)
     return Dispatch(source, slot.reshape(expert_TK.shape), sizes[:-1])
 

@@ -13,6 +13,7 @@ from flax import nnx
 from glm_jax.infer import quantize
 from glm_jax.infer.agreement import agreement, training_forward
 from glm_jax.infer.sampling import SamplingParams
+from glm_jax.model.transformer import GLM
 from tests.infer.engine_test import assert_all_returned, engine, model  # noqa: F401
 
 SAMPLED = SamplingParams(max_new_tokens=12, seed=3)
@@ -127,3 +128,13 @@ def test_replay_routes_the_training_forward(model):  # noqa: F811
     np.testing.assert_allclose(own[0], same[0], atol=1e-6)
     with pytest.raises(ValueError, match="keep_experts"):
         agreement(model, engine(model, **ONE_SHAPE).generate(prompts(4), SAMPLED), replay=True)
+
+
+@pytest.mark.parametrize("weights", ["compute", "fp8"])
+def test_written_out_layers_draw_what_scanned_ones_draw(model, weights):  # noqa: F811
+    written_out = nnx.merge(nnx.graphdef(GLM(dataclasses.replace(model.config, scan_layers=False), rngs=nnx.Rngs(1))), nnx.state(model))
+    scanned, ours = (engine(m, weights=weights, **ONE_SHAPE) for m in (model, written_out))
+    assert not ours.model_config.scan_layers
+    ours.set_weights(nnx.state(model), recompute=True)
+    expected, answers = (e.generate(prompts(4), SAMPLED) for e in (scanned, ours))
+    assert [r.tokens for r in answers] == [r.tokens for r in expected]
