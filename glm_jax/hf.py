@@ -33,6 +33,8 @@ from glm_jax.model.transformer import abstract_model
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 END_OF_TEXT = "<|endoftext|>"  # also what GLM-4.5 pads with
 DISK_TYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
+FP8 = "F8_E4M3"
+SCALES = ("weight_scale", "weight_scale_inv")  # beside an FP8 `weight`; both are multiplied with, whatever the second's name says
 Path = tuple[str, ...]
 
 # Our path -> Hugging Face name. {layer} counts over the whole model; within a block the names are the same but for experts.
@@ -151,6 +153,9 @@ class Folder:
             if name not in names[file]:
                 raise ValueError(f"{file} lacks {name!r}, which {INDEX} says is in it")
 
+        scales = {name.rpartition(".")[0] + ".weight": name for name in self.file_of if name.endswith(SCALES)}
+        self.scale_of = {name: scale for name, scale in scales.items() if name in self.file_of}
+
     def tensor(self, name: str):
         """Lazy slice of a tensor on disk."""
         return self.files[self.file_of[name]].get_slice(name)
@@ -183,16 +188,42 @@ class Folder:
     def check(self, table: list[Tensor]):
         """Raises ValueError where names, shapes or types differ from the table's. Reads headers only."""
         expected = {t.name for t in table}
+        expected |= {self.scale_of[name] for name in expected & self.scale_of.keys()}
         missing, unexpected = expected - self.file_of.keys(), self.file_of.keys() - expected
         if missing or unexpected:
             wrong = [f"{what} {_few(names)}" for what, names in (("lacks", missing), ("has unexpected", unexpected)) if names]
             raise ValueError(f"{self.root} {' and '.join(wrong)}")
         for t in table:
             tensor, valid = self.tensor(t.name), ("F32",) if t.float32 else tuple(DISK_TYPES)
+            if t.name in self.scale_of:
+                valid = (FP8,)
+                self.scale_block(t.name)
             if tuple(tensor.get_shape()) != t.shape:
                 raise ValueError(f"{self.root}: {t.name} has shape {tuple(tensor.get_shape())}, config.json makes it {t.shape}")
             if tensor.get_dtype() not in valid:
                 raise ValueError(f"{self.root}: {t.name} has type {tensor.get_dtype()}, not {' or '.join(valid)}")
+
+    def scale_block(self, name: str) -> tuple[int, int]:
+        """Rows and columns of an FP8 matrix that share a scale: a row each (compressed-tensors' channels), blocks, or all.
+
+        Blocks are square unless they span a dimension; the last one may be partial.
+        """
+        matrix, scale = self.tensor(name).get_shape(), self.tensor(self.scale_of[name]).get_shape()
+        scale = (*scale, 1, 1)[:2]
+        blocks = (self.config.get("quantization_config") or {}).get("weight_block_size") or [128, 128]
+        for block in ((1, matrix[1]), tuple(matrix), tuple(blocks)):
+            if tuple(-(-size // b) for size, b in zip(matrix, block, strict=True)) == scale:
+                return block
+        raise ValueError(f"{self.root}: {self.scale_of[name]} has shape {scale}, which scales no rows or {blocks} blocks of {matrix}")
+
+    def values(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
+        """tensor[part]; FP8 in float32, times its scales."""
+        if name not in self.scale_of:
+            return self.tensor(name)[part]
+        block, scale = self.scale_block(name), self.tensor(self.scale_of[name])[...].astype(np.float32)
+        scale = scale.reshape((*scale.shape, 1, 1)[:2])
+        rows, columns = (np.arange(s.start, s.stop) // b for s, b in zip(part, block, strict=True))
+        return _fp8_matrix(self.file_of[name], name)[part].astype(np.float32) * scale[np.ix_(rows, columns)]
 
     def read(self, tensors: list[Tensor], shape: tuple[int, ...], dtype: np.dtype, part: tuple[slice, ...]) -> np.ndarray:
         """array[part] of our array of this shape, whose tensors these are; only what the part needs is read."""
@@ -202,7 +233,7 @@ class Folder:
             stacked = len(t.index)
             if all(i in r for i, r in zip(t.index, ranges, strict=False)):
                 inner = [slice(r.start, r.stop) for r in ranges[stacked:]]
-                values = self.tensor(t.name)[tuple(inner[::-1] if t.transposed else inner)]
+                values = self.values(t.name, tuple(inner[::-1] if t.transposed else inner))
                 out[tuple(i - r.start for i, r in zip(t.index, ranges, strict=False))] = values.T if t.transposed else values
         return out
 
@@ -213,9 +244,10 @@ def import_checkpoint(
     """Reads a Hugging Face folder, one of our arrays at a time.
 
     Args:
-      folder: config.json, and model.safetensors or shards with their index, float32 or bfloat16.
+      folder: config.json, and model.safetensors or shards with their index, float32 or bfloat16; matrices also FP8 with scales
+        of rows (compressed-tensors, as released) or blocks, which are read as what they stand for.
       runtime: value of each of hf_config.RUNTIME_FIELDS, the fields of ModelConfig that no folder knows.
-      dtype: 'float32', 'bfloat16', or 'stored': each array as it is on disk. Router biases are float32 in any case.
+      dtype: 'float32', 'bfloat16', or 'stored': each array as it is on disk (FP8: bfloat16). Router biases are float32 in any case.
       shardings: path -> jax.sharding.Sharding of every parameter. Each device's share is read straight from the files, so a
         host never holds more than its devices' shares. Without it the arrays are NumPy's.
 
@@ -239,7 +271,7 @@ def import_checkpoint(
     flat = []
     for path, variable in abstract_parameters(config).items():
         shape, disk = variable.get_value().shape, {files.tensor(t.name).get_dtype() for t in tensors[path]}
-        stored = DISK_TYPES["BF16" if disk == {"BF16"} else "F32"]
+        stored = DISK_TYPES["F32" if "F32" in disk else "BF16"]
         array_type = stored if dtype == "stored" or tensors[path][0].float32 else np.dtype(dtype)
 
         def read(part, path=path, shape=shape, array_type=array_type):
@@ -266,6 +298,15 @@ def _open(file: pathlib.Path):
         return safetensors.safe_open(file, framework="numpy")
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def _fp8_matrix(file: pathlib.Path, name: str) -> np.ndarray:
+    """A float8 tensor mapped from its file; safetensors' NumPy side knows the type only by a name that NumPy does not have."""
+    with open(file, "rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))[name]
+    start, _ = header["data_offsets"]
+    return np.memmap(file, np.uint8, "r", 8 + size + start, tuple(header["shape"])).view(ml_dtypes.float8_e4m3fn)
 
 
 def _few(names, count: int = 4) -> str:

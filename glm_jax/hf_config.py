@@ -38,7 +38,7 @@ ROPE_KEYS = {"rope_theta": "rope_theta", "rotary_fraction": "partial_rotary_fact
 RUNTIME_FIELDS = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name not in {*CONFIG_KEYS, *ROPE_KEYS, "mtp_embeddings"})
 # What config.json may say, but only so: this model has nothing else.
 CONFIG_CONSTANTS = {"hidden_act": "silu", "attention_dropout": 0.0, "tie_word_embeddings": False}
-CONFIG_ABSENT = ("rope_scaling", "quantization_config")
+CONFIG_ABSENT = ("rope_scaling",)
 
 
 def config_to_hf(config: ModelConfig, dtype: str) -> dict:
@@ -71,6 +71,7 @@ def config_from_hf(hf: Mapping, ours: Mapping) -> ModelConfig:
     for key, value in allowed.items():
         if key in hf and hf[key] != value:
             raise ValueError(f"config.json: {key}={hf[key]!r} is not supported, only {value!r}")
+    check_quantization(hf.get("quantization_config"))
     hf = dict(hf)
     if "num_mtp_layers" in hf:  # transformers' other name for it
         hf.setdefault("num_nextn_predict_layers", hf["num_mtp_layers"])
@@ -82,6 +83,20 @@ def config_from_hf(hf: Mapping, ours: Mapping) -> ModelConfig:
     fields = {name: hf[key] for name, key in CONFIG_KEYS.items()} | rope_from_hf(hf) | dict(ours)
     floats = [f.name for f in dataclasses.fields(ModelConfig) if f.type == "float"]
     return from_mapping(ModelConfig, fields | {name: float(fields[name]) for name in floats}, "model config")
+
+
+def check_quantization(quantization: Mapping | None):
+    """Weights may be FP8 with scales: compressed-tensors, as the released GLM-4.5-FP8 folders, or `fp8` with blocks.
+
+    What scale a value has follows from the shapes of the tensors themselves. Raises ValueError for anything else.
+    """
+    if quantization is None:
+        return
+    check_choice("config.json: quantization_config.quant_method", quantization.get("quant_method"), ("compressed-tensors", "fp8"))
+    for name, group in quantization.get("config_groups", {}).items():
+        weights = group.get("weights") or {}
+        if (weights.get("type"), weights.get("num_bits"), weights.get("symmetric", True)) != ("float", 8, True):
+            raise ValueError(f"config.json: quantization_config.config_groups.{name}.weights={weights!r} is not symmetric 8-bit float")
 
 
 def rope_from_hf(hf: Mapping) -> dict[str, float]:

@@ -97,6 +97,22 @@ def _prepare(state: nnx.State, format: str, compute_dtype: str) -> nnx.State:
     return nnx.from_flat_state(out)
 
 
+def abstract(state: nnx.State, format: str, compute_dtype: str, mesh: Mesh) -> nnx.State:
+    """What `prepare` makes of shapes instead of arrays: shapes, placed on the mesh, which is the current one."""
+
+    def placed(variable):
+        shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=named(mesh, _fitting(axes_of(variable), x)))  # noqa: E731
+        return variable.replace(jax.tree.map(shape, variable.get_value()))
+
+    shapes = jax.eval_shape(lambda state: _prepare(state, format, compute_dtype), state)
+    return nnx.from_flat_state([(path, placed(variable)) for path, variable in nnx.to_flat_state(shapes)])
+
+
 def _pin(axes, x: jax.Array) -> jax.Array:
-    """x placed like the matrix that it is or whose scales it holds; a dimension of too few blocks is not split."""
-    return constrain(x, *(axis if size % parts(axis) == 0 else None for axis, size in zip(axes, x.shape, strict=True)))
+    """x placed like the matrix that it is or whose scales it holds."""
+    return constrain(x, *_fitting(axes, x))
+
+
+def _fitting(axes, x) -> list[str | None]:
+    """The axes; a dimension of too few blocks is not split."""
+    return [axis if size % parts(axis) == 0 else None for axis, size in zip(axes, x.shape, strict=True)]

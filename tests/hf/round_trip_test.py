@@ -156,6 +156,11 @@ def rewrite(folder, change):
     save_file(tensors, folder / hf.WEIGHTS)
 
 
+def no_such_block(tensors):
+    quantise(tensors, NAME, np.ones((24, 1), np.float32), (1, 32))
+    tensors[f"{NAME}_scale"] = np.ones((5, 1), np.float32)
+
+
 def rewrite_config(folder, **changes):
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
@@ -166,6 +171,34 @@ def truncate(file):
 
 
 NAME = "model.layers.3.mlp.experts.5.up_proj.weight"
+
+
+def quantise(tensors, name: str, scale: np.ndarray, block: tuple[int, int], suffix: str = "_scale") -> np.ndarray:
+    """Replaces a matrix by FP8 values and the scales of its blocks; returns what they stand for."""
+    places = (np.arange(size) // b for size, b in zip(tensors[name].shape, block, strict=True))
+    spread = scale.astype(np.float32)[np.ix_(*places)]
+    tensors[name], tensors[name + suffix] = (tensors[name] / spread).astype(ml_dtypes.float8_e4m3fn), scale
+    return tensors[name].astype(np.float32) * spread
+
+
+def test_fp8_folders_are_read_as_what_they_stand_for(exported):
+    attention, rng = "model.layers.3.self_attn.", np.random.default_rng(0)
+    expected = tensors_of(exported)
+
+    def change(tensors):
+        channels = rng.uniform(0.01, 1, (24, 1)).astype(ml_dtypes.bfloat16)  # as released
+        expected[NAME] = quantise(tensors, NAME, channels, (1, 32))
+        blocks = rng.uniform(0.01, 1, (3, 2)).astype(np.float32)  # the last ones partial
+        expected[f"{attention}q_proj.weight"] = quantise(tensors, f"{attention}q_proj.weight", blocks, (24, 24), "_scale_inv")
+        one = np.full((1, 1), 0.125, np.float32)
+        expected[f"{attention}o_proj.weight"] = quantise(tensors, f"{attention}o_proj.weight", one, (32, 64))
+
+    rewrite(exported, change)
+    rewrite_config(exported, quantization_config={"quant_method": "compressed-tensors", "weight_block_size": [24, 24]})
+    config, state = hf.import_checkpoint(exported, RUNTIME)
+    assert_same_bytes(expected, dict(hf.hf_tensors(config, state, "float32")))
+
+
 BIAS = "model.layers.3.mlp.gate.e_score_correction_bias"
 DAMAGES = {
     "missing tensor": (lambda f: rewrite(f, lambda t: t.pop(NAME)), f"lacks {NAME}"),
@@ -187,7 +220,16 @@ DAMAGES = {
     "rope scaling": (lambda f: rewrite_config(f, rope_scaling={"type": "yarn"}), "rope_scaling="),
     "rope type": (lambda f: rewrite_config(f, rope_parameters={"rope_type": "yarn"}), "rope_type='yarn'"),
     "two thetas": (lambda f: rewrite_config(f, rope_theta=5.0), "rope_theta must be given, and only one"),
-    "quantised": (lambda f: rewrite_config(f, quantization_config={}), "quantization_config="),
+    "quantised otherwise": (lambda f: rewrite_config(f, quantization_config={"quant_method": "gptq"}), "quant_method='gptq' is not one of"),
+    "scale of no block": (lambda f: rewrite(f, no_such_block), r"up_proj.weight_scale has shape \(5, 1\)"),
+    "scale of what is not FP8": (
+        lambda f: rewrite(f, lambda t: t.update({f"{NAME}_scale": np.ones((24, 1), np.float32)})),
+        f"{NAME} has type F32, not F8",
+    ),
+    "FP8 without a scale": (
+        lambda f: rewrite(f, lambda t: t.update({NAME: t[NAME].astype(ml_dtypes.float8_e4m3fn)})),
+        f"{NAME} has type F8_E4M3",
+    ),
 }
 
 

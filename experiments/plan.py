@@ -1,0 +1,59 @@
+"""Asks the real TPU compiler whether the engine's decode step fits a pod, and what a chip holds. Needs libtpu, no TPU.
+
+    python -m experiments.plan --config=configs/glm45.py --topology=v5p:4x4x4 --weights=fp8 \\
+        --config.mesh.data=2 --config.mesh.fsdp=1 --config.mesh.expert=32
+
+The cache has --num_rows rows of --context tokens. Bytes are the compiler's, of one chip; nothing here is measured on hardware.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from experiments import entry
+from glm_jax import pod
+from glm_jax.infer.engine import EngineConfig
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and shape of the pod, as in v5p:4x4x4.")
+NUM_ROWS = flags.DEFINE_integer("num_rows", 0, "Requests in the batch at a time; 0: one a chip.", lower_bound=0)
+CONTEXT = flags.DEFINE_integer("context", 8192, "Most tokens of a request.", lower_bound=2)
+PAGE_SIZE = flags.DEFINE_integer("page_size", 128, "Tokens of a page of the cache.", lower_bound=1)
+DECODE_STEPS = flags.DEFINE_integer("decode_steps", 16, "Tokens drawn in one call.", lower_bound=1)
+DRAFT_TOKENS = flags.DEFINE_integer("draft_tokens", 0, "Guessed by the MTP block.", lower_bound=0)
+WEIGHTS = flags.DEFINE_string("weights", "compute", "Format of the weights: compute precision, fp8 or int8.")
+CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "compute", "Of keys and values: compute precision, bfloat16 or float8_e4m3fn.")
+JSON = flags.DEFINE_string("json", None, "File for the same figures.")
+
+
+def main(argv: list[str]):
+    del argv
+    jax.config.update("jax_platforms", "cpu")  # the program is for the pod, never for what this machine has
+    run = entry.run_config(CONFIG.value)
+    model = run.model
+    if model.grouped_matmul == "auto":  # which looks at this machine
+        model = dataclasses.replace(model, grouped_matmul="ragged_dot")
+    rows = NUM_ROWS.value or len(pod.topology_devices(TOPOLOGY.value))
+    engine = EngineConfig(
+        context=CONTEXT.value, num_rows=rows, page_size=PAGE_SIZE.value, prefill_chunk=512, decode_steps=DECODE_STEPS.value,
+        num_pages=rows * -(-(CONTEXT.value + DRAFT_TOKENS.value) // PAGE_SIZE.value), draft_tokens=DRAFT_TOKENS.value,
+        weights=WEIGHTS.value, cache_dtype=CACHE_DTYPE.value, keep_experts=False,
+    )  # fmt: skip
+    plan, more = pod.plan_decode(model, engine, run.mesh, TOPOLOGY.value)
+    result = dataclasses.asdict(plan) | more
+    gib = {key: f"{value / 2**30:,.2f} GiB" for key, value in result.items() if "bytes" in key and "token" not in key}
+    for key, value in (result | gib).items():
+        print(f"{key:24} {value}")
+    if JSON.value:
+        with open(JSON.value, "w") as file:
+            json.dump(result, file, indent=1)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "topology"])
+    entry.run(main)
