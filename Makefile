@@ -15,12 +15,15 @@ demo: $(VENV)/installed  ## pre-train a small GLM on the Python standard library
 	$(VENV)/bin/python -m experiments.curate --config=configs/curate.py --output=$(RUN)/data
 	$(VENV)/bin/python -m experiments.train --config=configs/tiny.py --workdir=$(RUN)/run --config.data.paths='("$(RUN)/data",)'
 	$(VENV)/bin/python -m experiments.demo_report --workdir=$(RUN)/run
+	@printf '\nThe inference engine answers "def read(self, ":\n\n'
+	$(VENV)/bin/python -m experiments.generate --workdir=$(RUN)/run --prompt='def read(self, ' --length=64
 
 test: $(VENV)/installed-dev  ## all tests
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
-benchmark: $(VENV)/installed-dev  ## training speed beside transformers + torch, same environment for both
+benchmark: $(VENV)/installed-dev  ## training and generation beside transformers + torch, same environment for both
 	$(VENV)/bin/python -m experiments.benchmark --config=configs/bench.py
+	$(VENV)/bin/python -m experiments.benchmark_generate --config=configs/bench.py --config.model.scan_layers=False
 
 lint: $(VENV)/installed-dev  ## style
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from glm_jax.infer.sampling import RowParams, draw, drawing_logits, keys
+from glm_jax.infer.sampling import RowParams, best_token, draw, drawing_logits, keys
 
 ACCEPT, REPLACE, DRAFT = 1, 2, 3  # streams of randomness of one token
 
@@ -36,6 +36,17 @@ def _stream(params: RowParams, index_S, number: int):
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys(params, index_S), number)
 
 
+def _if_random(params: RowParams, random, certain):
+    """random() if any row draws at all, else certain(): where every row takes its best token, the same without random numbers."""
+    return jax.lax.cond(jnp.any(params.temperature > 0), random, certain)
+
+
+def _categorical(params: RowParams, index_S, number: int, logits_SV):
+    """A token of each row's distribution, int32 [S], by one stream."""
+    random = lambda: jax.vmap(jax.random.categorical)(_stream(params, index_S, number), logits_SV).astype(jnp.int32)  # noqa: E731
+    return _if_random(params, random, lambda: best_token(logits_SV))
+
+
 def verify(logits_SLV: jax.Array, drafts: Drafts, params: RowParams, index_S: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Tokens [S, K + 1], the first of them the accepted drafts, then one that the trunk draws; and how many were accepted [S].
 
@@ -50,7 +61,8 @@ def verify(logits_SLV: jax.Array, drafts: Drafts, params: RowParams, index_S: ja
     q_SKV = jnp.where(exists_SK[..., None], jax.nn.softmax(drafts.logits, axis=-1), 0)
     p_SK, q_SK = (jnp.take_along_axis(x, drafts.tokens[..., None], axis=-1)[..., 0] for x in (p_SLV[:, :-1], q_SKV))
     place = jnp.arange(num_drafts)
-    u_SK = jax.vmap(lambda k: jax.vmap(jax.random.uniform)(_stream(params, index_S + k, ACCEPT)), out_axes=1)(place)
+    uniform = lambda: jax.vmap(lambda k: jax.vmap(jax.random.uniform)(_stream(params, index_S + k, ACCEPT)), out_axes=1)(place)  # noqa: E731
+    u_SK = _if_random(params, uniform, lambda: jnp.zeros(p_SK.shape))
     kept_SK = exists_SK & (u_SK * q_SK < p_SK)
     accepted_S = jnp.sum(jnp.cumprod(kept_SK, axis=1), axis=1)
     # Behind the accepted ones: from what p has over q where a draft was refused, from p where there was none.
@@ -58,7 +70,7 @@ def verify(logits_SLV: jax.Array, drafts: Drafts, params: RowParams, index_S: ja
     rest_SV = jnp.take_along_axis(jnp.maximum(p_SLV - q_SLV, 0), accepted_S[:, None, None], axis=1)[:, 0]
     own_SV = jnp.take_along_axis(p_SLV, accepted_S[:, None, None], axis=1)[:, 0]
     rest_SV = jnp.where(jnp.sum(rest_SV, axis=-1, keepdims=True) > 0, rest_SV, own_SV)  # p = q but for rounding
-    last_S = jax.vmap(jax.random.categorical)(_stream(params, index_S + accepted_S, REPLACE), jnp.log(rest_SV))
+    last_S = _categorical(params, index_S + accepted_S, REPLACE, jnp.log(rest_SV))
     tokens_SL = jnp.concatenate([drafts.tokens, jnp.zeros_like(last_S)[:, None]], axis=1)
     tokens_SL = jnp.where(jnp.arange(num_drafts + 1) == accepted_S[:, None], last_S[:, None], tokens_SL)
     return tokens_SL.astype(jnp.int32), accepted_S
@@ -81,7 +93,6 @@ def draft(block, head, pages, h_SLD, new_SL, stored_S, taken_S, num_drafts: int,
             x_S1D, pages = block(pages, x_SD[:, None], tokens[-1][:, None], stored_S=at_S, counts_S=(taken_S > 0).astype(jnp.int32))
             x_SD = x_S1D[:, 0]
         logits.append(drawing_logits(head(x_SD), params))
-        key = _stream(params, index_S + taken_S + number, DRAFT)
-        tokens.append(jax.vmap(jax.random.categorical)(key, logits[-1]).astype(jnp.int32))
+        tokens.append(_categorical(params, index_S + taken_S + number, DRAFT, logits[-1]))
     count_S = jnp.where(taken_S > 0, num_drafts, 0).astype(jnp.int32)
     return Drafts(jnp.stack(tokens, axis=1), jnp.stack(logits, axis=1), count_S), pages
