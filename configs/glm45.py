@@ -127,6 +127,13 @@ def _loop() -> ConfigDict:
     return loop
 
 
+def _start() -> ConfigDict:
+    start = ConfigDict()
+    start.workdir = ""  # of the run whose weights begin this one: the stage before, or an import of experiments.convert
+    start.step = -1  # its checkpoint; -1: the newest
+    return start
+
+
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.model = _model()
@@ -135,4 +142,5 @@ def get_config() -> ConfigDict:
     config.schedule = _schedule()
     config.data = _data()
     config.loop = _loop()
+    config.start = _start()
     return config

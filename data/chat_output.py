@@ -23,11 +23,11 @@ _STRUCTURE = {"<think>", "</think>", "[gMASK]", "<sop>", "<|system|>", "<|assist
 
 
 class MalformedOutput(ValueError):
-    """Output that breaks the format; `part` says which part of the message, like `tool_calls[0].arguments.city`."""
+    """What breaks the format; `part` says which part of the message, like `tool_calls[0].arguments.city`, `problem` what is wrong there."""
 
     def __init__(self, part: str, problem: str):
         super().__init__(f"{part}: {problem}")
-        self.part = part
+        self.part, self.problem = part, problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +46,16 @@ def parse(text: str, tools: Sequence[Mapping] | None = None) -> dict:
     Every special token that the text spells counts as one: `parse_tokens` can tell them from text that only looks so.
     Raises MalformedOutput.
     """
-    return _message(split(text), tools)
+    return message_of(split(text), tools)
 
 
 def parse_tokens(tokenizer: Tokenizer, ids: Iterable[int], tools: Sequence[Mapping] | None = None) -> dict:
     """`parse` for token ids: text that spells a special token stays text."""
+    return message_of(split_tokens(tokenizer, ids), tools)
+
+
+def split_tokens(tokenizer: Tokenizer, ids: Iterable[int]) -> list[tuple[str, bool]]:
+    """Token ids as pieces of text: (piece, whether it is a special token), none empty, no two plain ones side by side."""
     control = control_tokens(tokenizer)
     pieces, run = [], []
     for token in ids:
@@ -59,7 +64,7 @@ def parse_tokens(tokenizer: Tokenizer, ids: Iterable[int], tools: Sequence[Mappi
             run = []
         else:
             run.append(token)
-    return _message([*pieces, (tokenizer.decode(run), False)], tools)
+    return [piece for piece in [*pieces, (tokenizer.decode(run), False)] if piece[0]]
 
 
 def control_tokens(tokenizer: Tokenizer) -> dict[int, str]:
@@ -67,10 +72,10 @@ def control_tokens(tokenizer: Tokenizer) -> dict[int, str]:
     return {tokenizer.special(name): name for name in SPECIAL_TOKENS}
 
 
-def _message(pieces: list[tuple[str, bool]], tools) -> dict:
-    pieces = [p for p in pieces if p[0]]
+def message_of(pieces: Sequence[tuple[str, bool]], tools: Sequence[Mapping] | None = None) -> dict:
+    """`parse` for pieces as `split_tokens` gives them."""
     if pieces and pieces[-1][1] and pieces[-1][0] in STOP_TOKENS:
-        pieces.pop()
+        pieces = pieces[:-1]
     reader = OutputReader(tools, strict=True)
     deltas = [delta for piece in pieces for delta in reader.feed(*piece)] + reader.finish()
     joined = {f: "".join(d.value for d in deltas if d.field == f) for f in ("reasoning_content", "content")}
@@ -181,7 +186,7 @@ def _tool_call(pieces: list[tuple[str, bool]], tools: dict[str, Mapping] | None,
     try:
         return {"type": "function", "function": {"name": name, "arguments": to_json(arguments, "arguments")}}
     except TemplateError as error:
-        raise MalformedOutput(f"{where}.arguments", str(error)) from None
+        raise MalformedOutput(f"{where}.arguments", error.problem) from None
 
 
 def _by_tag(pieces: list[tuple[str, bool]]) -> tuple[list[str], list[str]]:

@@ -19,7 +19,7 @@ STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")  # any of them en
 # `name` is read by nobody; what other keys hold would be lost.
 MESSAGE_KEYS = ("role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id")
 
-_TOOLS_BEFORE = """<|system|>
+TOOLS_BEFORE = """<|system|>
 # Tools
 
 You may call one or more functions to assist with the user query.
@@ -27,7 +27,7 @@ You may call one or more functions to assist with the user query.
 You are provided with function signatures within <tools></tools> XML tags:
 <tools>
 """
-_TOOLS_AFTER = """</tools>
+TOOLS_AFTER = """</tools>
 
 For each function call, output the function name and arguments within the following XML format:
 <tool_call>{function-name}
@@ -41,11 +41,11 @@ _SPECIAL = re.compile(f"({'|'.join(map(re.escape, SPECIAL_TOKENS))})")
 
 
 class TemplateError(ValueError):
-    """A conversation that the template cannot write; `field` is the path of what is wrong, like `messages[2].role`."""
+    """A conversation that the template cannot write; `field` is the path of what is wrong, like `messages[2].role`, `problem` the rest."""
 
     def __init__(self, field: str, problem: str):
         super().__init__(f"{field}: {problem}")
-        self.field = field
+        self.field, self.problem = field, problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +78,63 @@ def encode(
 ) -> list[int]:
     """Token ids of the conversation, in which only the template's own markers are special tokens. Arguments as for `render`."""
     parts = segments(messages, tools, thinking=thinking, generation_prompt=generation_prompt)
+    return list(itertools.chain.from_iterable(_ids(tokenizer, parts)))
+
+
+def encode_for_training(
+    tokenizer: Tokenizer, messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None, *, thinking: bool
+) -> tuple[list[int], list[bool]]:
+    """Token ids of a finished conversation, and for each whether the model is to learn to predict it.
+
+    What is learnt of an assistant's turn is what the engine would have drawn: all behind `<|assistant|>`, or behind `</think>` where
+    that was given (thinking off) or the template has dropped the reasoning (turns before the last user's); then the token that
+    stops the turn, `<|observation|>` behind tool calls and else `<|user|>`, where the conversation goes on with it. The last turn's
+    is appended. In front of every turn behind the last user's, the ids are those of `encode` for the messages up to there.
+    Raises TemplateError where the last turn is not the assistant's, and for reasoning that would have to be kept with thinking off.
+    """
+    parts = segments(messages, tools, thinking=thinking, generation_prompt=False)
+    last = len(messages) - 1
+    if messages[last]["role"] != "assistant":
+        raise TemplateError(f"messages[{last}].role", f"a finished conversation ends with the assistant, not {messages[last]['role']}")
+    parts += _own(_stop_of(messages[last]), "user")
+    learnt = _learnt(parts, messages, thinking)
+    ids = _ids(tokenizer, parts)
+    flags = itertools.chain.from_iterable([flag] * len(own) for flag, own in zip(learnt, ids, strict=True))
+    return list(itertools.chain.from_iterable(ids)), list(flags)
+
+
+def _learnt(parts: Sequence[Segment], messages: Sequence[Mapping], thinking: bool) -> list[bool]:
+    last_user = _last_user(messages)
+    turns = iter([i for i, m in enumerate(messages) if m["role"] == "assistant"])
+    flags, turn, stop, written = [], -1, None, False  # written: by the model, not given to it
+    for part in parts:
+        if part.is_control and part.text == "<|assistant|>":
+            turn = next(turns)
+            stop, written = _stop_of(messages[turn]), thinking and turn > last_user
+            flags.append(False)
+        elif part.role == "assistant":
+            if not (written or part.is_control or part.text == "\n"):
+                raise TemplateError(f"messages[{turn}].reasoning_content", "must be empty where thinking is off")
+            flags.append(written)
+            written = written or (part.is_control and part.text == "</think>")
+        else:
+            # Whatever else stands behind a turn (a system message, another turn) is nothing that the engine stops at.
+            flags.append(part.is_control and part.text == stop)
+            stop = None
+    return flags
+
+
+def _stop_of(message: Mapping) -> str:
+    return "<|observation|>" if message.get("tool_calls") else "<|user|>"
+
+
+def _ids(tokenizer: Tokenizer, parts: Sequence[Segment]) -> list[list[int]]:
+    """Token ids of each segment."""
     # A user who types `<|assistant|>` must not be able to speak for the assistant. The rendered text cannot tell his from ours,
     # so it is never tokenized as a whole: plain segments go through the tokenizer that knows no special token. As a segment
     # reaches from one special token to the next, honest text gets the same ids as it would from the whole.
     plain = iter(tokenizer.encode_batch([s.text for s in parts if not s.is_control]))
-    ids = ([tokenizer.special(s.text)] if s.is_control else next(plain) for s in parts)
-    return list(itertools.chain.from_iterable(ids))
+    return [[tokenizer.special(s.text)] if s.is_control else next(plain) for s in parts]
 
 
 def segments(
@@ -95,8 +146,8 @@ def segments(
     parts = _own("[gMASK]<sop>", "system")
     if tools:
         schemas = [_plain(f"{to_json(tool, f'tools[{i}]')}\n", "system") for i, tool in enumerate(tools)]
-        parts += [*_own(_TOOLS_BEFORE, "system"), *schemas, *_own(_TOOLS_AFTER, "system")]
-    last_user = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+        parts += [*_own(TOOLS_BEFORE, "system"), *schemas, *_own(TOOLS_AFTER, "system")]
+    last_user = _last_user(messages)
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if message["role"] == "assistant":
@@ -112,6 +163,10 @@ def segments(
     if generation_prompt:
         parts += _own("<|assistant|>" if thinking else "<|assistant|>\n<think></think>", "assistant")
     return _joined(parts)
+
+
+def _last_user(messages: Sequence[Mapping]) -> int:
+    return max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
 
 
 def _user(text: str, thinking: bool) -> list[Segment]:

@@ -82,42 +82,32 @@ class DataConfig:
             raise ValueError(f"epochs={self.epochs} with {len(self.paths)} paths; valid: 0 (endless), or 1 and more of one path")
 
 
-class BatchIterator:
-    """Iterator of this process's rows of every global batch.
+class PackedBatches:
+    """Iterator of this process's rows of every global batch, from a stream of documents that are dealt to virtual shards and packed.
 
     Each batch is a dict of [rows, L] numpy arrays, int32 unless said: tokens, targets, segment_ids (0 = padding, documents from 1
     within the row), positions (from 0 at every document, and at the row's start where it continues one: a row sees nothing of the
     row before), loss_weights (float32). Local row i is row `row_indices[i]` of the global batch; with virtual_shards equal to
     batch_size these are one block, which is what jax.make_array_from_process_local_data expects.
-
-    manifests: those of config.paths. vocab_size: the tokenizer's; a model's must be at least this.
     """
 
-    def __init__(self, config: DataConfig, process_index: int, process_count: int):
-        """Opens the datasets. Raises ValueError: a dataset missing or damaged, too small, or shards that do not divide."""
-        if config.virtual_shards % process_count or not 0 <= process_index < process_count:
-            raise ValueError(
-                f"process {process_index} of {process_count} with virtual_shards={config.virtual_shards}; "
-                "valid: a number of processes that divides the shards, and an index below it"
-            )
-        if config.epochs and process_count > 1:
-            # Shards run dry at different steps: one process would stop while the others wait for it in a collective.
-            raise ValueError(f"epochs={config.epochs} on {process_count} processes; valid: 0 (endless), and a number of steps")
-        self._config = config
-        self.manifests = tuple(load_manifest(path, config.verify_checksums) for path in config.paths)
-        self.tokenizer = one_tokenizer(config.paths, self.manifests)
-        self.vocab_size = self.tokenizer.vocab_size
-        _check_enough(config, self.manifests)
+    def __init__(self, config, stream: grain.MapDataset, identity: dict, tokenizer: Tokenizer, process_index: int, process_count: int):
+        """config: batch_size, sequence_length, packing, num_packing_bins, virtual_shards, seed, epochs as in DataConfig.
 
+        stream: documents as dicts of aligned [n] arrays, `tokens`, `targets` and what `assemble` takes of the others. identity:
+        plain JSON, all that decides the stream besides these. Raises ValueError for shards that do not divide.
+        """
+        check_processes(config, process_index, process_count)
+        self._config, self._identity = config, identity
+        self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
         owned = config.virtual_shards // process_count
         self.shard_indices = tuple(range(process_index * owned, (process_index + 1) * owned))
         rounds = config.batch_size // config.virtual_shards
         self.row_indices = np.asarray([i * config.virtual_shards + s for i in range(rounds) for s in self.shard_indices])
-        stream = _document_stream(config, self.manifests, self.tokenizer)
         self._iterators = {shard: iter(_packed(stream, config, shard)) for shard in self.shard_indices}
         self._step = 0
 
-    def __iter__(self) -> "BatchIterator":
+    def __iter__(self) -> "PackedBatches":
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -153,11 +143,37 @@ class BatchIterator:
 
     def _stream(self) -> dict:
         """All that decides a shard's rows. The batch size is not part of it, nor is where the datasets lie."""
-        names = ("sequence_length", "packing", "num_packing_bins", "virtual_shards", "seed")
-        names += ("fim_rate", "fim_psm_fraction", "fim_level", "weights", "epochs")
+        names = ("sequence_length", "packing", "num_packing_bins", "virtual_shards", "seed", "epochs")
         stream = {name: getattr(self._config, name) for name in names}
+        return json.loads(json.dumps({"version": _STATE_VERSION, **self._identity, **stream}))
+
+
+def check_processes(config, process_index: int, process_count: int) -> None:
+    """Raises ValueError where the processes do not divide the virtual shards, or cannot all end at the same step."""
+    if config.virtual_shards % process_count or not 0 <= process_index < process_count:
+        raise ValueError(
+            f"process {process_index} of {process_count} with virtual_shards={config.virtual_shards}; "
+            "valid: a number of processes that divides the shards, and an index below it"
+        )
+    if config.epochs and process_count > 1:
+        # Shards run dry at different steps: one process would stop while the others wait for it in a collective.
+        raise ValueError(f"epochs={config.epochs} on {process_count} processes; valid: 0 (endless), and a number of steps")
+
+
+class BatchIterator(PackedBatches):
+    """The rows of pre-training: documents of token shards. manifests: those of config.paths."""
+
+    def __init__(self, config: DataConfig, process_index: int, process_count: int):
+        """Opens the datasets. Raises ValueError: a dataset missing or damaged, too small, or shards that do not divide."""
+        check_processes(config, process_index, process_count)
+        self.manifests = tuple(load_manifest(path, config.verify_checksums) for path in config.paths)
+        tokenizer = one_tokenizer(config.paths, self.manifests)
+        _check_enough(config, self.manifests)
         digests = [[m.tokenizer.sha256, *(shard.file.sha256 for shard in m.train.shards)] for m in self.manifests]
-        return json.loads(json.dumps({"version": _STATE_VERSION, "datasets": digests, **stream}))
+        names = ("fim_rate", "fim_psm_fraction", "fim_level", "weights")
+        identity = {"datasets": digests, **{name: getattr(config, name) for name in names}}
+        stream = _document_stream(config, self.manifests, tokenizer)
+        super().__init__(config, stream, identity, tokenizer, process_index, process_count)
 
 
 def merge_states(states: Sequence[dict]) -> dict:
@@ -194,10 +210,13 @@ def features(ids: np.ndarray, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
 
 
 def assemble(rows: Sequence[dict | None], length: int, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """A batch from grain's packed rows; None is a row of padding."""
+    """A batch from grain's packed rows; None is a row of padding. Documents without loss_weights: every target but <sop> counts."""
     sources = {"tokens": "tokens", "targets": "targets", "segment_ids": "tokens_segment_ids", "positions": "tokens_positions"}
     padding = np.zeros(length, np.int32)
     batch = {name: np.stack([padding if row is None else row[source] for row in rows]).astype(np.int32) for name, source in sources.items()}
+    if any("loss_weights" in row for row in rows if row is not None):
+        weights = [padding if row is None else row["loss_weights"] for row in rows]
+        return {**batch, "loss_weights": np.stack(weights).astype(np.float32)}
     is_counted = (batch["segment_ids"] > 0) & (batch["targets"] != tokenizer.start_ids[1])
     return {**batch, "loss_weights": is_counted.astype(np.float32)}
 
@@ -245,10 +264,10 @@ def _rearrange_in_epoch(config: DataConfig, tokenizer: Tokenizer, num_documents:
     return rearrange
 
 
-def _packed(stream: grain.MapDataset, config: DataConfig, shard: int) -> grain.IterDataset:
+def _packed(stream: grain.MapDataset, config, shard: int) -> grain.IterDataset:
     """The rows of one virtual shard: every V-th document of the stream, packed."""
     documents = stream[shard :: config.virtual_shards].to_iter_dataset(READ_OPTIONS)
-    lengths = {"tokens": config.sequence_length, "targets": config.sequence_length}
+    lengths = dict.fromkeys(stream[0], config.sequence_length)
     if config.packing == "concat_then_split":
         return grain_experimental.ConcatThenSplitIterDataset(documents, length_struct=lengths)
     pieces = grain_experimental.FlatMapIterDataset(documents, _CutToLength(config.sequence_length))

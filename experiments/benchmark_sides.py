@@ -92,7 +92,8 @@ def our_generation(run, work: Workload, *, rows: int, drafts: int = 0, continuou
     """A function that answers the whole workload with an engine of `rows` rows."""
     page_size, context = 16, max(len(p) + n for p, n in zip(work.prompts, work.new_tokens, strict=True)) + 1
     config = EngineConfig(
-        context=context, num_rows=rows, page_size=page_size, num_pages=rows * -(-(context + drafts) // page_size), prefill_chunk=128,
+        context=context, num_rows=rows, page_size=page_size, num_pages=rows * -(-(context + drafts) // page_size),
+        prefill_chunk=128, min_rows=1, min_chunk=1,
         decode_steps=16, draft_tokens=drafts, weights="compute", cache_dtype="compute", keep_experts=False,
     )  # fmt: skip
     engine = Engine(GLM(run.model, rngs=nnx.Rngs(run.loop.seed)), config)

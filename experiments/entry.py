@@ -2,38 +2,85 @@
 
 from __future__ import annotations
 
+import logging as python_logging
+import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from absl import app, logging
 from ml_collections import ConfigDict
 
 from data.pipeline import DataConfig
 from glm_jax.config import ModelConfig, check_choice, from_mapping
+from glm_jax.infer.engine import EngineConfig
 from glm_jax.optim.optimizer import OptimizerConfig
 from glm_jax.optim.schedules import ScheduleConfig
+from glm_jax.rl.config import ControlConfig, GrpoConfig, RlConfig, RlLoopConfig, RolloutConfig, TasksConfig
+from glm_jax.sft.conversations import ConversationConfig
 from glm_jax.sharding import MeshConfig
 from glm_jax.train.loop import LoopConfig, RunConfig
+from glm_jax.train.start import StartConfig
 
-SECTIONS = {
+PRETRAINING = {
     "model": ModelConfig,
     "mesh": MeshConfig,
     "optimizer": OptimizerConfig,
     "schedule": ScheduleConfig,
     "data": DataConfig,
     "loop": LoopConfig,
+    "start": StartConfig,
 }
 
 
-def run_config(config: ConfigDict) -> RunConfig:
-    """The frozen configuration of a run. Raises ValueError naming a key that is unknown, missing or of the wrong type."""
+SFT = {**PRETRAINING, "data": ConversationConfig}
+RL = {
+    "model": ModelConfig,
+    "mesh": MeshConfig,
+    "optimizer": OptimizerConfig,
+    "engine": EngineConfig,
+    "tasks": TasksConfig,
+    "rollout": RolloutConfig,
+    "grpo": GrpoConfig,
+    "control": ControlConfig,
+    "loop": RlLoopConfig,
+    "start": StartConfig,
+}
+
+
+def sections(config: ConfigDict, kinds: Mapping[str, type]) -> dict:
+    """The frozen sections of a config. Raises ValueError naming a key that is unknown, missing or of the wrong type."""
     tree = config.to_dict()
     for section in tree:
-        check_choice("config section", section, SECTIONS)
-    missing = [s for s in SECTIONS if s not in tree]
+        check_choice("config section", section, kinds)
+    missing = [s for s in kinds if s not in tree]
     if missing:
         raise ValueError(f"config lacks the sections {', '.join(missing)}")
-    return RunConfig(**{section: from_mapping(cls, tree[section], f"config.{section}") for section, cls in SECTIONS.items()})
+    return {section: from_mapping(cls, tree[section], f"config.{section}") for section, cls in kinds.items()}
+
+
+def run_config(config: ConfigDict) -> RunConfig:
+    """The configuration of experiments.train."""
+    return RunConfig(**sections(config, PRETRAINING))
+
+
+def sft_config(config: ConfigDict) -> RunConfig:
+    """The configuration of experiments.sft: the same, but its data are conversations."""
+    return RunConfig(**sections(config, SFT))
+
+
+def rl_config(config: ConfigDict) -> tuple[RlConfig, StartConfig]:
+    """The configuration of experiments.rl."""
+    parts = sections(config, RL)
+    start = parts.pop("start")
+    return RlConfig(**parts), start
+
+
+def log_to(workdir: pathlib.Path):
+    """Everything that is logged goes to the run's log.txt, too."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    handler = python_logging.FileHandler(workdir / "log.txt")
+    handler.setFormatter(python_logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    python_logging.getLogger().addHandler(handler)
 
 
 def run(main: Callable[[list[str]], None]):

@@ -37,7 +37,7 @@ from glm_jax.train.evaluation import Evaluator
 from glm_jax.train.state import build_model
 from glm_jax.train.step import LOSS_CHUNK
 
-OURS = ("held_out", *puzzles.GROUPS)
+OURS = ("held_out", *puzzles.GROUPS, "human_eval")
 LOCAL_TASKS = pathlib.Path(__file__).parent.parent / "data" / "tasks"
 DEFAULT_CONTEXT = 4096  # tokens, where the model is meant for more
 DEFAULT_ROW = 512  # tokens of held-out text, for a model that does not say how it was trained
@@ -48,16 +48,16 @@ DEFAULT_PUZZLES = 100  # of each generator
 class Settings:
     """How everything is measured; goes into the results as it is."""
 
-    limit: int | None  # batches of held-out text, puzzles of each generator, documents of each lm-eval task; None: all, or 100 puzzles
+    limit: int | None  # batches of held-out text, puzzles of each generator, problems, documents of lm-eval; None: all, or 100 puzzles
     context: int | None  # tokens of prompt and answer; None: the model's max_length, at most DEFAULT_CONTEXT
     num_rows: int  # prompts in the engine's batch
     batch_tokens: int  # of a forward pass that scores
     draft_tokens: int  # guessed by the MTP block
-    max_new_tokens: int  # of an answer to a puzzle
-    temperature: float  # of answers to puzzles
+    max_new_tokens: int  # of an answer to a puzzle or problem
+    temperature: float  # of answers to puzzles and problems
     seed: int
     num_examples: int  # solved puzzles in front of a puzzle; not in chat
-    chat: bool  # puzzles as a chat's first turn
+    chat: bool  # puzzles and problems as a chat's first turn
     thinking: bool  # in chat: ask for reasoning
 
 
@@ -77,6 +77,7 @@ class Subject:
         context = settings.context or min(self.model.config.max_length, DEFAULT_CONTEXT)
         config = EngineConfig(
             context=context, num_rows=settings.num_rows, page_size=page_size, prefill_chunk=256, decode_steps=16,
+            min_rows=min(8, settings.num_rows), min_chunk=16,
             num_pages=settings.num_rows * -(-(context + settings.draft_tokens) // page_size), draft_tokens=settings.draft_tokens,
             weights="compute", cache_dtype="compute", keep_experts=False,
         )  # fmt: skip
@@ -130,6 +131,10 @@ def prepare(names: Sequence[str], path: pathlib.Path, data: Sequence[str], token
     for name in tasks:
         if name == "held_out":
             tasks[name] = functools.partial(run_held_out, held_out_batches(path, data, tokenizer, settings))
+        elif name == "human_eval":
+            from experiments import evaluating_code  # which imports this module
+
+            tasks[name] = evaluating_code.prepare(settings)
         elif name in OURS:
             limit = settings.limit or DEFAULT_PUZZLES
             chosen = {generator: puzzles.held_out_puzzles(generator, limit) for generator in puzzles.GROUPS[name]}

@@ -56,7 +56,7 @@ def engine(model: GLM, rows: int, **settings) -> Engine:
     context, page_size = PROMPT_TOKENS.value + NEW_TOKENS.value + 1, 16
     sizes = {"context": context, "num_rows": rows, "page_size": page_size, "num_pages": rows * -(-(context + 8) // page_size)}
     defaults = {"draft_tokens": 0, "weights": "compute", "cache_dtype": "compute", "keep_experts": False}
-    return Engine(model, EngineConfig(**sizes, prefill_chunk=64, decode_steps=16, **(defaults | settings)))
+    return Engine(model, EngineConfig(**sizes, prefill_chunk=64, min_rows=1, min_chunk=1, decode_steps=16, **(defaults | settings)))
 
 
 def sampling(temperature: float) -> list[SamplingParams]:

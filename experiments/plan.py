@@ -40,7 +40,8 @@ def main(argv: list[str]):
         model = dataclasses.replace(model, grouped_matmul="ragged_dot")
     rows = NUM_ROWS.value or len(pod.topology_devices(TOPOLOGY.value))
     engine = EngineConfig(
-        context=CONTEXT.value, num_rows=rows, page_size=PAGE_SIZE.value, prefill_chunk=512, decode_steps=DECODE_STEPS.value,
+        context=CONTEXT.value, num_rows=rows, page_size=PAGE_SIZE.value, prefill_chunk=512, min_rows=1, min_chunk=1,
+        decode_steps=DECODE_STEPS.value,
         num_pages=rows * -(-(CONTEXT.value + DRAFT_TOKENS.value) // PAGE_SIZE.value), draft_tokens=DRAFT_TOKENS.value,
         weights=WEIGHTS.value, cache_dtype=CACHE_DTYPE.value, keep_experts=False,
     )  # fmt: skip

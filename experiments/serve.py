@@ -50,7 +50,8 @@ def engine_config(max_length: int) -> EngineConfig:
     pages_a_row = -(-(context + DRAFT_TOKENS.value) // PAGE_SIZE.value)
     return EngineConfig(
         context=context, num_rows=NUM_ROWS.value, page_size=PAGE_SIZE.value, num_pages=NUM_PAGES.value or NUM_ROWS.value * pages_a_row,
-        prefill_chunk=PREFILL_CHUNK.value, decode_steps=DECODE_STEPS.value, draft_tokens=DRAFT_TOKENS.value, weights=WEIGHTS.value,
+        prefill_chunk=PREFILL_CHUNK.value, min_rows=1, min_chunk=1,
+        decode_steps=DECODE_STEPS.value, draft_tokens=DRAFT_TOKENS.value, weights=WEIGHTS.value,
         cache_dtype=CACHE_DTYPE.value, keep_experts=False,
     )  # fmt: skip
 

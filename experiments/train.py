@@ -5,7 +5,6 @@ python -m experiments.train --config=configs/tiny.py --workdir=W --config.schedu
 
 from __future__ import annotations
 
-import logging
 import pathlib
 
 from absl import flags
@@ -29,10 +28,7 @@ def main(argv: list[str]):
         jax.distributed.initialize()
     config = entry.run_config(CONFIG.value)
     workdir = pathlib.Path(WORKDIR.value)
-    workdir.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(workdir / "log.txt")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
+    entry.log_to(workdir)
     steps = loop.train(config, workdir, config_json=CONFIG.value.to_json(indent=2), progress=PROGRESS.value)
     print(f"{steps} steps done; metrics, samples and checkpoints are in {workdir}")
 

@@ -1,4 +1,4 @@
-"""Losses: chunked cross-entropy, the MTP shift, the combination, and the loss-free bias rule."""
+"""Losses: of tokens, chunk by chunk; the MTP shift; and the loss-free bias rule."""
 
 from __future__ import annotations
 
@@ -10,22 +10,35 @@ import jax.numpy as jnp
 from glm_jax.sharding import constrain
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def chunked_cross_entropy(h_BLD, head_DV, targets_BL, weights_BL, chunk: int) -> jax.Array:
-    """sum of weights * -log softmax(h head)[target], a float32 scalar, holding logits of `chunk` positions at a time.
+    """sum of weights * -log softmax(h head)[target], a float32 scalar; arguments as for chunked_token_loss."""
+    return chunked_token_loss(_weighted, h_BLD, head_DV, targets_BL, weights_BL, chunk, False)[0]
+
+
+def _weighted(logprobs, weights):
+    return -weights * logprobs
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6))
+def chunked_token_loss(token_loss, h_BLD, head_DV, targets_BL, inputs, chunk: int, observe: bool):
+    """sum over positions of token_loss(log softmax(h head)[target], inputs), holding logits of `chunk` positions at a time.
 
     The gradient of a scalar needs nothing from behind it but a factor, so the forward pass already computes it chunk by
     chunk (as Liger Kernel, arXiv 2410.10989, does): three products in all and no logits are kept or computed twice.
 
     Args:
-      h_BLD: states in compute precision. head_DV: float32 head. targets_BL: int32. weights_BL: float32.
-      chunk: positions a row at a time; the last chunk is padded where it does not divide L.
+      token_loss: elementwise, (log-probabilities, inputs) -> losses; differentiated by JAX in its first argument.
+      h_BLD: states in compute precision. head_DV: float32 head. targets_BL: int32. inputs: tree of arrays [B, L], no gradient.
+      chunk: positions a row at a time; the last chunk is padded with zeros where it does not divide L, and must cost 0 there.
+      observe: return the targets' log-probabilities and the entropies in nats, both float32 [B, L], no gradient; else None.
+    Returns (loss, observations).
     """
-    return _cross_entropy(h_BLD, head_DV, targets_BL, weights_BL, chunk, with_gradient=False)[0]
+    loss, observed, _, _ = _token_loss(token_loss, h_BLD, head_DV, targets_BL, inputs, chunk, observe, with_gradient=False)
+    return loss, observed
 
 
-def _cross_entropy(h_BLD, head_DV, targets_BL, weights_BL, chunk, *, with_gradient):
-    batch, length, width = h_BLD.shape
+def _token_loss(token_loss, h_BLD, head_DV, targets_BL, inputs, chunk, observe, *, with_gradient):
+    batch, length, _ = h_BLD.shape
     chunk = min(chunk, length)
     pad = -length % chunk
     head = constrain(head_DV.astype(h_BLD.dtype), "act_embed", "act_vocab")  # gathered once, not once a chunk
@@ -34,42 +47,52 @@ def _cross_entropy(h_BLD, head_DV, targets_BL, weights_BL, chunk, *, with_gradie
         x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
 
-    def body(carry, inputs):
+    def whole(x):
+        return jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:])[:, :length]
+
+    def body(carry, scanned):
         loss, dhead = carry
-        h, targets, weights = inputs
+        h, targets, given = scanned
         logits = jnp.einsum("bcd,dv->bcv", h, head, preferred_element_type=jnp.float32)
         top = jnp.max(logits, axis=-1, keepdims=True)
         exps = jnp.exp(logits - top)
         total = jnp.sum(exps, axis=-1, keepdims=True)
         hit = jnp.take_along_axis(logits, targets[..., None], axis=-1)
-        loss += jnp.sum(weights * (jnp.log(total) + top - hit)[..., 0])
+        logprobs = (hit - top - jnp.log(total))[..., 0]
+        losses, pull = jax.vjp(lambda logprobs: token_loss(logprobs, given), logprobs)
+        loss += jnp.sum(losses)
+        observed = None
+        if observe:
+            entropy = (jnp.log(total) + top)[..., 0] - jnp.sum(exps * logits, axis=-1) / total[..., 0]
+            observed = logprobs, entropy
         if not with_gradient:
-            return (loss, dhead), None
+            return (loss, dhead), (observed, None)
+        slope = pull(jnp.ones_like(losses))[0][..., None]  # of the loss in the log-probability
         is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-        dlogits = (exps * (weights[..., None] / total) - jnp.where(is_target, weights[..., None], 0)).astype(h.dtype)
+        dlogits = (jnp.where(is_target, slope, 0) - exps * (slope / total)).astype(h.dtype)
         dh = jnp.einsum("bcv,dv->bcd", dlogits, head)
         dhead += jnp.einsum("bcd,bcv->dv", h, dlogits, preferred_element_type=jnp.float32)
-        return (loss, dhead), dh
+        return (loss, dhead), (observed, dh)
 
     dhead = jnp.zeros(head_DV.shape if with_gradient else (), jnp.float32)
-    inputs = chunks(h_BLD), chunks(targets_BL), chunks(weights_BL)
-    (loss, dhead), dh = jax.lax.scan(body, (jnp.zeros((), jnp.float32), dhead), inputs)
-    if with_gradient:
-        dh = jnp.moveaxis(dh, 0, 1).reshape(batch, -1, width)[:, :length]
-    return loss, dh, dhead
+    scanned = chunks(h_BLD), chunks(targets_BL), jax.tree.map(chunks, inputs)
+    (loss, dhead), outputs = jax.lax.scan(body, (jnp.zeros((), jnp.float32), dhead), scanned)
+    observed, dh = jax.tree.map(whole, outputs)
+    return loss, observed, dh, dhead
 
 
-def _cross_entropy_forward(h_BLD, head_DV, targets_BL, weights_BL, chunk):
-    loss, dh, dhead = _cross_entropy(h_BLD, head_DV, targets_BL, weights_BL, chunk, with_gradient=True)
-    return loss, (dh, dhead)
+def _token_loss_forward(token_loss, h_BLD, head_DV, targets_BL, inputs, chunk, observe):
+    loss, observed, dh, dhead = _token_loss(token_loss, h_BLD, head_DV, targets_BL, inputs, chunk, observe, with_gradient=True)
+    return (loss, observed), (dh, dhead)
 
 
-def _cross_entropy_backward(chunk, residuals, dloss):
+def _token_loss_backward(token_loss, chunk, observe, residuals, cotangents):
     dh, dhead = residuals
+    dloss = cotangents[0]
     return dh * dloss.astype(dh.dtype), dhead * dloss, None, None
 
 
-chunked_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+chunked_token_loss.defvjp(_token_loss_forward, _token_loss_backward)
 
 
 def mtp_targets(batch) -> tuple[jax.Array, jax.Array]:

@@ -10,7 +10,8 @@ from glm_jax.sharding import MeshConfig
 from tests.model.oracle import tiny_config
 
 ENGINE = EngineConfig(
-    context=64, num_rows=8, page_size=16, num_pages=32, prefill_chunk=16, decode_steps=4, draft_tokens=1, weights="fp8",
+    context=64, num_rows=8, page_size=16, num_pages=32, prefill_chunk=16, min_rows=1, min_chunk=1,
+    decode_steps=4, draft_tokens=1, weights="fp8",
     cache_dtype="float8_e4m3fn", keep_experts=False,
 )  # fmt: skip
 MESH = MeshConfig(data=1, fsdp=2, expert=2, context=1, tensor=1)

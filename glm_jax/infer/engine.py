@@ -35,14 +35,16 @@ CACHE_DTYPES = ("compute", "float32", "bfloat16", "float8_e4m3fn")
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """Sizes of the engine. What runs on the device compiles once for each size of batch (powers of two) that occurs; a prefill also
-    for each length of chunk (1, 4, 16, ...) and of page table (powers of two from MIN_TABLE on)."""
+    """Sizes of the engine. What runs on the device compiles once for each size of batch (powers of two from min_rows on) that occurs;
+    a prefill also for each length of chunk (min_chunk, times 4, times 16, ...) and of page table (powers of two from MIN_TABLE on)."""
 
     context: int  # most tokens of a request, prompt and continuation; at most the model's max_length
     num_rows: int  # requests in the batch at a time
+    min_rows: int  # rows of the smallest batch: more compiles less, and computes more where few requests run
     page_size: int  # tokens
     num_pages: int
     prefill_chunk: int  # most tokens of a row in one prefill call
+    min_chunk: int  # tokens of the shortest prefill call: the same trade
     decode_steps: int  # tokens drawn in one call before the host looks: more is faster, and later to let requests in
     draft_tokens: int  # guessed by the MTP block and verified in one pass of the trunk; 0: no speculation
     weights: str  # quantize.FORMATS: 'compute' precision, 'fp8' (128 x 128 blocks), 'int8' (columns)
@@ -56,6 +58,9 @@ class EngineConfig:
             value = getattr(self, field.name)
             if field.type == "int" and (type(value) is not int or value < (field.name != "draft_tokens")):
                 raise ValueError(f"engine.{field.name}={value!r} must be a positive integer; draft_tokens may be 0")
+        for small, large in (("min_rows", "num_rows"), ("min_chunk", "prefill_chunk")):
+            if getattr(self, small) > getattr(self, large):
+                raise ValueError(f"engine.{small}={getattr(self, small)} exceeds {large}={getattr(self, large)}")
         longest = self.context + self.draft_tokens
         if self.num_pages * self.page_size < longest:
             raise ValueError(f"engine.num_pages={self.num_pages} of {self.page_size} tokens hold no request of {longest} with its drafts")
@@ -162,9 +167,9 @@ class Engine:
             request.status = "waiting"
             self.waiting.append(request)
 
-    def set_weights(self, state, *, recompute: bool):
+    def set_weights(self, state, *, recompute: bool, version: int | None = None):
         """Swaps in other weights (an nnx state like the model's) between steps, and quantises them as configured; tokens drawn from
-        now on carry the next version.
+        now on carry their version, by default the next.
 
         recompute: compute the running requests' keys and values anew; else they go on with those of the older weights.
         """
@@ -173,7 +178,7 @@ class Engine:
                 raise ValueError(f"new weights hold a tensor of shape {new.shape} where the engine has {old}")
         with self._on_mesh():
             self.state = self._prepared(state)
-        self.version += 1
+        self.version = self.version + 1 if version is None else version
         for pool in self.pools:
             pool.forget_all()
         for request in self.running[::-1]:
@@ -270,7 +275,7 @@ class Engine:
             return
         seats, places = self._seats(rows)
         counts = [min(r.missing, self.config.prefill_chunk) for r in rows]
-        length = min(_bucket(max(counts), 4), self.config.prefill_chunk)
+        length = min(self.config.min_chunk * _bucket(-(-max(counts) // self.config.min_chunk), 4), self.config.prefill_chunk)
         tokens, next_tokens = np.zeros((seats, length), np.int32), np.zeros((seats, length), np.int32)
         for place, request, count in zip(places, rows, counts, strict=True):
             chunk = [*request.sequence[request.stored : request.stored + count + 1], -1]
@@ -317,7 +322,8 @@ class Engine:
         for request in requests:
             order.append((request.shard, taken[request.shard]))
             taken[request.shard] += 1
-        rows = min(_bucket(max(taken.values())), self.config.num_rows // self.shards)
+        smallest = -(-self.config.min_rows // self.shards)
+        rows = min(_bucket(max(smallest, *taken.values())), self.config.num_rows // self.shards)
         return rows * self.shards, [shard * rows + place for shard, place in order]
 
     def _room(self, request: Request) -> int:
@@ -414,6 +420,7 @@ class Engine:
                 top_p=column([p.top_p for p in params], np.float32, 1),
                 seed=column([p.seed for p in params], np.uint32),
                 stop_tokens=column(stops, np.int32, -1),
+                logprob_temperature=column([p.logprob_temperature for p in params], np.float32, 1),
             ),
         )
 
@@ -442,6 +449,7 @@ def generate(model: GLM, prompts: Sequence[Sequence[int]], params: SamplingParam
     page_size = 16
     config = EngineConfig(
         context=context, num_rows=len(prompts), page_size=page_size, num_pages=len(prompts) * -(-context // page_size),
-        prefill_chunk=256, decode_steps=16, draft_tokens=0, weights="compute", cache_dtype="compute", keep_experts=False,
+        prefill_chunk=256, min_rows=1, min_chunk=1,
+        decode_steps=16, draft_tokens=0, weights="compute", cache_dtype="compute", keep_experts=False,
     )  # fmt: skip
     return Engine(model, config).generate(prompts, params)

@@ -21,12 +21,15 @@ class SamplingParams:
     seed: int = 0  # the same seed, prompt and weights give the same tokens, whatever else is in the batch
     stop_tokens: tuple[int, ...] = ()  # ends with, and returns, any of these
     stop_strings: tuple[str, ...] = ()  # ends where the text of the new tokens holds one of these
+    logprob_temperature: float = 1.0  # of the distribution whose log-probabilities are returned; RL wants those that it drew from
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature} must be finite and at least 0")
+        if not 0 < self.logprob_temperature < float("inf"):
+            raise ValueError(f"logprob_temperature={self.logprob_temperature} must be finite and above 0")
         if not 0 <= self.top_k < 2**31:
             raise ValueError(f"top_k={self.top_k} must be in 0..{2**31 - 1}; 0 is no limit")
         if not 0 < self.top_p <= 1:
@@ -49,6 +52,7 @@ class RowParams:
     top_p: jax.Array
     seed: jax.Array
     stop_tokens: jax.Array
+    logprob_temperature: jax.Array
 
 
 def filter_logits(scaled_SV: jax.Array, top_k_S: jax.Array, top_p_S: jax.Array) -> jax.Array:
@@ -94,12 +98,13 @@ def keys(params: RowParams, index_S: jax.Array) -> jax.Array:
     return jax.vmap(lambda seed, index: jax.random.fold_in(jax.random.key(seed), index))(params.seed, index_S)
 
 
-def model_logprobs(logits_SV: jax.Array, token_S: jax.Array) -> jax.Array:
-    """Log-probabilities of tokens under the model itself: temperature 1, no filter; float32 [S]."""
-    return jnp.take_along_axis(jax.nn.log_softmax(logits_SV.astype(jnp.float32), axis=-1), token_S[:, None], axis=-1)[:, 0]
+def model_logprobs(logits_SV: jax.Array, token_S: jax.Array, temperature_S: jax.Array) -> jax.Array:
+    """Log-probabilities of tokens under the model itself, at a temperature and without any filter; float32 [S]."""
+    scaled_SV = logits_SV.astype(jnp.float32) / temperature_S[:, None]
+    return jnp.take_along_axis(jax.nn.log_softmax(scaled_SV, axis=-1), token_S[:, None], axis=-1)[:, 0]
 
 
 def sample(logits_SV: jax.Array, params: RowParams, index_S: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Token ids int32 [S], and their log-probabilities under the model. index_S: how many tokens a row has drawn before."""
     token_S = draw(logits_SV, params, index_S)
-    return token_S, model_logprobs(logits_SV, token_S)
+    return token_S, model_logprobs(logits_SV, token_S, params.logprob_temperature)

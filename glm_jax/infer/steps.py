@@ -113,7 +113,7 @@ def decode(graphdef, state, pages, rows: Rows, token_S, tables_SP, steps: int, n
         last_S = jnp.where(live, jnp.minimum(last_S, stop_S), -1)
         taken_S = last_S + 1
         to = jnp.where(place < taken_S[:, None], drawn.count_S[:, None] + place, steps)
-        logprobs_SL = jax.vmap(model_logprobs, in_axes=1, out_axes=1)(logits_SLV, new_SL)
+        logprobs_SL = jax.vmap(model_logprobs, in_axes=(1, 1, None), out_axes=1)(logits_SLV, new_SL, params.logprob_temperature)
         drawn = Drawn(
             tokens=drawn.tokens.at[row, to].set(new_SL, mode="drop"),
             logprobs=drawn.logprobs.at[row, to].set(logprobs_SL, mode="drop"),

@@ -11,7 +11,11 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import itertools
 from collections.abc import Iterator, Sequence
+
+from glm_jax.rewards.answer_format import boxed_answer
+from glm_jax.rewards.task import Task
 
 SEEDS = {"train": (0, 2**31), "held_out": (2**31, 2**32)}  # the first, and the one behind the last
 HELD_OUT_ONE_IN = 8  # questions, by the hash of their text
@@ -61,11 +65,29 @@ def puzzles(generator: str, split: str, first: int = 0) -> Iterator[Puzzle]:
     if split not in SEEDS:
         raise ValueError(f"split={split!r} is not one of {', '.join(SEEDS)}")
     start, end = SEEDS[split]
-    dataset = _dataset(generator)
     for seed in range(start + first, end):
-        entry = dataset[seed]
-        if split_of(entry["question"]) == split:
-            yield Puzzle(generator, seed, entry["question"].strip(), entry["answer"], entry)
+        puzzle = puzzle_of(generator, seed)
+        if split_of(puzzle.question) == split:
+            yield puzzle
+
+
+def puzzle_of(generator: str, seed: int) -> Puzzle:
+    """The generator's puzzle of a seed, whichever split its question belongs to. Errors as for `puzzles`."""
+    entry = _dataset(generator)[seed]
+    return Puzzle(generator, seed, entry["question"].strip(), entry["answer"], entry)
+
+
+def tasks(generator: str, split: str, count: int, first: int = 0) -> list[Task]:
+    """The first `count` of `puzzles(generator, split, first)` as tasks of verifier `puzzle`. Errors as there."""
+    found = itertools.islice(puzzles(generator, split, first), count)
+    group = next((name for name, generators in GROUPS.items() if generator in generators), "")
+    return [
+        Task(
+            id=f"{generator}/{puzzle.seed}", group=f"{group}/{generator}", verifier="puzzle",
+            messages=({"role": "user", "content": chat_request(puzzle)},), answer={"generator": generator, "seed": puzzle.seed},
+        )
+        for puzzle in found
+    ]  # fmt: skip
 
 
 def held_out_puzzles(generator: str, count: int) -> list[Puzzle]:
@@ -118,13 +140,7 @@ def chat_answer(text: str) -> str | None:
     _, ended, visible = text.rpartition("</think>")
     if not ended and "<think>" in text:
         return None
-    _, found, rest = visible.rpartition("\\boxed{")
-    depth = 1
-    for place, character in enumerate(rest if found else ""):
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if depth == 0:
-            return rest[:place].strip() or None
-    return None
+    return boxed_answer(visible)
 
 
 @functools.cache
@@ -133,7 +149,7 @@ def _dataset(generator: str):
     if generator not in SETTINGS:
         raise ValueError(f"generator={generator!r} is not one of {', '.join(SETTINGS)}")
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise ValueError("puzzles need reasoning-gym: pip install -r requirements-dev.txt")
+        raise ValueError("puzzles need reasoning-gym: pip install -r requirements.txt")
     import reasoning_gym
 
     return reasoning_gym.create_dataset(generator, seed=0, size=2**32, **SETTINGS[generator])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -22,7 +23,9 @@ from glm_jax.train.state import TrainState, logical_axes
 class Checkpoints:
     """checkpoints/<step>/ of a work directory; `step` is the number of steps that the state has behind it."""
 
-    def __init__(self, workdir: str | pathlib.Path, *, keep: int):
+    def __init__(self, workdir: str | pathlib.Path, *, keep: int, merge: Callable[[list[dict]], dict] = merge_states):
+        """merge: makes one position in the data of all processes' own."""
+        self.merge = merge
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "data"))
@@ -32,7 +35,7 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, data_state: dict):
         """Starts writing and returns; the arrays may be donated at once. `data_state` is this process's own part."""
-        merged = merge_states(_all_processes(data_state))
+        merged = self.merge(_all_processes(data_state))
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(merged))
         self.manager.save(step, args=args, force=True)
 
@@ -74,18 +77,23 @@ def read_config(workdir: str | pathlib.Path) -> dict:
     return json.loads(path.read_text())
 
 
+def finished_steps(workdir: str | pathlib.Path) -> list[int]:
+    """Steps of the finished checkpoints."""
+    return [int(p.name) for p in (pathlib.Path(workdir) / "checkpoints").glob("*") if p.name.isdigit()]
+
+
 def newest_step(workdir: str | pathlib.Path) -> int:
     """Newest finished checkpoint. Raises ValueError where there is none."""
-    folder = pathlib.Path(workdir).absolute() / "checkpoints"
-    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()] if folder.is_dir() else []
+    steps = finished_steps(workdir)
     if not steps:
         raise ValueError(f"{workdir} holds no finished checkpoint")
     return max(steps)
 
 
-def load_weights(workdir: str | pathlib.Path, step: int | None = None) -> tuple[ModelConfig, dict, dict]:
-    """(config, params, router) of a run's newest checkpoint or the given step, on the default device; no optimizer state.
+def load_weights(workdir: str | pathlib.Path, step: int | None = None, shardings: dict | None = None) -> tuple[ModelConfig, dict, dict]:
+    """(config, params, router) of a run's newest checkpoint or the given step; no optimizer state.
 
+    shardings: trees of `params` and `router`; None: on the default device.
     Raises ValueError where the directory holds no finished checkpoint.
     """
     config = from_mapping(ModelConfig, read_config(workdir)["model"], "model")
@@ -95,7 +103,8 @@ def load_weights(workdir: str | pathlib.Path, step: int | None = None) -> tuple[
         raise ValueError(f"{workdir} holds no checkpoint of step {step}")
     params, router = logical_axes(config, stacked=False)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    marks = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(sharding=device), {"params": params, "router": router}, is_leaf=_is_axes)
+    shardings = shardings or jax.tree.map(lambda _: device, {"params": params, "router": router}, is_leaf=_is_axes)
+    marks = jax.tree.map(lambda sharding: ocp.ArrayRestoreArgs(sharding=sharding), shardings)
     item = jax.tree.map(lambda _: 0, {"params": params, "router": router}, is_leaf=_is_axes)
     with ocp.PyTreeCheckpointer() as reader:
         weights = reader.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=marks, partial_restore=True))

@@ -8,6 +8,7 @@ import logging
 import pathlib
 import signal
 import time
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -21,9 +22,10 @@ from glm_jax.config import ModelConfig, check_types
 from glm_jax.optim.optimizer import OptimizerConfig
 from glm_jax.optim.schedules import Point, Schedule, ScheduleConfig
 from glm_jax.sharding import MeshConfig, make_mesh, named
-from glm_jax.train.checkpoint import Checkpoints
+from glm_jax.train.checkpoint import Checkpoints, finished_steps
 from glm_jax.train.evaluation import Evaluator, Sampler
 from glm_jax.train.metrics import Recorder, flops_per_token, load_statistics, peak_flops
+from glm_jax.train.start import CHANGEABLE, StartConfig, check_start, starting_state
 from glm_jax.train.state import Trainee, TrainState
 from glm_jax.train.step import Knobs, compile_step, map_routers
 
@@ -59,12 +61,24 @@ class RunConfig:
     mesh: MeshConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
-    data: DataConfig
+    data: DataConfig  # or what another Source reads
     loop: LoopConfig
+    start: StartConfig
 
     def __post_init__(self):
         if self.data.sequence_length > self.model.max_length:
             raise ValueError(f"data.sequence_length={self.data.sequence_length} exceeds model.max_length={self.model.max_length}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What opens the training and the held-out rows that RunConfig.data describes; both as in data.pipeline and data.held_out."""
+
+    batches: Callable
+    held_out: Callable
+
+
+PRETRAINING = Source(BatchIterator, held_out_batches)
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -74,8 +88,8 @@ class NonFiniteLoss(FloatingPointError):
 class Batches:
     """Device batches [A, B, L] of a step's microbatches, and the data position behind them."""
 
-    def __init__(self, config: RunConfig, mesh: Mesh):
-        self.iterator = BatchIterator(config.data, jax.process_index(), jax.process_count())
+    def __init__(self, config: RunConfig, mesh: Mesh, source: Source):
+        self.iterator = source.batches(config.data, jax.process_index(), jax.process_count())
         if self.iterator.vocab_size > config.model.vocab_size:
             raise ValueError(f"the data's tokenizer has {self.iterator.vocab_size} tokens, model.vocab_size={config.model.vocab_size}")
         shape = (config.data.batch_size, config.data.sequence_length)
@@ -113,7 +127,7 @@ class Stop:
             signal.signal(number, handler)
 
 
-def train(config: RunConfig, workdir: pathlib.Path, *, config_json: str, progress: bool) -> int:
+def train(config: RunConfig, workdir: pathlib.Path, *, config_json: str, progress: bool, source: Source = PRETRAINING) -> int:
     """Runs, or resumes, a run until schedule.total_tokens. Returns the number of steps behind it.
 
     Raises ValueError for anything wrong with config, data or checkpoint before the first step, NonFiniteLoss during one.
@@ -122,8 +136,10 @@ def train(config: RunConfig, workdir: pathlib.Path, *, config_json: str, progres
     trainee = Trainee.create(config.model, config.optimizer)
     abstract = trainee.abstract_state(mesh)
     schedule = Schedule(config.schedule, config.data.batch_size * config.data.sequence_length)
-    batches = Batches(config, mesh)
+    batches = Batches(config, mesh, source)
     tokenizer = batches.iterator.tokenizer
+    if not finished_steps(workdir):
+        check_start(config.start, config.model, tokenizer)
 
     # Everything that can be wrong was read; from here on the work directory is written.
     write_config(workdir, config_json)
@@ -131,29 +147,29 @@ def train(config: RunConfig, workdir: pathlib.Path, *, config_json: str, progres
     checkpoints = Checkpoints(workdir, keep=config.loop.keep_checkpoints)
     first = checkpoints.latest()
     if first is None:
-        first, state = 0, trainee.create_state(mesh, config.loop.seed)
+        first, state = 0, starting_state(config.start, trainee, mesh, config.loop.seed)
     else:
         state, data_state = checkpoints.restore(first, abstract)
         batches.iterator.set_state(data_state)
         logger.info("resumed from step %d", first)
-    run = _Run(config, workdir, mesh, trainee, schedule, checkpoints, tokenizer, first, progress)
+    run = _Run(config, workdir, mesh, trainee, schedule, checkpoints, tokenizer, first, progress, source)
     try:
         return run.loop(state, batches)
     finally:
         run.close()
 
 
-def write_config(workdir: pathlib.Path, config_json: str):
-    """Writes config.json; on resume raises ValueError where the model differs from the run's own."""
+def write_config(workdir: pathlib.Path, config_json: str, fixed: Sequence[str] = ("model", "data", "optimizer", "start")):
+    """Writes config.json; on resume raises ValueError where a section of `fixed` differs from the run's own."""
     path = workdir / "config.json"
     if path.exists():
         old, new = json.loads(path.read_text()), json.loads(config_json)
         if old.keys() != new.keys():
-            raise ValueError(f"{workdir} holds no run of experiments.train: its config.json has {', '.join(old)}; use another --workdir")
-        for section in ("model", "data", "optimizer"):
+            raise ValueError(f"{workdir} holds a run of another kind: its config.json has {', '.join(old)}; use another --workdir")
+        for section in fixed:
             for key in sorted(old[section].keys() | new[section].keys()):
                 before, now = old[section].get(key), new[section].get(key)
-                if before != now and (section, key) not in CHANGEABLE:
+                if before != now and (section, key) not in RESUME_CHANGEABLE:
                     raise ValueError(f"{workdir} was started with {section}.{key}={before!r}, not {now!r}; use another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -161,23 +177,21 @@ def write_config(workdir: pathlib.Path, config_json: str):
     temporary.replace(path)
 
 
-# Keys of model, data and optimizer that a resumed run may change: how it computes or where the data lies, not what.
-CHANGEABLE = {("model", k) for k in ("compute_dtype", "remat", "attention", "grouped_matmul", "max_length", "rope_theta")} | {
-    ("data", "paths"),
-    ("data", "verify_checksums"),
-}
+# Keys that a resumed run may change: how it computes or where things lie, not what.
+RESUME_CHANGEABLE = {("model", key) for key in CHANGEABLE} | {("data", "paths"), ("data", "verify_checksums"), ("start", "workdir")}
 
 
 class _Run:
     """One call of `train`: owns the recorder, the progress bar and what is derived from the config."""
 
-    def __init__(self, config, workdir, mesh, trainee, schedule, checkpoints, tokenizer: Tokenizer, first: int, progress: bool):
+    def __init__(self, config, workdir, mesh, trainee, schedule, checkpoints, tokenizer: Tokenizer, first: int, progress: bool,
+                 source: Source):  # fmt: skip
         self.config, self.workdir, self.schedule, self.checkpoints = config, workdir, schedule, checkpoints
         self.mesh, self.first = mesh, first
         self.is_main = jax.process_index() == 0
         self.recorder = Recorder(workdir, first) if self.is_main else None
         self.step_function = compile_step(trainee, config.schedule.balance_weight, mesh)
-        self.evaluator = Evaluator(config.model, mesh, held_out_batches(
+        self.evaluator = Evaluator(config.model, mesh, source.held_out(
             config.data, jax.process_index(), jax.process_count(), config.loop.eval_batches or None))  # fmt: skip
         self.sampler = Sampler(config.model, tokenizer, config.loop)
         peak = peak_flops(jax.local_devices()[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -77,38 +78,49 @@ def gradients(trainee: Trainee, state: TrainState, batch, knobs: Knobs, balance_
     """((loss, aux), gradients) summed over the microbatches of a step; batch arrays [A, B, L], the first `microbatches` count."""
     batch = {name: constrain(x, None, "batch", "length") for name, x in batch.items()}
     totals = step_totals(batch, knobs.microbatches)
-    grad_function = jax.value_and_grad(
-        lambda params, microbatch: loss_function(trainee, params, state.router, microbatch, totals, knobs, balance_weight),
-        has_aux=True,
-    )
+    loss = lambda params, part: loss_function(trainee, params, state.router, part, totals, knobs, balance_weight)  # noqa: E731
+    return accumulate(loss, state.params, batch, knobs.microbatches)
+
+
+def accumulate(loss, params, batch, microbatches):
+    """((loss, aux), gradients) of loss(params, microbatch) -> (loss, aux), summed over the first `microbatches` of the arrays [A, ...]."""
+    grad_function = jax.value_and_grad(loss, has_aux=True)
 
     def one(index):
-        return grad_function(state.params, {name: x[index] for name, x in batch.items()})
+        return grad_function(params, jax.tree.map(lambda x: x[index], batch))
 
-    if batch["tokens"].shape[0] == 1:
+    if len(jax.tree.leaves(batch)[0]) == 1:
         return one(0)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
-    return jax.lax.fori_loop(0, knobs.microbatches, lambda i, total: jax.tree.map(jnp.add, total, one(i)), zeros)
+    return jax.lax.fori_loop(0, microbatches, lambda i, total: jax.tree.map(jnp.add, total, one(i)), zeros)
 
 
 def train_step(trainee: Trainee, balance_weight: float, state: TrainState, batch, knobs: Knobs) -> tuple[TrainState, dict]:
     """Gradients, clipping, optimizer, router biases from global counts.
 
-    Returns the new state and metrics: `loss`, `cross_entropy`, `mtp`, `balance`, `grad_norm`, `grad_rms/<group>`,
-    `update_rms/<group>` (learning rate included), `expert_counts` [routers, E].
+    Returns the new state and metrics: `loss`, `cross_entropy`, `mtp`, `balance`, `expert_counts` [routers, E] and those of `update`.
     """
     (loss, aux), grads = gradients(trainee, state, batch, knobs, balance_weight)
-    metrics = {"loss": loss, **aux, "grad_norm": optax.tree.norm(grads)}
+    state, metrics = update(trainee, state, grads, aux.get("expert_counts"), knobs.learning_rate, knobs.bias_rate)
+    return state, {"loss": loss, **aux, **metrics}
+
+
+def update(trainee: Trainee, state: TrainState, grads, expert_counts_RE, learning_rate, bias_rate) -> tuple[TrainState, dict]:
+    """Clips and applies gradients, and moves the router biases (expert counts of None: a dense model).
+
+    Returns the new state and metrics: `grad_norm`, `grad_rms/<group>`, `update_rms/<group>` (learning rate included).
+    """
+    metrics = {"grad_norm": optax.tree.norm(grads)}
     metrics |= {f"grad_rms/{group}": rms for group, rms in group_rms(grads, trainee.groups).items()}
     if trainee.max_grad_norm > 0:
         factor = jnp.minimum(1.0, trainee.max_grad_norm / (metrics["grad_norm"] + 1e-12))
         grads = jax.tree.map(lambda g: g * factor, grads)
     updates, opt_state = trainee.optimizer.update(grads, state.opt_state, state.params)
-    updates = jax.tree.map(lambda u: -knobs.learning_rate * u, updates)
+    updates = jax.tree.map(lambda u: -learning_rate * u, updates)
     metrics |= {f"update_rms/{group}": rms for group, rms in group_rms(updates, trainee.groups).items()}
     router = state.router
-    if "expert_counts" in aux:
-        router = map_routers(lambda bias_RE: losses.update_router_bias(bias_RE, aux["expert_counts"], knobs.bias_rate), router)
+    if expert_counts_RE is not None:
+        router = map_routers(lambda bias_RE: losses.update_router_bias(bias_RE, expert_counts_RE, bias_rate), router)
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), router, opt_state), metrics
 
 
@@ -125,9 +137,10 @@ def map_routers(function, router):
 
 def compile_step(trainee: Trainee, balance_weight: float, mesh: Mesh):
     """The jitted step; donates the state, and returns it placed as it came. Call it under jax.set_mesh."""
+    return jit_step(functools.partial(train_step, trainee, balance_weight), trainee, mesh)
 
-    def step(state, batch, knobs):
-        return train_step(trainee, balance_weight, state, batch, knobs)
 
+def jit_step(step, trainee: Trainee, mesh: Mesh):
+    """A function (state, ...) -> (state, metrics), compiled as compile_step says."""
     placed = jax.tree.map(lambda x: x.sharding, trainee.abstract_state(mesh))
     return jax.jit(step, donate_argnums=0, out_shardings=(placed, None))

@@ -4,11 +4,11 @@ import json
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from data.chat_output import MalformedOutput, OutputReader, parse, parse_tokens
+from data.chat_output import OutputReader, parse, parse_tokens
 from data.chat_template import Segment, TemplateError, encode, render, segments
-from data.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from data.tokenizer import SPECIAL_TOKENS
+from tests.data.conversations import RUN, call, messages_of, nasty, small_tokenizer, tame
 
 WEATHER = {
     "type": "function",
@@ -18,29 +18,11 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}},
     },
 }
-RUN = {
-    "type": "function",
-    "function": {
-        "name": "run",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "code": {"type": "string"}, "options": {"type": "object"}, "limits": {"type": "array"}, "fast": {"type": "boolean"},
-                "note": {"type": ["string", "null"]}, "ratio": {"type": "number"},
-                "level": {"anyOf": [{"type": "integer"}, {"enum": ["low", "high"]}]},
-            },
-        },
-    },
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(["def add(a, b):\n    return a + b\n", "größer 変数 😀 {}[]\"'\n"] * 20, 330)
-
-
-def call(name, arguments, **more):
-    return {"type": "function", "function": {"name": name, "arguments": arguments}} | more
+    return small_tokenizer()
 
 
 # --- golden texts, compared with the released chat_template.jinja on 80,000 random conversations ---
@@ -162,40 +144,6 @@ def test_segments_say_whose_text_it_is():
 
 # --- there and back ---
 
-text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-nasty = st.one_of(
-    text,
-    st.lists(st.sampled_from([*SPECIAL_TOKENS, "\n", " ", '"', "'", "{", "\\", "null", "1", "</arg_value>\n", "é"]), max_size=6).map(
-        "".join
-    ),
-)
-tame = text.filter(lambda t: not any(name in t for name in SPECIAL_TOKENS))
-numbers = st.integers(-(10**20), 10**20) | st.floats(allow_nan=False, allow_infinity=False)
-
-
-def values(strings):
-    return st.recursive(
-        st.none() | st.booleans() | numbers | strings,
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(strings, inner, max_size=3),
-        max_leaves=5,
-    )
-
-
-def messages_of(strings):
-    """Assistant messages with calls of RUN, whose parameters have the types that its schema names."""
-    objects = st.dictionaries(strings, values(strings), max_size=3)
-    arguments = st.fixed_dictionaries(
-        {},
-        optional={
-            "code": strings, "options": objects, "limits": st.lists(values(strings), max_size=3), "fast": st.booleans(),
-            "note": st.none() | strings.filter(lambda s: s.strip() != "null"), "ratio": numbers,
-            "level": st.integers() | st.sampled_from(["low", "high"]),
-        },
-    )  # fmt: skip
-    calls = st.lists(arguments.map(lambda a: call("run", json.dumps(a, ensure_ascii=False))), max_size=3)
-    stripped = strings.map(str.strip)
-    return st.fixed_dictionaries({"role": st.just("assistant"), "reasoning_content": stripped, "content": stripped, "tool_calls": calls})
-
 
 def normal(message):
     """Without an empty list of calls; the arguments parsed."""
@@ -241,53 +189,6 @@ def test_thinking_off_leaves_plain_content():
 
 
 # --- errors ---
-
-
-@pytest.mark.parametrize(
-    ("text", "part", "problem"),
-    [
-        ("<think>a", "reasoning_content", "not closed"),
-        ("<think>a<think>b</think>", "reasoning_content", "<think> out of place"),
-        ("<think>a<tool_call>run\n</tool_call></think>", "reasoning_content", "<tool_call> out of place"),
-        ("a</think>b", "content", "</think> out of place"),
-        ("a<|user|>b", "content", r"<\|user\|> out of place"),
-        ("a<tool_call>run\n", r"tool_calls\[0\]", "not closed"),
-        ("<tool_call>walk\n</tool_call>", r"tool_calls\[0\].name", "'walk' is none of the tools: run"),
-        ("<tool_call>\n</tool_call>", r"tool_calls\[0\].name", "''"),
-        (
-            "<tool_call>run\n</tool_call><tool_call>run\n<arg_key>code</arg_key></tool_call>",
-            r"tool_calls\[1\]",
-            "</tool_call> where <arg_value>",
-        ),
-        ("<tool_call>run\n<arg_value>x</arg_value></tool_call>", r"tool_calls\[0\]", "<arg_value> where <arg_key>"),
-        ("<tool_call>run\n<tool_call>run\n</tool_call>", r"tool_calls\[0\]", "<tool_call> where <arg_key>"),
-        ("<tool_call>run\n<arg_key>code</arg_key>x<arg_value>x</arg_value></tool_call>", r"tool_calls\[0\].arguments.code", "'x' between"),
-        (
-            "<tool_call>run\n<arg_key>fast</arg_key><arg_value>yes</arg_value></tool_call>",
-            r"tool_calls\[0\].arguments.fast",
-            "'yes' .* boolean",
-        ),
-        ("<tool_call>run\n<arg_key>ratio</arg_key><arg_value>NaN</arg_value></tool_call>", r"tool_calls\[0\].arguments.ratio", "NaN"),
-        ("<tool_call>run\n<arg_key>ratio</arg_key><arg_value>1e999</arg_value></tool_call>", r"tool_calls\[0\].arguments", "JSON"),
-        (
-            '<tool_call>run\n<arg_key>limits</arg_key><arg_value>["\\ud800"]</arg_value></tool_call>',
-            r"tool_calls\[0\].arguments",
-            "surrogate",
-        ),
-        ("<tool_call>run\n</tool_call> and more", "content", "behind a tool call"),
-    ],
-)
-def test_malformed_output_says_what_is_malformed(text, part, problem):
-    with pytest.raises(MalformedOutput, match=f"^{part}: .*{problem}") as caught:
-        parse(text, [RUN])
-    assert issubclass(MalformedOutput, ValueError)
-    assert str(caught.value).startswith(caught.value.part)
-
-
-def test_an_argument_given_twice_is_malformed():
-    argument = "<arg_key>code</arg_key>\n<arg_value>x</arg_value>\n"
-    with pytest.raises(MalformedOutput, match=r"arguments.code: is given twice"):
-        parse(f"<tool_call>run\n{argument * 2}</tool_call>", [RUN])
 
 
 def test_a_lenient_reader_keeps_what_is_malformed_as_content():

@@ -20,7 +20,16 @@ CONTEXT = 48  # no power of two, and below the model's max_length
 def engine():
     config = tiny_config(vocab_size=97)  # a size that nothing else has
     model = nnx.merge(nnx.graphdef(hf.abstract_model(config)), to_jax(random_state(config)))
-    sizes = {"num_rows": 1, "page_size": 16, "num_pages": 8, "prefill_chunk": 4, "decode_steps": 4, "draft_tokens": 0}
+    sizes = {
+        "num_rows": 1,
+        "page_size": 16,
+        "num_pages": 8,
+        "prefill_chunk": 4,
+        "decode_steps": 4,
+        "draft_tokens": 0,
+        "min_rows": 1,
+        "min_chunk": 1,
+    }
     return Engine(model, EngineConfig(context=CONTEXT, weights="compute", cache_dtype="compute", keep_experts=False, **sizes))
 
 

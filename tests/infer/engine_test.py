@@ -14,7 +14,7 @@ from tests.model.oracle import Oracle, random_state, tiny_config, to_jax
 
 SIZES = {
     "context": 64, "num_rows": 8, "page_size": 8, "num_pages": 64, "prefill_chunk": 8, "decode_steps": 4, "draft_tokens": 0,
-    "weights": "compute", "cache_dtype": "compute", "keep_experts": False,
+    "weights": "compute", "cache_dtype": "compute", "keep_experts": False, "min_rows": 1, "min_chunk": 1,
 }  # fmt: skip
 SAMPLED = SamplingParams(max_new_tokens=12, temperature=1.0, top_p=0.9, seed=7)
 
@@ -74,7 +74,7 @@ def test_output_does_not_depend_on_the_company(model):
     asked = prompts(12, seed=1)
     params = [SamplingParams(max_new_tokens=5 + i, temperature=0.5 + i / 10, top_k=i, top_p=1 - i / 20, seed=i) for i in range(12)]
     together = engine(model).generate(asked, params)
-    for sizes in ({"num_rows": 1}, {"prefill_chunk": 3, "decode_steps": 1}):
+    for sizes in ({"num_rows": 1}, {"prefill_chunk": 3, "decode_steps": 1}, {"min_rows": 4, "min_chunk": 8}):
         other = engine(model, **sizes)
         apart = [other.generate([prompt], p)[0] for prompt, p in zip(asked, params, strict=True)]
         assert [r.tokens for r in apart] == [r.tokens for r in together]

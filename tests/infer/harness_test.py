@@ -38,7 +38,16 @@ def config(tokenizer):
 def lm(config, tokenizer):
     model = nnx.merge(nnx.graphdef(hf.abstract_model(config)), to_jax(random_state(config)))
     # Sizes with which few programs are compiled.
-    sizes = {"num_rows": 1, "page_size": 16, "num_pages": 8, "prefill_chunk": 4, "decode_steps": 4, "draft_tokens": 0}
+    sizes = {
+        "num_rows": 1,
+        "page_size": 16,
+        "num_pages": 8,
+        "prefill_chunk": 4,
+        "decode_steps": 4,
+        "draft_tokens": 0,
+        "min_rows": 1,
+        "min_chunk": 1,
+    }
     engine_config = EngineConfig(context=CONTEXT, weights="compute", cache_dtype="compute", keep_experts=False, **sizes)
     engine = Engine(model, engine_config, decode_text=tokenizer.decode)
     return harness.EngineLM(engine, tokenizer, batch_tokens=256, seed=0, progress=False)

@@ -28,7 +28,8 @@ CHAT = {"model": MODEL, "messages": [USER]}
 TEXT = {"model": MODEL, "prompt": "x"}
 # One width of page table, batches of 1 and 4, chunks of 1 and 4: few programs to compile.
 SIZES = dict(
-    context=128, num_rows=4, page_size=32, num_pages=16, prefill_chunk=4, decode_steps=4, draft_tokens=0, weights="compute",
+    context=128, num_rows=4, page_size=32, num_pages=16, prefill_chunk=4, min_rows=1, min_chunk=1,
+    decode_steps=4, draft_tokens=0, weights="compute",
     cache_dtype="compute", keep_experts=False,
 )  # fmt: skip
 SERVICE = dict(queue_limit=60, request_seconds=60.0)

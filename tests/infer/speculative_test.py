@@ -18,8 +18,9 @@ def rows(temperature: float, top_p: float = 1.0) -> RowParams:
     full = lambda value, dtype: jnp.full(SAMPLES, value, dtype)  # noqa: E731
     stops = jnp.full((SAMPLES, MAX_STOP_TOKENS), -1, jnp.int32)
     return RowParams(
-        full(temperature, jnp.float32), full(0, jnp.int32), full(top_p, jnp.float32), jnp.arange(SAMPLES, dtype=jnp.uint32), stops
-    )
+        full(temperature, jnp.float32), full(0, jnp.int32), full(top_p, jnp.float32), jnp.arange(SAMPLES, dtype=jnp.uint32), stops,
+        full(1.0, jnp.float32),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.8])

@@ -1,0 +1,58 @@
+"""Measures tasks with a fine-tuned run, for the curriculum of experiments.rl: solved in how many of how many rollouts.
+
+python -m experiments.difficulty --workdir=SFT --tasks=puzzle:chain_sum:2000 --output=difficulty.jsonl
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+from absl import flags
+from tqdm import tqdm
+
+from data import chat_template
+from experiments import entry
+from glm_jax import load
+from glm_jax.infer.engine import Engine, EngineConfig
+from glm_jax.rewards import verifiers
+from glm_jax.rl.collector import Draw, Roller
+from glm_jax.rl.difficulty import measure, write_difficulties
+from glm_jax.rl.pool import load_sources
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of the run that reinforcement learning will start from.")
+TASKS = flags.DEFINE_list("tasks", None, "Sources as in config.tasks.train: puzzle:GENERATOR:COUNT or task files.")
+OUTPUT = flags.DEFINE_string("output", None, "JSONL file to write.")
+FEW = flags.DEFINE_integer("few", 8, "Rollouts of every task.", lower_bound=1)
+MANY = flags.DEFINE_integer("many", 512, "Rollouts of a task that is not solved before, at most.", lower_bound=1)
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Most tokens of an output.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of the rollouts.", lower_bound=0.0)
+THINKING = flags.DEFINE_bool("thinking", True, "Ask the model to reason.")
+NUM_ROWS = flags.DEFINE_integer("num_rows", 64, "Rollouts at a time.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Of everything that is drawn.", lower_bound=0)
+
+
+def main(argv: list[str]):
+    if len(argv) > 1:
+        raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
+    tasks = load_sources(TASKS.value, "train")
+    verifiers.check(tasks)
+    model, tokenizer = load(WORKDIR.value)
+    longest = max(len(chat_template.encode(tokenizer, t.messages, t.tools, thinking=THINKING.value)) for t in tasks)
+    context, page = longest + MAX_NEW_TOKENS.value, 16
+    engine = Engine(model, EngineConfig(
+        context=context, num_rows=NUM_ROWS.value, page_size=page, num_pages=NUM_ROWS.value * -(-context // page), prefill_chunk=256,
+        min_rows=NUM_ROWS.value, min_chunk=64,
+        decode_steps=8, draft_tokens=0, weights="compute", cache_dtype="compute", keep_experts=False,
+    ), tokenizer.decode)  # fmt: skip
+    draw = Draw(FEW.value, MAX_NEW_TOKENS.value, TEMPERATURE.value, SEED.value, THINKING.value)
+    with tqdm(unit="rollout", desc="difficulty") as bar:
+        found = measure(Roller(engine, tokenizer), tasks, draw, MANY.value, bar.update)
+    write_difficulties(pathlib.Path(OUTPUT.value), found)
+    never = sum(d.solved == 0 for d in found.values())
+    always = sum(d.solved == d.tried for d in found.values())
+    print(f"{len(found)} tasks: {always} always solved, {len(found) - always - never} sometimes, {never} never; {OUTPUT.value}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["workdir", "tasks", "output"])
+    entry.run(main)

@@ -1,0 +1,65 @@
+"""The format of an assistant's turn, whatever it says: reasoning, tool calls, end, boxed answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from data.chat_output import MalformedOutput, OutputReader, parse_tokens, split_tokens
+from data.chat_template import STOP_TOKENS
+from data.tokenizer import Tokenizer
+
+_BOX = "\\boxed{"
+
+
+def boxed_answer(content: str) -> str | None:
+    r"""What stands in the last `\boxed{...}`; None where there is none, its braces do not close, or it is empty.
+
+    `\{` and `\}` are characters of the answer and match nothing.
+    """
+    _, found, rest = content.rpartition(_BOX)
+    depth, escaped = 1, False
+    for place, character in enumerate(rest if found else ""):
+        if not escaped:
+            depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth == 0:
+            return rest[:place].strip() or None
+        escaped = character == "\\" and not escaped
+    return None
+
+
+def format_parts(tokenizer: Tokenizer, ids: Iterable[int], tools: Sequence[Mapping] | None = None, *, thinking: bool) -> dict[str, float]:
+    """1 or 0 for each demand on a turn, from the tokens behind the generation prompt, the one that stopped it included.
+
+    readable: `data.chat_output.parse_tokens` takes it, so that nothing is out of place. thinking: it begins with a reasoning
+    that ends, maybe empty; with thinking off, it has none. tool_calls: those that it makes are well-formed, and of `tools` where given.
+    ended: by the stop token that fits, `<|observation|>` behind tool calls and else another, which comes last. boxed: its content
+    has a boxed answer.
+    """
+    ids = list(ids)
+    pieces = split_tokens(tokenizer, ids)
+    reader = OutputReader(tools, strict=False)
+    stopped = bool(pieces) and pieces[-1][1] and pieces[-1][0] in STOP_TOKENS
+    deltas = [delta for piece in (pieces[:-1] if stopped else pieces) for delta in reader.feed(*piece)] + reader.finish()
+    content = "".join(delta.value for delta in deltas if delta.field == "content")
+    calls = any(delta.field == "tool_calls" for delta in deltas)
+    try:
+        parse_tokens(tokenizer, ids, tools)
+        wrong = ""
+    except MalformedOutput as error:
+        wrong = error.part
+    parts = {
+        "readable": not wrong,
+        "thinking": _thinks(pieces, thinking),
+        "tool_calls": not wrong.startswith("tool_calls"),
+        "ended": stopped and (pieces[-1][0] == "<|observation|>") == calls,
+        "boxed": boxed_answer(content) is not None,
+    }
+    return {name: float(value) for name, value in parts.items()}
+
+
+def _thinks(pieces: Sequence[tuple[str, bool]], thinking: bool) -> bool:
+    tags = [piece for piece, is_control in pieces if is_control and piece in ("<think>", "</think>")]
+    if not thinking:
+        return not tags
+    first = next((piece for piece in pieces if piece[1] or piece[0].strip()), None)
+    return first == ("<think>", True) and tags == ["<think>", "</think>"]

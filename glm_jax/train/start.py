@@ -1,0 +1,61 @@
+"""Where a run's first weights come from: drawn from the seed, or those of another run (the stage before, an import)."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from data.tokenizer import Tokenizer
+from glm_jax.config import ModelConfig, check_types, from_mapping
+from glm_jax.train.checkpoint import load_weights, newest_step, read_config
+from glm_jax.train.state import Trainee, TrainState
+
+# What a later stage may change of the model: how it computes, and how far it reaches; not what it is.
+CHANGEABLE = ("compute_dtype", "remat", "attention", "grouped_matmul", "scan_layers", "max_length", "rope_theta")
+
+
+@dataclasses.dataclass(frozen=True)
+class StartConfig:
+    workdir: str  # of the run whose weights begin this one, with a new optimizer state; '': from the seed
+    step: int  # its checkpoint; -1: the newest
+
+    def __post_init__(self):
+        check_types(self)
+
+
+def check_start(start: StartConfig, model: ModelConfig, tokenizer: Tokenizer):
+    """Raises ValueError where there is no such checkpoint, or its model or tokenizer is another one."""
+    if not start.workdir:
+        return
+    theirs = from_mapping(ModelConfig, read_config(start.workdir)["model"], f"{start.workdir}: model")
+    for field in dataclasses.fields(ModelConfig):
+        before, now = getattr(theirs, field.name), getattr(model, field.name)
+        if before != now and field.name not in CHANGEABLE:
+            raise ValueError(f"start.workdir={start.workdir!r} has model.{field.name}={before!r}, not {now!r}")
+    step = newest_step(start.workdir) if start.step < 0 else start.step
+    if not (pathlib.Path(start.workdir) / "checkpoints" / str(step)).is_dir():
+        raise ValueError(f"start.step={start.step}: {start.workdir} holds no such checkpoint")
+    if starting_tokenizer(start).to_json() != tokenizer.to_json():
+        raise ValueError(f"start.workdir={start.workdir!r} has another tokenizer than this run's data")
+
+
+def starting_tokenizer(start: StartConfig) -> Tokenizer:
+    """The other run's."""
+    return Tokenizer.load(pathlib.Path(start.workdir) / "tokenizer.json")
+
+
+def starting_state(start: StartConfig, trainee: Trainee, mesh: Mesh, seed: int) -> TrainState:
+    """The state before the first step, every array on its own devices."""
+    if not start.workdir:
+        return trainee.create_state(mesh, seed)
+    abstract = trainee.abstract_state(mesh)
+    placed = jax.tree.map(lambda x: x.sharding, abstract)
+    step = None if start.step < 0 else start.step
+    _, params, router = load_weights(start.workdir, step, shardings={"params": placed.params, "router": placed.router})
+    with jax.set_mesh(mesh):
+        opt_state = jax.jit(trainee.optimizer.init, out_shardings=placed.opt_state)(params)
+        return TrainState(jax.device_put(jnp.zeros((), jnp.int32), placed.step), params, router, opt_state)

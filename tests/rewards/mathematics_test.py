@@ -1,0 +1,99 @@
+"""Mathematical answers: equal where they are, and harmless whatever they are."""
+
+import threading
+import time
+
+import psutil
+import pytest
+
+from glm_jax.rewards import math_judge, mathematics
+from glm_jax.rewards.task import Task
+
+
+def task(answer, name="t"):
+    return Task(name, "algebra", "math", ({"role": "user", "content": "Solve."},), answer)
+
+
+def rewards(pairs):
+    return mathematics.score([task(reference) for reference, _ in pairs], [{"content": f"So $\\boxed{{{box}}}$."} for _, box in pairs])
+
+
+SAME = [
+    ("42", "42"), ("\\frac{1}{2}", "0.5"), ("\\frac{1}{2}", "1/2"), ("\\frac12", "\\dfrac{2}{4}"), ("x = 3", "3"), ("3", "x=3"),
+    ("(3, -4)", "(3,-4)"), ("\\{1, 2\\}", "\\{2, 1\\}"), ("x^2 + 2x + 1", "(x+1)^2"), ("12", "12\\text{ cm}"), ("1000", "1{,}000"),
+    ("\\sqrt{8}", "2\\sqrt{2}"), ("\\text{even}", "even"), ("50\\%", "0.5"), ("[0, 1)", "[0,1)"), ("\\infty", "\\infty"),
+    ("10^{6}", "1000000"), ("-2", "- 2"),
+]  # fmt: skip
+DIFFERENT = [
+    ("42", "43"), ("42", "-42"), ("\\frac{1}{2}", "0.51"), ("2", "2, 3"), ("2", "2 \\text{ or } 3"), ("(1, 2)", "(2, 1)"),
+    ("x + 1", "y + 1"), ("odd", "even"), ("2", "x"), ("[0, 1)", "[0, 1]"), ("2", "?"), ("\\infty", "-\\infty"), ("1", "0.99999"),
+    ("7", "\\text{no idea, 7}"),
+]  # fmt: skip
+
+
+def test_answers_that_are_the_same():
+    assert [r.value for r in rewards(SAME)] == [1.0] * len(SAME)
+
+
+def test_answers_that_are_not():
+    assert [r.value for r in rewards(DIFFERENT)] == [0.0] * len(DIFFERENT)
+    assert {r.parts["judged"] for r in rewards(DIFFERENT)} == {1.0}
+
+
+def test_only_the_last_box_counts():
+    contents = ["42", "\\boxed{42} or \\boxed{43}", "\\boxed{42", "", "\\boxed{43}, so \\boxed{42}", f"\\boxed{{{'0' * 2000}42}}"]
+    scores = mathematics.score([task("42")] * len(contents), [{"content": content} for content in contents])
+    assert [score.value for score in scores] == [0, 0, 0, 0, 1, 0]
+    assert [score.parts["answered"] for score in scores] == [0, 1, 0, 0, 1, 1]
+
+
+HOSTILE = ["10^{10^{10^{10}}}", "\\prod_{k=1}^{10^8} k", "\\binom{10^9}{5 \\cdot 10^8}", "(" * 400 + "1" + ")" * 400]
+HARMLESS = [
+    "9**9**9**9", "\\frac{1}{0}", "__import__('os').getcwd()", "\x00", "\ud800", "\n\n", "\\frac{1}" * 100, "\\end{x}\\begin{y}",
+    "\\char`\\\\",
+]  # fmt: skip
+
+
+def test_a_hostile_answer_costs_its_limit_and_nothing_else():
+    """Even from a thread, where math-verify's own limits refuse to work."""
+    pairs, found = [("42", box) for box in HOSTILE + HARMLESS] + [("42", "42")], []
+    start = time.monotonic()
+    thread = threading.Thread(target=lambda: found.extend(rewards(pairs)))
+    thread.start()
+    most = 0
+    while thread.is_alive():
+        most = max([most, *map(memory_of, psutil.Process().children(recursive=True))])
+        thread.join(0.02)
+    assert [r.value for r in found] == [0.0] * (len(pairs) - 1) + [1.0]
+    assert sum(not r.parts["judged"] for r in found) >= 3, "the limits were met"
+    assert all(r.parts.keys() == {"correct", "answered", "judged"} for r in found)
+    assert most < math_judge.MEMORY_BYTES
+    assert time.monotonic() - start < 10 * math_judge.CPU_SECONDS * len(HOSTILE)
+
+
+def memory_of(process) -> int:
+    try:
+        return process.memory_info().rss
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def test_a_dead_judge_is_the_environments_fault_and_is_replaced(monkeypatch):
+    judge = mathematics._Judge()
+    judge._process.kill()
+    judge._process.wait()
+    idle = mathematics.queue.SimpleQueue()
+    idle.put(judge)
+    monkeypatch.setattr(mathematics, "_idle", idle)
+    assert rewards([("42", "42")])[0].parts == {"correct": 0.0, "answered": 1.0, "judged": 0.0, "environment_error": 1.0}
+    assert rewards([("42", "42")])[0].value == 1
+
+
+def test_references_that_cannot_be_used_are_refused(monkeypatch):
+    mathematics.check([task(reference) for reference, _ in SAME])
+    for answer in ("?", "", "\\frac{", "9^{9^{9^{9}}}", 42, None, "1" * 2000):
+        with pytest.raises(ValueError, match="task 'bad': .*answer"):
+            mathematics.check([task("1"), task(answer, "bad")])
+    monkeypatch.setattr(mathematics.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="math-verify: pip install"):
+        mathematics.check([task("1")])
