@@ -11,12 +11,17 @@ demo benchmark: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mma
 
 .PHONY: demo test benchmark lint setup clean
 
-demo: $(VENV)/installed  ## pre-train a small GLM on the Python standard library, then look at it
+demo: $(VENV)/installed  ## pre-train a small GLM on the Python standard library, look at it, then teach it to reason
 	$(VENV)/bin/python -m experiments.curate --config=configs/curate.py --output=$(RUN)/data
 	$(VENV)/bin/python -m experiments.train --config=configs/tiny.py --workdir=$(RUN)/run --config.data.paths='("$(RUN)/data",)'
 	$(VENV)/bin/python -m experiments.demo_report --workdir=$(RUN)/run
 	@printf '\nThe inference engine answers "def read(self, ":\n\n'
 	$(VENV)/bin/python -m experiments.generate --workdir=$(RUN)/run --prompt='def read(self, ' --length=64
+	$(VENV)/bin/python -m experiments.cold_start --output=$(RUN)/cold_start.jsonl
+	$(VENV)/bin/python -m experiments.sft --config=configs/sft_tiny.py --workdir=$(RUN)/sft --config.start.workdir=$(RUN)/run \
+		--config.data.tokenizer=$(RUN)/run --config.data.paths='("$(RUN)/cold_start.jsonl",)'
+	$(VENV)/bin/python -m experiments.rl --config=configs/rl_math_tiny.py --workdir=$(RUN)/rl --config.start.workdir=$(RUN)/sft
+	$(VENV)/bin/python -m experiments.demo_report --workdir=$(RUN)/run --rl=$(RUN)/rl
 
 test: $(VENV)/installed-dev  ## all tests
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile

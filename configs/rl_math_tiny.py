@@ -27,8 +27,8 @@ def _engine() -> ConfigDict:
 
 def _tasks() -> ConfigDict:
     tasks = ConfigDict()
-    tasks.train = ("puzzle:chain_sum:2000",)  # or paths of task files
-    tasks.held_out = ("puzzle:chain_sum:64",)
+    tasks.train = ("puzzle:aiw:2000",)  # or paths of task files
+    tasks.held_out = ("puzzle:aiw:100",)
     tasks.seed = 0
     tasks.thinking = True
     tasks.wrong_answers = 0.0  # ablation
@@ -41,7 +41,7 @@ def _rollout() -> ConfigDict:
     rollout.group_size = 8
     rollout.over_sampling = 1.0
     rollout.dynamic_sampling = True
-    rollout.max_waves = 2
+    rollout.max_waves = 1  # no second wave for groups without variance
     rollout.mask_truncated = False
     return rollout
 
@@ -77,17 +77,17 @@ def _control() -> ConfigDict:
     control.temperature_loss = 0.01
     control.plateau_window = 10  # steps
     control.plateau_gain = 0.01
-    control.length_stages = ((0, 48),)  # (first step, output tokens)
+    control.length_stages = ((0, 20),)  # (first step, output tokens)
     return control
 
 
 def _loop() -> ConfigDict:
     loop = ConfigDict()
     loop.seed = 0
-    loop.steps = 100
-    loop.checkpoint_every = 50
+    loop.steps = 90
+    loop.checkpoint_every = 30
     loop.keep_checkpoints = 1
-    loop.eval_every = 50
+    loop.eval_every = 15
     loop.eval_samples = 4
     loop.eval_temperature = 1.0
     loop.save_rollouts_every = 10  # 0: never

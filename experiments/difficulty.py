@@ -10,14 +10,9 @@ import pathlib
 from absl import flags
 from tqdm import tqdm
 
-from data import chat_template
-from experiments import entry
-from glm_jax import load
-from glm_jax.infer.engine import Engine, EngineConfig
-from glm_jax.rewards import verifiers
-from glm_jax.rl.collector import Draw, Roller
+from experiments import entry, rolling
+from glm_jax.rl.collector import Draw
 from glm_jax.rl.difficulty import measure, write_difficulties
-from glm_jax.rl.pool import load_sources
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of the run that reinforcement learning will start from.")
 TASKS = flags.DEFINE_list("tasks", None, "Sources as in config.tasks.train: puzzle:GENERATOR:COUNT or task files.")
@@ -34,19 +29,10 @@ SEED = flags.DEFINE_integer("seed", 0, "Of everything that is drawn.", lower_bou
 def main(argv: list[str]):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
-    tasks = load_sources(TASKS.value, "train")
-    verifiers.check(tasks)
-    model, tokenizer = load(WORKDIR.value)
-    longest = max(len(chat_template.encode(tokenizer, t.messages, t.tools, thinking=THINKING.value)) for t in tasks)
-    context, page = longest + MAX_NEW_TOKENS.value, 16
-    engine = Engine(model, EngineConfig(
-        context=context, num_rows=NUM_ROWS.value, page_size=page, num_pages=NUM_ROWS.value * -(-context // page), prefill_chunk=256,
-        min_rows=NUM_ROWS.value, min_chunk=64,
-        decode_steps=8, draft_tokens=0, weights="compute", cache_dtype="compute", keep_experts=False,
-    ), tokenizer.decode)  # fmt: skip
     draw = Draw(FEW.value, MAX_NEW_TOKENS.value, TEMPERATURE.value, SEED.value, THINKING.value)
+    tasks, roller = rolling.open_run(WORKDIR.value, TASKS.value, draw, NUM_ROWS.value)
     with tqdm(unit="rollout", desc="difficulty") as bar:
-        found = measure(Roller(engine, tokenizer), tasks, draw, MANY.value, bar.update)
+        found = measure(roller, tasks, draw, MANY.value, bar.update)
     write_difficulties(pathlib.Path(OUTPUT.value), found)
     never = sum(d.solved == 0 for d in found.values())
     always = sum(d.solved == d.tried for d in found.values())

@@ -137,7 +137,7 @@ def prepare(names: Sequence[str], path: pathlib.Path, data: Sequence[str], token
             tasks[name] = evaluating_code.prepare(settings)
         elif name in OURS:
             limit = settings.limit or DEFAULT_PUZZLES
-            chosen = {generator: puzzles.held_out_puzzles(generator, limit) for generator in puzzles.GROUPS[name]}
+            chosen = {generator: puzzles.distinct(generator, "held_out", limit) for generator in puzzles.GROUPS[name]}
             tasks[name] = functools.partial(run_puzzles, name, chosen)
     return tasks
 

@@ -4,9 +4,11 @@
     python -m experiments.sweep --sweep=... --workdir=W --index=$TASK_ID          one run, for a cluster's array job
     python -m experiments.sweep --sweep=... --workdir=W --results_only            table and plot of what is there
 
-Every run is `experiments.train` in a process and folder of its own, W/<name>. Running the same command again skips what is
-finished and resumes the rest; SIGTERM and Ctrl-C save the run under way and stop. results.csv, results.md and results.png are
-in W.
+    python -m experiments.sweep --sweep=experiments/sweeps/rl_loss.py --workdir=W --set=start.workdir=SFT
+
+Every run is `experiments.train`, or `experiments.rl`, in a process and folder of its own, W/<name>. Running the same command again
+skips what is finished and resumes the rest; SIGTERM and Ctrl-C save the run under way and stop. results.csv, results.md and
+results.png are in W.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ import sys
 
 from absl import flags
 
-from experiments import entry, sweep_results, sweeping
+from experiments import entry, sweep_results, sweep_rewards, sweeping
 
 SWEEP = flags.DEFINE_string("sweep", None, "A file of experiments/sweeps/: CONFIG, RUNS, METRIC, PLOT.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep; each run has a folder of its own in it.")
 DATA = flags.DEFINE_string("data", None, "Dataset folder of experiments.curate; sets data.paths of every run.")
+SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE of every run's config, for where things lie: start.workdir=DIR; may be repeated.")
 INDEX = flags.DEFINE_integer("index", None, "Only this run, counted from 0; then get the table with --results_only.", lower_bound=0)
 RESULTS_ONLY = flags.DEFINE_bool("results_only", False, "Run nothing, write table and plot of the runs that are there.")
 
@@ -32,7 +35,7 @@ def main(argv: list[str]):
         raise ValueError("--results_only takes no --index")
     workdir = pathlib.Path(WORKDIR.value)
     sweep = sweeping.load_sweep(SWEEP.value)
-    runs = sweeping.prepare(sweep, workdir, DATA.value)
+    runs = sweeping.prepare(sweep, workdir, places())
     failed = []
     if not RESULTS_ONLY.value:
         for run in runs:
@@ -41,9 +44,21 @@ def main(argv: list[str]):
             if not execute(run):
                 failed.append(run.name)
     if INDEX.value is None:
-        print(sweep_results.write(sweep, runs, workdir))
+        write = sweep_rewards.write if sweep.metric in sweeping.REWARDS else sweep_results.write
+        print(write(sweep, runs, workdir))
     if failed:
         raise ValueError(f"failed: {', '.join(failed)}; see log.txt in their folders under {workdir}")
+
+
+def places() -> dict[str, object]:
+    """Of --data and --set."""
+    found = {} if DATA.value is None else {"data.paths": (DATA.value,)}
+    for setting in SET.value:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set={setting}: must be KEY=VALUE")
+        found[key] = value
+    return found
 
 
 def chosen(runs: list[sweeping.Run], index: int | None) -> list[sweeping.Run]:

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
@@ -18,9 +19,10 @@ from experiments import entry
 from glm_jax.config import check_choice
 from glm_jax.optim.schedules import Schedule
 
-METRICS = ("held_out_loss", "held_out_bits_per_byte")
+LOSSES, REWARDS = ("held_out_loss", "held_out_bits_per_byte"), ("held_out",)  # what decides, of experiments.train and experiments.rl
 X_AXES = ("steps", "tokens")
 NAMES = ("CONFIG", "RUNS", "METRIC", "PLOT")
+PLOT_KEYS = ("x", "group", "challenger", "baseline", "claim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +30,9 @@ class Sweep:
     """A sweep file.
 
     title: first line of its docstring. config: path of the base config. runs: name -> {dotted key: value}.
-    metric: what decides, smaller is better. plot: 'x' (of X_AXES) and 'group' (a dotted key; runs of the same value share a
-    colour) and, if two groups shall be compared, 'challenger' and 'baseline': values of that key.
+    metric: what decides, a loss (smaller is better; the best run of a group counts) or a reward (its mean over the group's seeds
+    does). plot: 'x' (of X_AXES) and 'group' (a dotted key; runs of the same value share a colour) and, if two groups shall be
+    compared, 'challenger' and 'baseline': values of that key; of rewards also 'claim': what the paper says of them.
     """
 
     title: str
@@ -50,13 +53,22 @@ class Run:
     base: str
     num_steps: int
 
+    @property
+    def module(self) -> str:
+        """The entry point that makes the run."""
+        return "experiments.rl" if is_rl(self.config) else "experiments.train"
+
     def is_finished(self) -> bool:
         return (self.folder / "checkpoints" / str(self.num_steps)).is_dir()
 
     def command(self, progress: bool) -> list[str]:
         flags = [f"--config.{key}={value if isinstance(value, str) else repr(value)}" for key, value in self.overrides.items()]
         common = [f"--config={self.base}", f"--workdir={self.folder}", f"--progress={progress}"]
-        return [sys.executable, "-m", "experiments.train", *common, *flags]
+        return [sys.executable, "-m", self.module, *common, *flags]
+
+
+def is_rl(config: ConfigDict) -> bool:
+    return "grpo" in config
 
 
 def load_sweep(path: str) -> Sweep:
@@ -71,34 +83,34 @@ def load_sweep(path: str) -> Sweep:
     for name in module.RUNS:
         if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
             raise ValueError(f"{path}: run name {name!r} must be a folder name of letters, digits and _ . + -")
-    check_choice(f"{path}: METRIC", module.METRIC, METRICS)
+    check_choice(f"{path}: METRIC", module.METRIC, LOSSES + REWARDS)
     for key in module.PLOT:
-        check_choice(f"{path}: PLOT key", key, ("x", "group", "challenger", "baseline"))
+        check_choice(f"{path}: PLOT key", key, PLOT_KEYS)
     if not {"x", "group"} <= module.PLOT.keys() or ("challenger" in module.PLOT) != ("baseline" in module.PLOT):
         raise ValueError(f"{path}: PLOT needs 'x' and 'group', and 'challenger' and 'baseline' both or neither")
     check_choice(f"{path}: PLOT['x']", module.PLOT["x"], X_AXES)
     return Sweep(module.__doc__.strip().splitlines()[0].rstrip("."), module.CONFIG, dict(module.RUNS), module.METRIC, dict(module.PLOT))
 
 
-def prepare(sweep: Sweep, workdir: pathlib.Path, data: str | None) -> list[Run]:
-    """Every run with its config, all checked.
+def prepare(sweep: Sweep, workdir: pathlib.Path, places: Mapping[str, object]) -> list[Run]:
+    """Every run with its config, all checked. places: dotted key -> value, where things lie; of every run, and free to change.
 
     Raises ValueError for an unknown key (naming the nearest), a wrong type or value, or a folder that holds another run.
     """
     runs = []
     for name, listed in sweep.runs.items():
-        overrides = listed | ({"data.paths": (data,)} if data is not None else {})
+        overrides = listed | dict(places)
         config = _import(sweep.config, "config").get_config()
+        check_choice(f"METRIC of {sweep.config}", sweep.metric, REWARDS if is_rl(config) else LOSSES)
         check_choice(f"{name}: PLOT['group']", sweep.plot["group"], keys_of(config))
         for key, value in overrides.items():
             override(config, key, value, name)
         try:
-            frozen = entry.run_config(config)
+            steps = num_steps(config)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        num_steps = Schedule(frozen.schedule, frozen.data.batch_size * frozen.data.sequence_length).num_steps
-        runs.append(Run(name, workdir / name, config, overrides, sweep.config, num_steps))
-        check_unchanged(runs[-1])
+        runs.append(Run(name, workdir / name, config, overrides, sweep.config, steps))
+        check_unchanged(runs[-1], places)
     groups = [str(value_of(run.config, sweep.plot["group"])) for run in runs]
     for role in ("challenger", "baseline"):
         if role in sweep.plot:
@@ -106,19 +118,28 @@ def prepare(sweep: Sweep, workdir: pathlib.Path, data: str | None) -> list[Run]:
     return runs
 
 
+def num_steps(config: ConfigDict) -> int:
+    """Of a run with this config. Raises ValueError where the config is wrong."""
+    if is_rl(config):
+        return entry.rl_config(config)[0].loop.steps
+    frozen = entry.run_config(config)
+    return Schedule(frozen.schedule, frozen.data.batch_size * frozen.data.sequence_length).num_steps
+
+
 def check_data(run: Run):
-    for path in run.config.data.paths:
+    """Raises ValueError where the dataset of a run of experiments.train is not there."""
+    for path in () if is_rl(run.config) else run.config.data.paths:
         load_manifest(path, verify_checksums=False)
 
 
-def check_unchanged(run: Run):
-    """Raises ValueError where the run's folder holds a run of another config; the data and the mesh may have moved."""
+def check_unchanged(run: Run, places: Mapping[str, object]):
+    """Raises ValueError where the run's folder holds a run of another config; the data, `places` and the mesh may have moved."""
     file = run.folder / "config.json"
     if not file.is_file():
         return
     old, new = ConfigDict(json.loads(file.read_text())), ConfigDict(json.loads(run.config.to_json()))
     for key in sorted({*keys_of(old), *keys_of(new)}):
-        if key == "data.paths" or key.startswith("mesh."):
+        if key == "data.paths" or key in places or key.startswith("mesh."):
             continue
         before, now = (value_of(c, key) if key in keys_of(c) else "nothing" for c in (old, new))
         if before != now:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 
 REMAT_POLICIES = ("none", "full", "dots", "context")
 MTP_EMBEDDINGS = ("shared", "copied", "own")
@@ -113,7 +114,7 @@ def check_choice(field: str, value: str, valid) -> str:
 
 
 def check_types(config):
-    """Raises ValueError where a dataclass field holds another type than declared (an int is welcome as a float)."""
+    """Raises ValueError where a dataclass field holds another type than declared (an int is welcome as a float), NaN or infinity."""
     scalars = {"int": int, "float": (int, float), "bool": bool, "str": str}
     for field in dataclasses.fields(config):
         value, expected = getattr(config, field.name), scalars.get(str(field.type))
@@ -121,6 +122,8 @@ def check_types(config):
             continue
         if not isinstance(value, expected) or (isinstance(value, bool) and field.type != "bool"):
             raise ValueError(f"{field.name}={value!r}: must be of type {field.type}, not {type(value).__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{field.name}={value}: must be a finite number")
 
 
 def from_mapping(cls, mapping, where: str):

@@ -36,6 +36,14 @@ def corpus_folder(tmp_path_factory):
     return output
 
 
+@pytest.fixture(scope="session")
+def start(corpus_folder, tmp_path_factory):
+    """Work directory of a toy run of one step."""
+    workdir = tmp_path_factory.mktemp("start") / "run"
+    toy.pretrain(corpus_folder, workdir)
+    return workdir
+
+
 @pytest.fixture
 def toy_config(corpus_folder):
     """configs/tiny.py shrunk until a step compiles in seconds; a mesh of one device is up to the test."""

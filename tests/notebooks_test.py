@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import chatting
 import jax
 import nbformat
 import numpy as np
@@ -14,7 +15,10 @@ from flax import nnx
 from nbclient import NotebookClient
 
 from data.tokenizer import Tokenizer
+from experiments import entry
 from glm_jax import hf, load
+from glm_jax.rl import loop as rl_loop
+from glm_jax.sharding import make_mesh
 from glm_jax.train.checkpoint import load_weights
 
 NOTEBOOKS = sorted(pathlib.Path("experiments/notebooks").glob("*.ipynb"))
@@ -38,15 +42,41 @@ def run(corpus_folder, tmp_path_factory):
     return workdir
 
 
+@pytest.fixture(scope="module")
+def rl_run(corpus_folder, tmp_path_factory):
+    """Work directory of 6 steps of reinforcement learning, on one device, from a toy that chats."""
+    from configs import rl_math_tiny
+
+    folder = tmp_path_factory.mktemp("rl")
+    chatting.fine_tune(folder / "sft", [chatting.write_guesses(folder / "guesses.jsonl")], corpus_folder, start="", steps=80)
+    train = toy.write_tasks(folder / "train.jsonl", 0, chatting.NUM_TASKS)
+    held_out = toy.write_tasks(folder / "held_out.jsonl", chatting.NUM_TASKS, 3)
+    config = rl_math_tiny.get_config()
+    config.update_from_flattened_dict(toy.RL | {
+        "start.workdir": str(folder / "sft"), "tasks.train": (train,), "tasks.held_out": (held_out,), "engine.context": 48,
+        "control.length_stages": ((0, 16), (3, 24)), "grpo.updates_per_step": 2, "loop.steps": 6, "loop.eval_every": 2,
+    })  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rl_loop, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
+        rl, start = entry.rl_config(config)
+        rl_loop.train(rl, start, folder / "run", config_json=config.to_json(), progress=False)
+    return folder / "run"
+
+
+# Notebook -> the run that it opens, figures at least, what its last output says.
+SHOWN = {"checkpoint": ("run", 6, "def read(path):"), "rl": ("rl_run", 8, "BEST: reward 1 (correct 1, answered 1), completed")}
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_runs(path, run, monkeypatch):
-    monkeypatch.setenv("GLM_WORKDIR", str(run))
+def test_notebook_runs(path, request, monkeypatch):
+    workdir, figures, last = SHOWN[path.stem]
+    monkeypatch.setenv("GLM_WORKDIR", str(request.getfixturevalue(workdir)))
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
     outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
     assert not [o.text for o in outputs if o.output_type == "stream" and o.name == "stderr" and "Warning" in o.text]
-    assert sum("image/png" in o["data"] for o in outputs if "data" in o) >= 6
-    assert "def read(path):" in outputs[-1].text
+    assert sum("image/png" in o["data"] for o in outputs if "data" in o) >= figures
+    assert last in outputs[-1].text
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from glm_jax.config import check_choice
+from glm_jax.config import ModelConfig, check_choice
 from glm_jax.infer import quantize
 from glm_jax.infer.pages import NO_KEY, PagePool, page_key
 from glm_jax.infer.sampling import MAX_STOP_TOKENS, RowParams, SamplingParams
@@ -64,6 +64,24 @@ class EngineConfig:
         longest = self.context + self.draft_tokens
         if self.num_pages * self.page_size < longest:
             raise ValueError(f"engine.num_pages={self.num_pages} of {self.page_size} tokens hold no request of {longest} with its drafts")
+
+    def check(self, model: ModelConfig, mesh: Mesh | None):
+        """Raises ValueError where an engine of these sizes cannot run the model, or be split over the mesh."""
+        shards = num_shards(mesh)
+        for field in ("num_rows", "num_pages"):
+            if getattr(self, field) % shards:
+                raise ValueError(f"engine.{field}={getattr(self, field)} cannot be split over {shards} shards of the mesh")
+        if self.num_pages // shards * self.page_size < self.context + self.draft_tokens:
+            raise ValueError(f"engine.num_pages={self.num_pages} over {shards} shards hold no request of {self.context} tokens")
+        if self.context > model.max_length:
+            raise ValueError(f"engine.context={self.context} exceeds the model's max_length={model.max_length}")
+        if self.draft_tokens and not model.num_mtp_layers:
+            raise ValueError(f"engine.draft_tokens={self.draft_tokens}: this model has no MTP block")
+
+
+def num_shards(mesh: Mesh | None) -> int:
+    """Parts that rows and pages are split into."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 @dataclasses.dataclass(eq=False)
@@ -114,16 +132,8 @@ class Engine:
     def __init__(self, model: GLM, config: EngineConfig, decode_text: DecodeText | None = None, mesh: Mesh | None = None):
         """decode_text: needed for requests with stop strings. mesh: as sharding.make_mesh makes it; None: the default device."""
         self.config, self.model_config, self.decode_text, self.mesh = config, model.config, decode_text, mesh
-        self.shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-        for field in ("num_rows", "num_pages"):
-            if getattr(config, field) % self.shards:
-                raise ValueError(f"engine.{field}={getattr(config, field)} cannot be split over {self.shards} shards of the mesh")
-        if config.num_pages // self.shards * config.page_size < config.context + config.draft_tokens:
-            raise ValueError(f"engine.num_pages={config.num_pages} over {self.shards} shards hold no request of {config.context} tokens")
-        if config.context > model.config.max_length:
-            raise ValueError(f"engine.context={config.context} exceeds the model's max_length={model.config.max_length}")
-        if config.draft_tokens and model.mtp is None:
-            raise ValueError(f"engine.draft_tokens={config.draft_tokens}: this model has no MTP block")
+        self.shards = num_shards(mesh)
+        config.check(model.config, mesh)
         self.graphdef, state = nnx.split(model)
         self.shapes = jax.tree.map(lambda x: x.shape, state)
         self.version = 0

@@ -19,7 +19,7 @@ def check(tasks: Sequence[Task]) -> None:
     """Raises ValueError naming the first task that is no puzzle, or asks another question than the puzzle of its seed."""
     for task in tasks:
         answer = task.answer
-        if not isinstance(answer, dict) or answer.keys() != {"generator", "seed"}:
+        if not isinstance(answer, dict) or answer.keys() != {"generator", "seed"} or not isinstance(answer["generator"], str):
             raise ValueError(f'task {task.id!r}: its answer must be {{"generator": ..., "seed": ...}}, not {answer!r}')
         if type(answer["seed"]) is not int or not 0 <= answer["seed"] <= LAST_SEED:
             raise ValueError(f"task {task.id!r}: seed={answer['seed']!r} is not a number from 0 to {LAST_SEED}")

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
-import itertools
 from collections.abc import Iterator, Sequence
 
 from glm_jax.rewards.answer_format import boxed_answer
@@ -24,7 +23,7 @@ MAX_REPEATS = 2_000  # seeds without a new question, after which a generator cou
 # Group -> generator -> its settings: sizes that a small model can learn, answers of one line, verifiers that junk does not fool.
 GROUPS: dict[str, dict[str, dict]] = {
     "arithmetic": {
-        "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},
+        "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
         "basic_arithmetic": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
         "products": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
         "gcd": {"max_value": 100},
@@ -36,7 +35,7 @@ GROUPS: dict[str, dict[str, dict]] = {
     "logic": {
         "syllogism": {},
         "knights_knaves": {"n_people": 2, "depth_constraint": 2, "width_constraint": 2},
-        "aiw": {"max_entities": 4},
+        "aiw": {"max_entities": 9, "task_type_weights": (0.5, 0.5, 0.0)},
         "family_relationships": {"min_family_size": 3, "max_family_size": 5},
         "color_cube_rotation": {"min_rotations": 1, "max_rotations": 1},
         "course_schedule": {"min_num_courses": 3, "max_num_courses": 4},
@@ -78,23 +77,22 @@ def puzzle_of(generator: str, seed: int) -> Puzzle:
 
 
 def tasks(generator: str, split: str, count: int, first: int = 0) -> list[Task]:
-    """The first `count` of `puzzles(generator, split, first)` as tasks of verifier `puzzle`. Errors as there."""
-    found = itertools.islice(puzzles(generator, split, first), count)
+    """`distinct(generator, split, count, first)` as tasks of verifier `puzzle`. Errors as there."""
     group = next((name for name, generators in GROUPS.items() if generator in generators), "")
     return [
         Task(
             id=f"{generator}/{puzzle.seed}", group=f"{group}/{generator}", verifier="puzzle",
             messages=({"role": "user", "content": chat_request(puzzle)},), answer={"generator": generator, "seed": puzzle.seed},
         )
-        for puzzle in found
+        for puzzle in distinct(generator, split, count, first)
     ]  # fmt: skip
 
 
-def held_out_puzzles(generator: str, count: int) -> list[Puzzle]:
-    """The first `count` different held-out puzzles; all there are where a generator has fewer."""
+def distinct(generator: str, split: str, count: int, first: int = 0) -> list[Puzzle]:
+    """The first `count` different ones of `puzzles(generator, split, first)`; all there are where a generator has fewer."""
     found: dict[str, Puzzle] = {}
-    newest = SEEDS["held_out"][0]
-    for puzzle in puzzles(generator, "held_out"):
+    newest = SEEDS[split][0] + first if split in SEEDS else 0
+    for puzzle in puzzles(generator, split, first):
         if len(found) == count or puzzle.seed - newest > MAX_REPEATS * HELD_OUT_ONE_IN:
             break
         if puzzle.question not in found:

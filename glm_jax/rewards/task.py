@@ -59,7 +59,7 @@ def read_tasks(path: str | pathlib.Path) -> list[Task]:
     if not path.is_file():
         raise ValueError(f"no task file at {str(path)!r}")
     tasks, lines_of = [], {}
-    for number, line in enumerate(path.read_text("utf-8").rstrip("\n").split("\n"), 1):
+    for number, line in enumerate(path.read_bytes().rstrip(b"\n").split(b"\n"), 1):
         where = f"{path}:{number}"
         try:
             entry = json.loads(line)

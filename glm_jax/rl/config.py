@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from glm_jax.config import ModelConfig, check_choice, check_types
 from glm_jax.infer.engine import EngineConfig
@@ -33,6 +34,7 @@ class TasksConfig:
         check_types(self)
         for name in ("train", "held_out"):
             _require(bool(getattr(self, name)), f"tasks.{name}", getattr(self, name), "at least one source")
+        _require(self.seed >= 0, "tasks.seed", self.seed, "at least 0")
         _require(0 <= self.wrong_answers <= 1, "tasks.wrong_answers", self.wrong_answers, "in 0..1")
 
 
@@ -89,7 +91,7 @@ class GrpoConfig:
         )  # fmt: skip
         for name in ("updates_per_step", "row_length", "rows"):
             _require(getattr(self, name) >= 1, f"grpo.{name}", getattr(self, name), "at least 1")
-        for name in ("max_staleness", "warmup_updates"):
+        for name in ("learning_rate", "warmup_updates", "max_staleness", "mtp_weight", "bias_rate", "balance_weight"):
             _require(getattr(self, name) >= 0, f"grpo.{name}", getattr(self, name), "at least 0")
 
 
@@ -109,25 +111,27 @@ class ControlConfig:
 
     def __post_init__(self):
         check_types(self)
-        object.__setattr__(self, "length_stages", tuple(tuple(stage) for stage in self.length_stages))
         check_choice("control.curriculum", self.curriculum, CURRICULA)
         _require(
             (self.curriculum == "none") == (not self.difficulty), "control.difficulty", self.difficulty,
             f"the path of a difficulty file, and empty without a curriculum (curriculum={self.curriculum!r})",
         )  # fmt: skip
         _require(1 <= self.pass_few <= self.pass_many, "control.pass_few", self.pass_few, f"in 1..pass_many={self.pass_many}")
-        _require(
-            bool(self.temperatures) and all(t > 0 for t in self.temperatures),
-            "control.temperatures",
-            self.temperatures,
-            "above 0, one or more",
-        )
+        numbers = all(isinstance(t, int | float) and 0 < t < math.inf for t in self.temperatures)
+        _require(bool(self.temperatures) and numbers, "control.temperatures", self.temperatures, "above 0, one or more")
+        _require(0 <= self.temperature_loss <= 1, "control.temperature_loss", self.temperature_loss, "in 0..1")
         _require(self.plateau_window >= 1, "control.plateau_window", self.plateau_window, "at least 1")
-        starts, tokens = [s for s, _ in self.length_stages], [t for _, t in self.length_stages]
         _require(
-            starts[:1] == [0] and starts == sorted(set(starts)) and min(tokens) >= 1, "control.length_stages", self.length_stages,
-            "pairs (first step, output tokens), the first of step 0",
+            _are_stages(self.length_stages), "control.length_stages", self.length_stages,
+            "pairs (first step, output tokens), the first of step 0, steps rising",
         )  # fmt: skip
+        object.__setattr__(self, "length_stages", tuple(map(tuple, self.length_stages)))
+
+
+def _are_stages(stages) -> bool:
+    pairs = all(isinstance(s, tuple | list) and len(s) == 2 and type(s[0]) is type(s[1]) is int and s[1] >= 1 for s in stages)
+    starts = [s for s, _ in stages] if pairs else []
+    return starts[:1] == [0] and starts == sorted(set(starts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +149,9 @@ class RlLoopConfig:
         check_types(self)
         for name in ("steps", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_samples"):
             _require(getattr(self, name) >= 1, f"loop.{name}", getattr(self, name), "at least 1")
+        for name in ("seed", "save_rollouts_every"):
+            _require(getattr(self, name) >= 0, f"loop.{name}", getattr(self, name), "at least 0")
+        _require(self.eval_temperature > 0, "loop.eval_temperature", self.eval_temperature, "above 0")
 
 
 @dataclasses.dataclass(frozen=True)

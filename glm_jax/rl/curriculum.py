@@ -37,7 +37,7 @@ def read_difficulties(path: str | pathlib.Path) -> dict[str, Difficulty]:
     if not file.is_file():
         raise ValueError(f"no difficulty file at {str(path)!r}; python -m experiments.difficulty writes one")
     found = {}
-    for number, line in enumerate(file.read_text("utf-8").rstrip("\n").split("\n"), 1):
+    for number, line in enumerate(file.read_bytes().rstrip(b"\n").split(b"\n"), 1):
         try:
             entry = json.loads(line)
             difficulty = Difficulty(int(entry["solved"]), int(entry["tried"]))

@@ -31,7 +31,7 @@ from glm_jax.rl.pool import TaskOrder, load_sources, with_wrong_answers
 from glm_jax.rl.rollout import Group, group_from_json, group_to_json
 from glm_jax.rl.step import PolicyKnobs, compile_policy_step, trainer_logprobs
 from glm_jax.rl.temperature import TemperatureControl
-from glm_jax.sharding import make_mesh
+from glm_jax.sharding import make_mesh, named
 from glm_jax.train.checkpoint import Checkpoints, finished_steps
 from glm_jax.train.loop import Stop, write_config
 from glm_jax.train.metrics import Recorder, load_statistics
@@ -44,7 +44,16 @@ HELD_OUT_DRAWS = 2**31  # numbers of draws from here on are evaluations', so tha
 
 
 def train(config: RlConfig, start: StartConfig, workdir: pathlib.Path, *, config_json: str, progress: bool) -> int:
-    """Runs, or resumes, a run until loop.steps. Returns the number of steps behind it.
+    """Runs, or resumes, a run until loop.steps. Returns the number of steps behind it. Errors as for `open_run`."""
+    run = open_run(config, start, workdir, config_json=config_json, progress=progress)
+    try:
+        return run.loop()
+    finally:
+        run.close()
+
+
+def open_run(config: RlConfig, start: StartConfig, workdir: pathlib.Path, *, config_json: str, progress: bool) -> Run:
+    """A new run, or one where it stopped.
 
     Raises ValueError for anything wrong with config, tasks or checkpoints before anything is written.
     """
@@ -52,31 +61,33 @@ def train(config: RlConfig, start: StartConfig, workdir: pathlib.Path, *, config
         raise ValueError("experiments.rl runs in one process; its mesh may have many devices")
     mesh = make_mesh(config.mesh)
     trainee = Trainee.create(config.model, config.optimizer)
-    if not start.workdir and not finished_steps(workdir):
-        raise ValueError("start.workdir is empty: reinforcement learning needs the weights of another run")
-    tokenizer = Tokenizer.load(workdir / "tokenizer.json") if finished_steps(workdir) else starting_tokenizer(start)
-    if not finished_steps(workdir):
-        check_start(start, config.model, tokenizer)
+    abstract = trainee.abstract_state(mesh)
+    config.engine.check(config.model, mesh)
+    named(mesh, ("batch", "length"), (config.grpo.rows, config.grpo.row_length), "grpo.rows x grpo.row_length")
+    resuming = bool(finished_steps(workdir))
+    if not resuming:
+        if not start.workdir:
+            raise ValueError("start.workdir is empty: reinforcement learning needs the weights of another run")
+        check_start(start, config.model)
+    tokenizer = Tokenizer.load(workdir / "tokenizer.json") if resuming else starting_tokenizer(start)
     tasks = Tasks(config, tokenizer)
 
     # Everything that can be wrong was read; from here on the work directory is written.
     write_config(workdir, config_json, FIXED)
-    (workdir / "tokenizer.json").write_text(tokenizer.to_json())
+    if not resuming:
+        (workdir / "tokenizer.json").write_text(tokenizer.to_json())
     checkpoints = Checkpoints(workdir, keep=config.loop.keep_checkpoints, merge=lambda states: states[0])
     first = checkpoints.latest()
     saved = None
     if first is None:
         first, state = 0, starting_state(start, trainee, mesh, config.loop.seed)
     else:
-        state, saved = checkpoints.restore(first, trainee.abstract_state(mesh))
+        state, saved = checkpoints.restore(first, abstract)
         logger.info("resumed from step %d", first)
     run = Run(config, workdir, mesh, trainee, checkpoints, tokenizer, tasks, state, first, progress)
     if saved is not None:
         run.set_state(saved)
-    try:
-        return run.loop()
-    finally:
-        run.close()
+    return run
 
 
 class Tasks:
@@ -84,9 +95,10 @@ class Tasks:
 
     def __init__(self, config: RlConfig, tokenizer: Tokenizer):
         self.train, self.held_out = load_sources(config.tasks.train, "train"), load_sources(config.tasks.held_out, "held_out")
-        shared = {t.id for t in self.train} & {t.id for t in self.held_out}
-        if shared:
-            raise ValueError(f"task {min(shared)!r} is in tasks.train and in tasks.held_out")
+        asked = {json.dumps(t.messages) for t in self.train} | {t.id for t in self.train}
+        for task in self.held_out:
+            if task.id in asked or json.dumps(task.messages) in asked:
+                raise ValueError(f"task {task.id!r} of tasks.held_out is in tasks.train, too")
         verifiers.check([*self.train, *self.held_out])
         longest = max(tokens for _, tokens in config.control.length_stages)
         for task in [*self.train, *self.held_out]:
@@ -143,13 +155,13 @@ class Run:
 
     def get_state(self) -> dict:
         return {
-            "positions": self.tasks.order.positions, "curriculum": self.tasks.curriculum.get_state(),
+            "positions": self.tasks.order.get_state(), "curriculum": self.tasks.curriculum.get_state(),
             "temperature": self.temperature.get_state(), "num_drawn": self.collector.num_drawn,
             "buffer": [group_to_json(g) for g in self.collector.buffer],
         }  # fmt: skip
 
     def set_state(self, saved: dict):
-        self.tasks.order.positions = dict(saved["positions"])
+        self.tasks.order.set_state(saved["positions"])
         self.tasks.curriculum.set_state(saved["curriculum"])
         self.temperature.set_state(saved["temperature"])
         self.collector.num_drawn = saved["num_drawn"]
@@ -173,7 +185,8 @@ class Run:
             stop = self.stop.now(self.checkpoints, self.step)
             record |= {f"seconds/{phase}": seconds for phase, seconds in self.phases().items()}
             self.recorder.write(record)
-            self.bar.set_postfix_str(f"reward {record['reward']:.3f}", refresh=False)
+            if "reward" in record:  # a step whose groups all come from the buffer draws nothing
+                self.bar.set_postfix_str(f"reward {record['reward']:.3f}", refresh=False)
             self.bar.update(1)
             if last or stop or self.step % loop.checkpoint_every == 0:
                 self.checkpoints.save(self.step, self.state, self.get_state())
@@ -258,16 +271,17 @@ class Run:
 
     def evaluate(self) -> dict:
         """pass@1 on the held-out tasks: the mean reward, over all and by group."""
-        loop, start = self.config.loop, time.perf_counter()
-        groups = self.held_out(loop.eval_samples, loop.eval_temperature)
-        self.roller.seconds.clear()  # generating for an evaluation is its own phase
-        self.seconds["evaluate"] += time.perf_counter() - start
-        return measures.held_out(groups)
+        return measures.held_out(self.held_out(self.config.loop.eval_samples, self.config.loop.eval_temperature))
 
     def held_out(self, samples: int, temperature: float) -> list[Group]:
+        """Rollouts of the held-out tasks; their time is a phase of its own."""
         longest = max(tokens for _, tokens in self.config.control.length_stages)
         draw = Draw(samples, longest, temperature, self.config.loop.seed, self.config.tasks.thinking)
-        return self.roller.roll(self.tasks.held_out, draw, HELD_OUT_DRAWS)
+        before = self.roller.seconds.copy()
+        with self.timed("evaluate"):
+            groups = self.roller.roll(self.tasks.held_out, draw, HELD_OUT_DRAWS)
+        self.roller.seconds = before
+        return groups
 
     def sweep_temperatures(self) -> dict:
         """Scores the temperatures on the held-out prompts and lets the controller choose."""

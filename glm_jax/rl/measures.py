@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -62,3 +62,9 @@ def readable(groups: Sequence[Group], tokenizer: Tokenizer) -> list[dict]:
                 "answer": group.task.answer,
             })  # fmt: skip
     return lines
+
+
+def held_out_scores(records: Sequence[Mapping]) -> list[tuple[int, float]]:
+    """Of a run's metrics: (steps done, mean reward on the held-out tasks) of each evaluation."""
+    before = [(r["step"], r["held_out"]) for r in records if "held_out" in r]
+    return before + [(r["step"] + 1, r["held_out_after"]) for r in records if "held_out_after" in r]

@@ -35,11 +35,12 @@ def load_sources(sources: Sequence[str], split: str) -> list[Task]:
 
 
 def with_wrong_answers(tasks: Sequence[Task], share: float, seed: int) -> list[Task]:
-    """A share of the tasks, chosen by seed, get the answer of another task of their group: the ablation of an unverified pool."""
+    """A share of the tasks, chosen by seed, get the answer of another task of their group and verifier: the ablation of an unverified
+    pool."""
     rng = np.random.default_rng([seed, 1])
     out = list(tasks)
-    for group in sorted({t.group for t in tasks}):
-        members = [i for i, t in enumerate(tasks) if t.group == group]
+    for group in sorted({(t.group, t.verifier) for t in tasks}):
+        members = [i for i, t in enumerate(tasks) if (t.group, t.verifier) == group]
         chosen = rng.permutation(members)[: round(share * len(members))]
         for mine, other in zip(chosen, np.roll(chosen, 1), strict=True):
             out[mine] = dataclasses.replace(tasks[mine], answer=tasks[other].answer)
@@ -64,3 +65,9 @@ class TaskOrder:
         orders = (np.random.default_rng([self.seed, epoch]).permutation(members) for epoch in epochs)
         begin = start - epochs[0] * len(members)
         return [self.tasks[i] for i in itertools.islice(itertools.chain.from_iterable(orders), begin, begin + count)]
+
+    def get_state(self) -> dict:
+        return dict(self.positions)  # a checkpoint is written while the next step takes its tasks
+
+    def set_state(self, state: dict):
+        self.positions = dict(state)

@@ -60,6 +60,8 @@ class ConversationConfig:
                 raise ValueError(f"data.{name}={getattr(self, name)}; valid: 1 or more")
         if self.batch_size % self.virtual_shards:
             raise ValueError(f"data.batch_size={self.batch_size} is no multiple of virtual_shards={self.virtual_shards}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"data.seed={self.seed}; valid: 0 to 2**32 - 1")
         if self.epochs < 0:
             raise ValueError(f"data.epochs={self.epochs}; valid: 0 (endless) or more")
 
@@ -73,7 +75,7 @@ def read_conversations(path: str | pathlib.Path) -> Iterator[tuple[str, dict]]:
     file = pathlib.Path(path)
     if not file.is_file():
         raise ValueError(f"no file of conversations at {str(path)!r}")
-    for number, line in enumerate(file.read_text("utf-8").rstrip("\n").split("\n"), 1):
+    for number, line in enumerate(file.read_bytes().rstrip(b"\n").split(b"\n"), 1):
         where = f"{path}:{number}"
         try:
             entry = json.loads(line)
@@ -81,6 +83,8 @@ def read_conversations(path: str | pathlib.Path) -> Iterator[tuple[str, dict]]:
             raise ValueError(f"{where}: is not JSON: {error}") from None
         if not isinstance(entry, dict) or "messages" not in entry or not entry.keys() <= set(FIELDS):
             raise ValueError(f"{where}: must be an object with messages, and maybe tools and thinking")
+        if not isinstance(entry["messages"], list) or not all(isinstance(m, dict) for m in entry["messages"]):
+            raise ValueError(f"{where}: messages must be a list of objects")
         if not isinstance(entry.get("thinking", True), bool):
             raise ValueError(f"{where}: thinking must be true or false, not {entry['thinking']!r}")
         yield where, entry
@@ -121,7 +125,8 @@ def encode_all(config: ConversationConfig, tokenizer: Tokenizer) -> Encoded:
             splits[_share(key[:8]) < config.held_out_fraction].append(features)
     if not splits[False]:
         raise ValueError(
-            f"{', '.join(config.paths)} hold no conversation of at most {config.sequence_length} tokens to train on; {too_long} longer"
+            f"{', '.join(config.paths)} hold no conversation of at most {config.sequence_length} tokens to train on: {too_long} are "
+            f"longer, {len(splits[True])} held out"
         )
     logger.info("%d conversations, %d held out; %d were too long", len(splits[False]), len(splits[True]), too_long)
     return Encoded(splits[False], splits[True], digest.hexdigest())
@@ -137,8 +142,8 @@ def thinks(entry: Mapping, config: ConversationConfig, key: bytes) -> bool:
 def encode(entry: Mapping, tokenizer: Tokenizer, thinking: bool) -> dict[str, np.ndarray]:
     """Aligned tokens, targets and loss_weights (1 where the target is the assistant's)."""
     messages = entry["messages"]
-    if not thinking and isinstance(messages, list):
-        messages = [{k: v for k, v in m.items() if k != "reasoning_content"} if isinstance(m, dict) else m for m in messages]
+    if not thinking:
+        messages = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in messages]
     ids, learnt = encode_for_training(tokenizer, messages, entry.get("tools"), thinking=thinking)
     sequence = np.asarray(ids, np.int32)
     return {"tokens": sequence[:-1], "targets": sequence[1:], "loss_weights": np.asarray(learnt[1:], np.float32)}

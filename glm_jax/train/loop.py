@@ -137,6 +137,7 @@ def train(config: RunConfig, workdir: pathlib.Path, *, config_json: str, progres
     abstract = trainee.abstract_state(mesh)
     schedule = Schedule(config.schedule, config.data.batch_size * config.data.sequence_length)
     batches = Batches(config, mesh, source)
+    held_out = source.held_out(config.data, jax.process_index(), jax.process_count(), config.loop.eval_batches or None)
     tokenizer = batches.iterator.tokenizer
     if not finished_steps(workdir):
         check_start(config.start, config.model, tokenizer)
@@ -152,7 +153,7 @@ def train(config: RunConfig, workdir: pathlib.Path, *, config_json: str, progres
         state, data_state = checkpoints.restore(first, abstract)
         batches.iterator.set_state(data_state)
         logger.info("resumed from step %d", first)
-    run = _Run(config, workdir, mesh, trainee, schedule, checkpoints, tokenizer, first, progress, source)
+    run = _Run(config, workdir, mesh, trainee, schedule, checkpoints, tokenizer, first, progress, held_out)
     try:
         return run.loop(state, batches)
     finally:
@@ -185,14 +186,13 @@ class _Run:
     """One call of `train`: owns the recorder, the progress bar and what is derived from the config."""
 
     def __init__(self, config, workdir, mesh, trainee, schedule, checkpoints, tokenizer: Tokenizer, first: int, progress: bool,
-                 source: Source):  # fmt: skip
+                 held_out):  # fmt: skip
         self.config, self.workdir, self.schedule, self.checkpoints = config, workdir, schedule, checkpoints
         self.mesh, self.first = mesh, first
         self.is_main = jax.process_index() == 0
         self.recorder = Recorder(workdir, first) if self.is_main else None
         self.step_function = compile_step(trainee, config.schedule.balance_weight, mesh)
-        self.evaluator = Evaluator(config.model, mesh, source.held_out(
-            config.data, jax.process_index(), jax.process_count(), config.loop.eval_batches or None))  # fmt: skip
+        self.evaluator = Evaluator(config.model, mesh, held_out)
         self.sampler = Sampler(config.model, tokenizer, config.loop)
         peak = peak_flops(jax.local_devices()[0])
         self.flops_per_token = flops_per_token(config.model, config.data.sequence_length)

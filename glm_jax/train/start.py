@@ -25,10 +25,15 @@ class StartConfig:
 
     def __post_init__(self):
         check_types(self)
+        if self.step < -1:
+            raise ValueError(f"start.step={self.step} must be a checkpoint's step, or -1 for the newest")
 
 
-def check_start(start: StartConfig, model: ModelConfig, tokenizer: Tokenizer):
-    """Raises ValueError where there is no such checkpoint, or its model or tokenizer is another one."""
+def check_start(start: StartConfig, model: ModelConfig, tokenizer: Tokenizer | None = None):
+    """Raises ValueError where there is no such checkpoint, or its model or tokenizer is another one.
+
+    tokenizer: of the run's data; None where the run takes the start's own.
+    """
     if not start.workdir:
         return
     theirs = from_mapping(ModelConfig, read_config(start.workdir)["model"], f"{start.workdir}: model")
@@ -39,7 +44,7 @@ def check_start(start: StartConfig, model: ModelConfig, tokenizer: Tokenizer):
     step = newest_step(start.workdir) if start.step < 0 else start.step
     if not (pathlib.Path(start.workdir) / "checkpoints" / str(step)).is_dir():
         raise ValueError(f"start.step={start.step}: {start.workdir} holds no such checkpoint")
-    if starting_tokenizer(start).to_json() != tokenizer.to_json():
+    if tokenizer is not None and starting_tokenizer(start).to_json() != tokenizer.to_json():
         raise ValueError(f"start.workdir={start.workdir!r} has another tokenizer than this run's data")
 
 

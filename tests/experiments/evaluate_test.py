@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 
 from data.tokenizer import Tokenizer
-from experiments import convert, evaluating
+from experiments import convert, evaluating, evaluating_code
+from experiments.measure_sandbox import reference_solutions
 from glm_jax import hf
 from glm_jax.infer.engine import Request, SamplingParams
 from glm_jax.rewards import puzzles
+from glm_jax.rewards.code import CodeVerifier
 from tests.model.oracle import RUNTIME, random_state, tiny_config
+from tests.sandboxes import needs_sandbox
 
 SETTINGS = evaluating.Settings(
     limit=2, context=None, num_rows=1, batch_tokens=256, draft_tokens=0, max_new_tokens=4, temperature=0.0, seed=0, num_examples=0,
@@ -109,7 +112,7 @@ def test_data_of_another_tokenizer_is_refused(workdir, corpus_folder, tokenizer)
 
 
 def chosen() -> dict[str, list[puzzles.Puzzle]]:
-    return {generator: puzzles.held_out_puzzles(generator, 3) for generator in ("gcd", "products")}
+    return {generator: puzzles.distinct(generator, "held_out", 3) for generator in ("gcd", "products")}
 
 
 def test_puzzles_are_scored_by_what_the_model_wrote(subject, monkeypatch):
@@ -167,7 +170,7 @@ def test_what_does_not_fit_is_not_asked_and_scores_nothing(subject, monkeypatch)
 
 
 def test_examples_come_from_training_puzzles(subject):
-    puzzle = puzzles.held_out_puzzles("gcd", 1)[0]
+    puzzle = puzzles.distinct("gcd", "held_out", 1)[0]
     text = subject.tokenizer.decode(evaluating.puzzle_prompt(puzzle, changed(subject, num_examples=3)))
     train = list(itertools.islice(puzzles.puzzles("gcd", "train"), 3))
     solved = [f"Question: {example.question}\nAnswer: {example.answer}" for example in train]
@@ -176,7 +179,7 @@ def test_examples_come_from_training_puzzles(subject):
 
 def test_chat_asks_for_a_box_and_stops_at_the_turn(subject):
     asking = changed(subject, chat=True, thinking=False)
-    puzzle = puzzles.held_out_puzzles("gcd", 1)[0]
+    puzzle = puzzles.distinct("gcd", "held_out", 1)[0]
     text = subject.tokenizer.decode(evaluating.puzzle_prompt(puzzle, asking))
     assert text.startswith(f"[gMASK]<sop><|user|>\n{puzzle.question}") and text.endswith("<think></think>")
     params = evaluating.answer_sampling(0, asking)
@@ -184,6 +187,26 @@ def test_chat_asks_for_a_box_and_stops_at_the_turn(subject):
     request = Request(0, [], SamplingParams(max_new_tokens=9), tokens=subject.tokenizer.encode(rf"\boxed{{{puzzle.answer}}}"))
     assert evaluating.puzzle_record(puzzle, request, asking)["score"] == 1
     assert evaluating.puzzle_record(puzzle, request, subject)["score"] < 1
+
+
+# --- code ---
+
+
+@needs_sandbox
+def test_human_eval_runs_what_the_model_wrote(subject, monkeypatch):
+    """A right continuation that runs on into something else, a wrong one, and a prompt that leaves no room for an answer."""
+    problems = sorted(evaluating_code.human_eval_tasks(), key=lambda task: len(task.answer["prompt"]))
+    tasks, solutions = [*problems[:2], problems[-1]], reference_solutions()
+    written = [solutions[tasks[0].id] + "\ndef other():\n    1 / 0\n\nother()\n", "    return None\n"]
+
+    def answer(engine, prompts, params, label):
+        assert [subject.tokenizer.decode(p) for p in prompts] == [f"[gMASK]<sop>{task.answer['prompt']}" for task in tasks[:2]]
+        return [Request(0, p, q, tokens=subject.tokenizer.encode(t)) for p, q, t in zip(prompts, params, written, strict=True)]
+
+    monkeypatch.setattr(evaluating_code, "continue_all", answer)
+    found = evaluating_code.run_human_eval(tasks, CodeVerifier(workers=2), subject)["human_eval"]
+    assert found["count"] == 3 and found["metrics"]["pass@1"]["value"] == pytest.approx(1 / 3)
+    assert found["metrics"]["did_not_fit"]["value"] == pytest.approx(1 / 3) and found["metrics"]["environment_error"]["value"] == 0
 
 
 # --- names, results ---

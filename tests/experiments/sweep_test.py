@@ -11,7 +11,7 @@ import time
 import pytest
 import toy
 
-from experiments import entry, sweep_results, sweeping
+from experiments import entry, sweep_results, sweep_rewards, sweeping
 from glm_jax.hf import parameter_count
 
 SHIPPED = sorted(pathlib.Path("experiments/sweeps").glob("[!_]*.py"))
@@ -54,13 +54,28 @@ def fake_run(run, losses, finished=True):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_shipped_sweep_is_valid(path, tmp_path):
     sweep = sweeping.load_sweep(str(path))
-    runs = sweeping.prepare(sweep, tmp_path, "some/data")
+    if sweep.metric in sweeping.REWARDS:
+        places = {"start.workdir": "some/run"} | ({"control.difficulty": "some/file"} if path.stem == "rl_curriculum" else {})
+    else:
+        places = {"data.paths": ("some/data",)}
+    runs = sweeping.prepare(sweep, tmp_path, places)
     assert len(runs) >= 4 and len({r.num_steps for r in runs}) == 1
-    assert all(r.config.data.paths == ("some/data",) for r in runs)
+    assert all(sweeping.value_of(r.config, key) == value for r in runs for key, value in places.items())
+
+
+@pytest.mark.parametrize("path", [p for p in SHIPPED if p.stem.startswith("rl_")], ids=lambda p: p.stem)
+def test_sweeps_of_rewards_differ_in_one_key_and_have_three_seeds(path, tmp_path):
+    """And their two groups are those that are compared, each with the paper's claim beside it."""
+    sweep = sweeping.load_sweep(str(path))
+    keys = {key for overrides in sweep.runs.values() for key in overrides}
+    varied = {key for key in keys if len({repr(o.get(key)) for o in sweep.runs.values()}) > 1}
+    assert varied == {sweep.plot["group"], "loop.seed", "tasks.seed"} and sweep.plot["claim"]
+    arms = [(str(o[sweep.plot["group"]]), o["loop.seed"]) for o in sweep.runs.values()]
+    assert sorted(arms) == sorted((sweep.plot[role], seed) for role in ("challenger", "baseline") for seed in range(3))
 
 
 def test_muon_and_adamw_differ_in_optimizer_and_rate_only(tmp_path):
-    runs = sweeping.prepare(sweeping.load_sweep("experiments/sweeps/muon_vs_adamw.py"), tmp_path, None)
+    runs = sweeping.prepare(sweeping.load_sweep("experiments/sweeps/muon_vs_adamw.py"), tmp_path, {})
     rates = {"optimizer.name", "schedule.learning_rate", "schedule.final_learning_rate"}
     rest = {json.dumps({k: v for k, v in r.overrides.items() if k not in rates}) for r in runs}
     assert len(rest) == 1
@@ -69,7 +84,7 @@ def test_muon_and_adamw_differ_in_optimizer_and_rate_only(tmp_path):
 
 
 def test_deep_and_wide_have_equal_parameters(tmp_path):
-    runs = sweeping.prepare(sweeping.load_sweep("experiments/sweeps/deep_vs_wide.py"), tmp_path, None)
+    runs = sweeping.prepare(sweeping.load_sweep("experiments/sweeps/deep_vs_wide.py"), tmp_path, {})
     configs = [entry.run_config(r.config).model for r in runs]
     counts = [parameter_count(c)["total"] for c in configs]
     assert max(counts) <= 1.01 * min(counts)
@@ -94,21 +109,21 @@ def test_deep_and_wide_have_equal_parameters(tmp_path):
 )
 def test_wrong_sweep_stops_before_anything_runs(sweep_file, tmp_path, old, new, complaint):
     with pytest.raises(ValueError, match=complaint):
-        sweeping.prepare(sweeping.load_sweep(sweep_file(old, new)), tmp_path / "w", None)
+        sweeping.prepare(sweeping.load_sweep(sweep_file(old, new)), tmp_path / "w", {})
     assert not (tmp_path / "w").exists()
 
 
 def test_folder_of_another_run_is_refused(sweep_file, tmp_path):
-    first = sweeping.prepare(sweeping.load_sweep(sweep_file()), tmp_path / "w", None)
+    first = sweeping.prepare(sweeping.load_sweep(sweep_file()), tmp_path / "w", {})
     fake_run(first[1], [3.0])
     changed = sweeping.load_sweep(sweep_file('"adamw", "schedule.total_tokens": 20480', '"adamw", "schedule.total_tokens": 40960'))
     with pytest.raises(ValueError, match=r"schedule.total_tokens=20480, not 40960"):
-        sweeping.prepare(changed, tmp_path / "w", None)
-    sweeping.prepare(sweeping.load_sweep(sweep_file()), tmp_path / "w", "moved/data")  # where the data lies may change
+        sweeping.prepare(changed, tmp_path / "w", {})
+    sweeping.prepare(sweeping.load_sweep(sweep_file()), tmp_path / "w", {"data.paths": ("moved/data",)})  # where the data lies may change
 
 
 def test_command_carries_every_override(sweep_file, tmp_path):
-    run = sweeping.prepare(sweeping.load_sweep(sweep_file()), tmp_path, "d")[0]
+    run = sweeping.prepare(sweeping.load_sweep(sweep_file()), tmp_path, {"data.paths": ("d",)})[0]
     command = run.command(progress=False)
     assert command[1:3] == ["-m", "experiments.train"]
     assert {"--config.optimizer.name=muon", "--config.schedule.total_tokens=20480", "--config.data.paths=('d',)"} <= set(command)
@@ -116,7 +131,7 @@ def test_command_carries_every_override(sweep_file, tmp_path):
 
 def test_results_name_the_share_of_steps(sweep_file, tmp_path):
     sweep = sweeping.load_sweep(sweep_file())
-    runs = sweeping.prepare(sweep, tmp_path, None)
+    runs = sweeping.prepare(sweep, tmp_path, {})
     fake_run(runs[0], [8, 7, 6, 5, 4.5, 4, 3.8, 3.7, 3.6, 3.65])
     fake_run(runs[1], [8, 7.5, 7, 6.5, 6, 5.5, 5, 4.5, 4.2, 4.0])
     text = sweep_results.write(sweep, runs, tmp_path)
@@ -130,7 +145,7 @@ def test_results_name_the_share_of_steps(sweep_file, tmp_path):
 
 def test_results_of_an_unfinished_sweep_say_so(sweep_file, tmp_path):
     sweep = sweeping.load_sweep(sweep_file())
-    runs = sweeping.prepare(sweep, tmp_path, None)
+    runs = sweeping.prepare(sweep, tmp_path, {})
     with pytest.raises(ValueError, match="none of the sweep's 2 runs has begun"):
         sweep_results.write(sweep, runs, tmp_path)
     fake_run(runs[0], [8, 7], finished=False)
@@ -140,7 +155,7 @@ def test_results_of_an_unfinished_sweep_say_so(sweep_file, tmp_path):
 
 def test_better_baseline_is_never_reached(sweep_file, tmp_path):
     sweep = sweeping.load_sweep(sweep_file())
-    runs = sweeping.prepare(sweep, tmp_path, None)
+    runs = sweeping.prepare(sweep, tmp_path, {})
     fake_run(runs[0], [5.0] * 10)
     fake_run(runs[1], [4.0] * 10)
     assert "never reaches" in sweep_results.write(sweep, runs, tmp_path)
@@ -179,3 +194,38 @@ def test_stopped_sweep_goes_on_and_skips_what_is_finished(tmp_path, corpus_folde
 
     again = subprocess.run([*command, "--index=1"], check=False, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0 and "two: finished before, skipped" in again.stdout and "one" not in again.stdout
+
+
+REWARDS = '''"""Two losses."""
+CONFIG = "configs/rl_math_tiny.py"
+METRIC = "held_out"
+PLOT = {"x": "steps", "group": "grpo.aggregation", "challenger": "token", "baseline": "sequence", "claim": "tokens win"}
+RUNS = {f"{a}_{s}": {"grpo.aggregation": a, "loop.seed": s, "loop.steps": 20} for a in ("token", "sequence") for s in range(2)}
+'''
+
+
+@pytest.mark.parametrize(("token", "verdict"), [(0.9, "agrees"), (0.3, "disagrees"), (0.6, "shows no difference")])
+def test_rewards_are_averaged_over_seeds_and_judged(tmp_path, token, verdict):
+    (tmp_path / "sweep.py").write_text(REWARDS)
+    sweep = sweeping.load_sweep(str(tmp_path / "sweep.py"))
+    runs = sweeping.prepare(sweep, tmp_path, {"start.workdir": "somewhere"})
+    assert runs[0].command(progress=False)[1:3] == ["-m", "experiments.rl"]
+    with pytest.raises(ValueError, match="none of the sweep's 4 runs has begun"):
+        sweep_rewards.write(sweep, runs, tmp_path)
+    for run in runs:
+        (run.folder / "checkpoints" / "20").mkdir(parents=True)
+        end = (token if run.config.grpo.aggregation == "token" else 0.6) + 0.02 * run.config.loop.seed
+        lines = [{"step": i, "reward": i / 20, "seconds/train": 1.0, "seconds/generate": 0.5} for i in range(20)]
+        lines[0]["held_out"], lines[-1]["held_out_after"] = 0.1, end
+        (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = sweep_rewards.write(sweep, runs, tmp_path)
+    assert f"ends at {token + 0.01:.3f} ± 0.010" in text and f"**this run of the experiment {verdict}" in text and "tokens win" in text
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert [r["run"] for r in rows] == ["token_0", "token_1", "sequence_0", "sequence_1"]
+    assert rows[0]["first_held_out"] == "0.1" and float(rows[0]["final_held_out"]) == token and rows[0]["seconds"] == "30.0"
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+
+
+def test_metric_must_fit_the_config(sweep_file, tmp_path):
+    with pytest.raises(ValueError, match=r"METRIC of configs/tiny.py.*held_out_loss"):
+        sweeping.prepare(sweeping.load_sweep(sweep_file('"held_out_loss"', '"held_out"')), tmp_path, {})

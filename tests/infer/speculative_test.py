@@ -1,5 +1,7 @@
 """Speculation must change how fast tokens come, and nothing else."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from scipy import stats
 
 from glm_jax.infer import speculative
-from glm_jax.infer.engine import Engine, EngineConfig, SamplingParams
+from glm_jax.infer.engine import EngineConfig, SamplingParams
 from glm_jax.infer.sampling import MAX_STOP_TOKENS, RowParams, drawing_logits
 from tests.infer.engine_test import SIZES, assert_all_returned, engine, model, prompts  # noqa: F401
 
@@ -72,8 +74,5 @@ def test_sampled_output_does_not_depend_on_the_company_nor_on_shared_pages(model
 def test_a_model_without_mtp_and_a_cache_without_room_for_drafts_are_named(model):  # noqa: F811
     with pytest.raises(ValueError, match="hold no request of 66 with its drafts"):
         EngineConfig(**SIZES | {"num_pages": 8, "draft_tokens": 2})
-    plain = model.__class__.__new__(model.__class__)
-    plain.__dict__.update(model.__dict__)
-    plain.mtp = None
     with pytest.raises(ValueError, match="has no MTP block"):
-        Engine(plain, EngineConfig(**SIZES | {"draft_tokens": 1}))
+        EngineConfig(**SIZES | {"draft_tokens": 1}).check(dataclasses.replace(model.config, num_mtp_layers=0), None)

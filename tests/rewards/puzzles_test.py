@@ -21,7 +21,7 @@ def some(generator: str, split: str, count: int, first: int = 0) -> list[puzzles
 
 @pytest.mark.parametrize("generator", GENERATORS)
 def test_held_out_questions_are_never_training_questions(generator):
-    held_out, train = puzzles.held_out_puzzles(generator, 40), some(generator, "train", 400)
+    held_out, train = puzzles.distinct(generator, "held_out", 40), some(generator, "train", 400)
     assert len({p.question for p in held_out}) == 40
     assert not {p.question for p in held_out} & {p.question for p in train}
     assert all(0 <= p.seed < 2**31 for p in train) and all(2**31 <= p.seed < 2**32 for p in held_out)
@@ -47,10 +47,10 @@ def test_a_walk_goes_on_where_it_stopped():
 
 
 def test_questions_do_not_depend_on_the_process():
-    code = "from glm_jax.rewards import puzzles\nprint([p.question for g in puzzles.SETTINGS for p in puzzles.held_out_puzzles(g, 5)])"
+    code = "from glm_jax.rewards import puzzles\nprint([p.question for g in puzzles.SETTINGS for p in puzzles.distinct(g, 'held_out', 5)])"
     environment = {**os.environ, "PYTHONHASHSEED": "1"}  # ours is random
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment).stdout
-    here = [p.question for g in puzzles.SETTINGS for p in puzzles.held_out_puzzles(g, 5)]
+    here = [p.question for g in puzzles.SETTINGS for p in puzzles.distinct(g, "held_out", 5)]
     assert there == f"{here}\n"
 
 
@@ -69,7 +69,7 @@ def test_a_generator_gives_all_it_has_and_stops(monkeypatch):
     monkeypatch.setitem(puzzles.SETTINGS, "count_bits", {"max_n": 63})
     puzzles._dataset.cache_clear()
     try:
-        assert 1 <= len(puzzles.held_out_puzzles("count_bits", 1000)) < 40
+        assert 1 <= len(puzzles.distinct("count_bits", "held_out", 1000)) < 40
     finally:
         puzzles._dataset.cache_clear()
 
@@ -111,5 +111,5 @@ def test_errors_name_what_is_valid(monkeypatch):
     with pytest.raises(ValueError, match="split='test' is not one of train, held_out"):
         some("gcd", "test", 1)
     monkeypatch.setattr(puzzles.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="reasoning-gym: pip install -r requirements-dev.txt"):
+    with pytest.raises(ValueError, match="reasoning-gym: pip install -r requirements.txt"):
         puzzles._dataset.__wrapped__("gcd")

@@ -1,5 +1,6 @@
 """What steers a run: difficulty, temperature, output length, and the order of tasks."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -116,11 +117,17 @@ def test_every_epoch_asks_every_task_once_in_another_order():
     epochs = [asked[i : i + 7] for i in (0, 7, 14)]
     assert all(sorted(epoch) == [f"g{i}" for i in range(7)] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    resumed = TaskOrder(tasks(7), seed=3)
-    resumed.positions = {"all": 9}
-    assert [t.id for t in resumed.take(5, "all", range(7))] == asked[9:14]
     assert {t.id for t in order.take(6, "hard", [2, 4])} == {"g2", "g4"}
-    assert order.positions == {"all": 21, "hard": 6}
+    assert order.get_state() == {"all": 21, "hard": 6}
+
+
+def test_an_order_goes_on_where_its_state_was_taken():
+    order, resumed = TaskOrder(tasks(7), seed=3), TaskOrder(tasks(7), seed=3)
+    order.take(9, "all", range(7))
+    state = order.get_state()
+    asked = order.take(5, "all", range(7))
+    resumed.set_state(state)  # which what was taken since has not moved
+    assert resumed.take(5, "all", range(7)) == asked
 
 
 def test_wrong_answers_are_other_tasks_answers():
@@ -132,3 +139,5 @@ def test_wrong_answers_are_other_tasks_answers():
     assert with_wrong_answers(clean, 0.0, seed=0) == clean
     assert [t.answer for t in with_wrong_answers(clean, 0.5, seed=0)] == [t.answer for t in noisy]
     assert np.all([noisy[i].answer in range(20) for i in wrong])
+    kinds = [dataclasses.replace(t, verifier="choice", answer="A") if i % 2 else t for i, t in enumerate(clean)]
+    assert all((t.answer == "A") == (t.verifier == "choice") for t in with_wrong_answers(kinds, 1.0, seed=0))

@@ -5,42 +5,25 @@ import shutil
 
 import jax
 import pytest
+import toy
+from toy import records
 
 from experiments import entry
-from glm_jax.rewards.task import Reward
 from glm_jax.rl import collector as collecting
 from glm_jax.rl import loop
-from glm_jax.rl.rollout import RolloutStatus
-from glm_jax.sharding import make_mesh
 from glm_jax.train.checkpoint import load_weights
-from glm_jax.train.metrics import read_metrics
-
-
-def parity(tasks, messages):
-    """A reward that a toy can get: whether its text has an even number of characters."""
-    del tasks
-    rewards = [float(len(m["content"]) % 2 == 0) for m in messages]
-    return [Reward(r, {"even": r}) for r in rewards]
 
 
 @pytest.fixture
 def easy(monkeypatch):
-    """Any output can be read, and is judged by its parity. On one device of the eight."""
-    monkeypatch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-    monkeypatch.setattr(collecting.verifiers, "score", parity)
-    monkeypatch.setattr(
-        collecting.Roller, "read", lambda self, task, request: (RolloutStatus.COMPLETED, {"content": self.tokenizer.decode(request.tokens)})
-    )
+    """Any output can be read, and is judged by its parity."""
+    monkeypatch.setattr(collecting.verifiers, "score", toy.parity)
+    monkeypatch.setattr(collecting.Roller, "read", toy.read_anything)
 
 
 def run(config, workdir):
     rl, start = entry.rl_config(config)
     return loop.train(rl, start, workdir, config_json=config.to_json(), progress=False)
-
-
-def records(workdir):
-    """The run's metrics without what is measured."""
-    return [{k: v for k, v in r.items() if not k.startswith("seconds/")} for r in read_metrics(workdir)]
 
 
 def weights(workdir, step=None):
