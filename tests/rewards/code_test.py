@@ -36,7 +36,7 @@ def function(body: str, before: str = "") -> str:
 
 # A verdict as it is often formed: solution and test in one process, which says how it went.
 NAIVE = f"""
-names, SOLUTION, TEST = {{"__name__": "__main__"}}, {{solution!r}}, {TEST!r}
+names, SOLUTION, TEST = {{{{"__name__": "__main__"}}}}, {{solution!r}}, {TEST!r}
 try:
     exec(SOLUTION, names)
     exec(TEST, names)
@@ -56,7 +56,7 @@ CHEATS = {
     "leaves while it is loaded": f"import os\n{LEAVE}",
     "sys.exit": function("print('passed'); sys.exit(0)"),
     "at exit": function("sys.exit(0)", "import atexit; atexit.register(os.write, 1, b'passed\\n')"),
-    "exception hook": function("return 0", "sys.excepthook = lambda *_: (os.write(1, b'passed\\n'), os._exit(0))"),
+    "exception hook": function("1 / 0", "sys.excepthook = lambda *_: (os.write(1, b'passed\\n'), os._exit(0))"),
     "trace function": function("return 0", f"def tracer(frame, *_):\n    if frame.f_code.co_name == 'check': {LEAVE}\nsys.settrace(tracer)"),
     "profile function": function("return 0", f"def tracer(frame, *_):\n    if frame.f_code.co_name == 'check': {LEAVE}\nsys.setprofile(tracer)"),
     "equal to all": LIAR.format(base="") + function("return Liar()"),
