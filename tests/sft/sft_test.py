@@ -264,19 +264,21 @@ def test_refused_before_anything_is_written(case, config, start):
 
 def test_the_cold_start_shows_work_that_is_right(tmp_path):
     file = tmp_path / "cold_start.jsonl"
-    subprocess.run([sys.executable, "-m", "experiments.cold_start", f"--output={file}", "--count=60"], check=True)
+    command = [sys.executable, "-m", "experiments.cold_start", f"--output={file}", "--generators=chain_sum,aiw", "--count=60"]
+    subprocess.run(command, check=True)
     conversations = [entry for _, entry in read_conversations(file)]
-    assert len(conversations) == 60
+    assert len(conversations) == 120
     worked = 0
     for asked, answer in (c["messages"] for c in conversations):
         question = asked["content"].partition("\n\n")[0]
         assert split_of(question) == "train"
-        sum_of_terms = eval(re.search(r": ([-+ \d]+) =", question)[1])
-        assert answer["content"] == f"\\boxed{{{sum_of_terms}}}"
+        terms = re.search(r": ([-+ \d]+) =", question)
+        right = eval(terms[1]) if terms else 1 + int(re.search(r"(\d+) (sisters|female friends)", question)[1])
+        assert answer["content"] == f"\\boxed{{{right}}}"
         lines = (answer.get("reasoning_content") or "").splitlines()
         worked += bool(lines)
         for before, line in zip([None, *lines], lines, strict=False):
-            left, _, right = line.rpartition(" = ")
-            assert eval(left) == int(right) and (before is None or left.startswith(before.rpartition(" = ")[2] + " "))
-        assert not lines or lines[-1].endswith(f" = {sum_of_terms}")
-    assert worked
+            left, _, result = line.rpartition(" = ")
+            assert eval(left) == int(result) and (before is None or left.startswith(before.rpartition(" = ")[2] + " "))
+        assert not lines or lines[-1].endswith(f" = {right}")
+    assert 40 < worked < 80  # half of them
