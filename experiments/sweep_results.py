@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 from matplotlib import colormaps
@@ -33,7 +34,7 @@ class Curve:
         """The metric after the last step that was evaluated."""
         return self.evaluations[-1][metric]
 
-    def row(self, sweep: Sweep) -> dict:
+    def row(self) -> dict:
         tokens = np.diff([0] + [r["tokens"] for r in self.records])
         speeds = np.array([r["tokens_per_second"] for r in self.records])
         row = {"run": self.run.name, "group": self.group, "steps": self.records[-1]["step"] + 1, "of": self.run.num_steps}
@@ -45,33 +46,34 @@ class Curve:
 
 def write(sweep: Sweep, runs: list[Run], workdir: pathlib.Path) -> str:
     """Writes results.csv, results.md and results.png of the runs that have begun; returns the Markdown text."""
+    legend = f"Base: `{sweep.config}`. `steps` of `of` done; losses in nats a token; seconds of training steps."
+    return write_with(Curve, legend, verdict, plot, sweep, runs, workdir)
+
+
+def write_with(kind: type, legend: str, verdict: Callable, plot: Callable, sweep: Sweep, runs: list[Run], workdir: pathlib.Path) -> str:
+    """The same of curves of another kind: kind(run, group, records) has a `row`; verdict and plot take the sweep and the curves."""
     curves = []
     for run in runs:
         records = read_metrics(run.folder) if (run.folder / "metrics.jsonl").is_file() else []
         if records:
-            curves.append(Curve(run, str(value_of(run.config, sweep.plot["group"])), records))
+            curves.append(kind(run, str(value_of(run.config, sweep.plot["group"])), records))
     if not curves:
         raise ValueError(f"{workdir}: none of the sweep's {len(runs)} runs has begun")
-    rows = [curve.row(sweep) for curve in curves]
+    rows = [curve.row() for curve in curves]
     with (workdir / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    text = markdown(sweep, curves, rows, len(runs))
-    (workdir / "results.md").write_text(text)
-    plot(sweep, curves).savefig(workdir / "results.png", dpi=150)
-    return text
-
-
-def markdown(sweep: Sweep, curves: list[Curve], rows: list[dict], num_runs: int) -> str:
-    legend = f"Base: `{sweep.config}`. `steps` of `of` done; losses in nats a token; seconds of training steps."
     lines = [f"# {sweep.title}", "", legend, ""]
     lines += ["| " + " | ".join(name.replace("_", " ") for name in rows[0]) + " |", "|" + " --- |" * len(rows[0])]
     lines += ["| " + " | ".join(map(str, row.values())) + " |" for row in rows]
     unfinished = [c.run.name for c in curves if not c.run.is_finished()]
-    if unfinished or len(curves) < num_runs:
-        lines += ["", f"Not finished: {', '.join(unfinished) or 'none of these'}; not begun: {num_runs - len(curves)}."]
-    return "\n".join([*lines, "", verdict(sweep, curves)]).rstrip() + "\n"
+    if unfinished or len(curves) < len(runs):
+        lines += ["", f"Not finished: {', '.join(unfinished) or 'none of these'}; not begun: {len(runs) - len(curves)}."]
+    text = "\n".join([*lines, "", verdict(sweep, curves)]).rstrip() + "\n"
+    (workdir / "results.md").write_text(text)
+    plot(sweep, curves).savefig(workdir / "results.png", dpi=150)
+    return text
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import pathlib
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.sweeping import Run, Sweep, value_of
+from experiments.sweep_results import SMOOTHING, write_with
+from experiments.sweeping import Run, Sweep
 from glm_jax.rl.measures import held_out_scores
-from glm_jax.train.metrics import read_metrics
 
 COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:red", "tab:gray")
-SMOOTHING = 10  # steps that a point of the training curve is the mean of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,29 +46,8 @@ class Curve:
 
 def write(sweep: Sweep, runs: list[Run], workdir: pathlib.Path) -> str:
     """Writes results.csv, results.md and results.png of the runs that have begun; returns the Markdown text."""
-    curves = []
-    for run in runs:
-        records = read_metrics(run.folder) if (run.folder / "metrics.jsonl").is_file() else []
-        if records:
-            curves.append(Curve(run, str(value_of(run.config, sweep.plot["group"])), records))
-    if not curves:
-        raise ValueError(f"{workdir}: none of the sweep's {len(runs)} runs has begun")
-    rows = [curve.row() for curve in curves]
-    with (workdir / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
     legend = f"Base: `{sweep.config}`; groups by `{sweep.plot['group']}`. Held-out: share solved; reward: mean of {SMOOTHING} steps."
-    lines = [f"# {sweep.title}", "", legend, ""]
-    lines += ["| " + " | ".join(name.replace("_", " ") for name in rows[0]) + " |", "|" + " --- |" * len(rows[0])]
-    lines += ["| " + " | ".join(map(str, row.values())) + " |" for row in rows]
-    unfinished = [c.run.name for c in curves if not c.run.is_finished()]
-    if unfinished or len(curves) < len(runs):
-        lines += ["", f"Not finished: {', '.join(unfinished) or 'none of these'}; not begun: {len(runs) - len(curves)}."]
-    text = "\n".join([*lines, "", verdict(sweep, curves)]).rstrip() + "\n"
-    (workdir / "results.md").write_text(text)
-    plot(sweep, curves).savefig(workdir / "results.png", dpi=150)
-    return text
+    return write_with(Curve, legend, verdict, plot, sweep, runs, workdir)
 
 
 def verdict(sweep: Sweep, curves: list[Curve]) -> str:

@@ -119,7 +119,7 @@ FORBIDDEN = {
         "import os, sys\nfor top, folders, names in os.walk('/'):\n  folders[:] = [f for f in folders if top + f != '/proc']\n"
         "  if top.endswith('-packages') and folders + names: print('ESCAPED', top)"
     ),
-    "the first process": "import os\nos.kill(1, 9)\nimport time; time.sleep(0.2)\nprint(open('/proc/1/root/etc/passwd').read(), 'ESCAPED')",
+    "the first process": "import os, time\nos.kill(1, 9)\ntime.sleep(0.2)\nprint(open('/proc/1/' + 'root/etc/passwd').read(), 'ESCAPED')",
     "the monitor's files": "import os\nfor n in os.listdir('/proc/1/fd'): print('ESCAPED', os.listdir('/proc/1/fd/' + n))",
     "set the clock": "import time; time.clock_settime(time.CLOCK_REALTIME, 0); print('ESCAPED')",
     "priority": "import os; os.nice(-5); print('ESCAPED')",
