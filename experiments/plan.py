@@ -18,6 +18,7 @@ from ml_collections import config_flags
 from experiments import entry
 from glm_jax import pod
 from glm_jax.infer.engine import EngineConfig
+from pallas_kernels.compiler import tpu_devices
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and shape of the pod, as in v5p:4x4x4.")
@@ -38,7 +39,7 @@ def main(argv: list[str]):
     model = run.model
     if model.grouped_matmul == "auto":  # which looks at this machine
         model = dataclasses.replace(model, grouped_matmul="ragged_dot")
-    rows = NUM_ROWS.value or len(pod.topology_devices(TOPOLOGY.value))
+    rows = NUM_ROWS.value or len(tpu_devices(TOPOLOGY.value))
     engine = EngineConfig(
         context=CONTEXT.value, num_rows=rows, page_size=PAGE_SIZE.value, prefill_chunk=512, min_rows=1, min_chunk=1,
         decode_steps=DECODE_STEPS.value,

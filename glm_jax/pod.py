@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
-import os
 import time
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glm_jax.config import ModelConfig
@@ -22,6 +19,7 @@ from glm_jax.infer.steps import Rows, decode
 from glm_jax.model.cache import PAGES, empty_pages
 from glm_jax.model.transformer import abstract_model
 from glm_jax.sharding import BATCH_AXES, MeshConfig, make_mesh, named
+from pallas_kernels.compiler import tpu_devices
 
 HBM_GIB = {"v4": 15.25, "v5e": 15.75, "v5p": 95.73, "v6e": 31.24, "tpu7x": 94.74}  # that the compiler gives a program
 
@@ -42,31 +40,13 @@ class Plan:
     message: str  # the compiler's, where it does not fit
 
 
-def topology_devices(name: str):
-    """Devices of a topology such as v5p:4x4x4. Raises ValueError for one that the compiler does not know or where it is missing."""
-    kind = name.split(":", maxsplit=1)[0]
-    if kind not in HBM_GIB or ":" not in name:
-        raise ValueError(f"topology={name!r}: must be KIND:SHAPE, KIND one of {', '.join(HBM_GIB)}, as in v5p:4x4x4")
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("the TPU compiler is not installed: pip install libtpu")
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # no metadata server to ask
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # else a lock file allows one process a machine
-    # libtpu ends the process at a flag that it does not know, and it knows none of XLA:CPU's, which has read its own by now.
-    jax.devices("cpu")
-    os.environ["XLA_FLAGS"] = " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_cpu_"))
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"topology={name!r}: {error}") from error
-
-
 def plan_decode(model: ModelConfig, engine: EngineConfig, mesh_config: MeshConfig, topology: str) -> tuple[Plan, dict]:
     """Compiles the engine's decode call with all rows for a pod, and says what one chip holds.
 
     Returns the plan and, besides, `cache_bytes_per_token` (of its own chip) and `cached_tokens_that_fit` on the whole pod: those
     of the plan's cache and of what it leaves free.
     """
-    devices = topology_devices(topology)
+    devices = tpu_devices(topology)
     mesh = make_mesh(mesh_config, devices)
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     for field in ("num_rows", "num_pages"):

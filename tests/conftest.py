@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import tempfile
 
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax"))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,7 +16,18 @@ import jax
 import pytest
 import toy
 
+from pallas_kernels import compiler
+
 jax.config.update("jax_num_cpu_devices", 8)
+
+SCHEDULES = tempfile.TemporaryDirectory()  # has to be known to the TPU compiler before its first use in this process
+compiler.dump_schedules(pathlib.Path(SCHEDULES.name))
+
+
+@pytest.fixture(scope="session")
+def schedules() -> pathlib.Path:
+    """The folder for compiler.judge."""
+    return pathlib.Path(SCHEDULES.name)
 
 
 @pytest.fixture(scope="session")

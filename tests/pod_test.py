@@ -37,12 +37,6 @@ def test_what_does_not_fit_says_so():
     assert more["cached_tokens_that_fit"] == 0
 
 
-@pytest.mark.parametrize("topology", ["v5p", "h100:8", "v5e:3x5", ""])
-def test_an_unknown_topology_is_named(topology):
-    with pytest.raises(ValueError, match=f"topology='{topology}'"):
-        pod.topology_devices(topology)
-
-
 def test_rows_that_cannot_be_split_are_named():
     with pytest.raises(ValueError, match=r"engine.num_rows=6 cannot be split over 4 shards"):
         pod.plan_decode(tiny_config(), dataclasses.replace(ENGINE, num_rows=6), MESH, TOPOLOGY)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -9,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from glm_jax.config import ModelConfig
 from glm_jax.model.cache import Cache
 from glm_jax.model.layers import Linear, RMSNorm, apply_rope
+from glm_jax.sharding import by_device
 from pallas_kernels.attention.api import attention
 
 
@@ -37,7 +40,10 @@ class Attention(nnx.Module):
         q_BLNH, k_BLGH, v_BLGH = self.queries_keys_values(x_BLD, angles)
         scale, implementation = self.config.head_size**-0.5, self.config.attention
         if cache is None:
-            context_BLNH = attention(q_BLNH, k_BLGH, v_BLGH, segment_ids_BL, scale=scale, implementation=implementation)
+            run = functools.partial(attention, scale=scale, implementation=implementation)
+            queries, keys = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+            run = by_device(run, (queries, keys, keys, ("batch", None)), queries)
+            context_BLNH = run(q_BLNH, k_BLGH, v_BLGH, segment_ids_BL)
         else:
             cache = cache.write(layer, k_BLGH, v_BLGH)
             context_BLNH = cache.attend(layer, q_BLNH, scale=scale, implementation=implementation)
