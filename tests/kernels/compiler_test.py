@@ -32,7 +32,9 @@ def test_what_multiplies_nothing_has_no_hot_region():
     assert compiler.read_schedule(DUMP.replace("1 2 1 0", "0 2 1 0").replace("2 0 2 0", "0 0 2 0")) is None
 
 
-@pytest.mark.parametrize(("topology", "macs", "unit"), [("v5p:2x2x1", 65_536, 128), ("v6e:2x2", 262_144, 256), ("tpu7x:2x2x1", 262_144, 256)])
+@pytest.mark.parametrize(
+    ("topology", "macs", "unit"), [("v5p:2x2x1", 65_536, 128), ("v6e:2x2", 262_144, 256), ("tpu7x:2x2x1", 262_144, 256)]
+)
 def test_peaks_of_the_chips(topology, macs, unit):
     chip = compiler.chip(topology)
     assert (chip.kind, chip.macs_per_cycle, chip.unit_size) == (topology.split(":")[0], macs, unit)
