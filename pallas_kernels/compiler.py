@@ -19,8 +19,9 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels.target import target_kind
+
 KINDS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
-KIND_OF_DEVICE = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
 SMALLEST = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}  # topologies
 # The pass whose dump has one row a scheduled cycle; later ones turn idle cycles into delays.
 PASS = "pre-delay_hlo"
@@ -71,6 +72,7 @@ class Probe:
     function, args: what to compile, args as ShapeDtypeStructs. macs: per kernel in it (name of the pallas_call), the multiply-adds
     that the result needs of what the kernel's hot region shows: of one full tile or, where the region is one rolled loop, of one
     turn of it. hbm_bytes: moved by all blocks of the call; hbm_bytes_needed: every operand once and every result once.
+    total_macs: that the whole call's result needs.
     """
 
     function: Callable
@@ -78,6 +80,7 @@ class Probe:
     macs: dict[str, int]
     hbm_bytes: int
     hbm_bytes_needed: int
+    total_macs: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,13 +134,6 @@ def chip(topology: str) -> Chip:
     macs = 4 * info.mxu_column_size**2  # four units of 128 x 128, or two of 256 x 256 that each take two rows a cycle
     cycles_per_second = info.bf16_ops_per_second / 2 / macs
     return Chip(kind, macs, info.mem_bw_bytes_per_second / cycles_per_second, info.vmem_capacity_bytes, info.mxu_column_size)
-
-
-def target_kind() -> str | None:
-    """Kind of TPU that the current trace is for: the current mesh's, else this process's devices'; None if that is no TPU."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = device.device_kind if device is not None else jax.devices()[0].device_kind
-    return KIND_OF_DEVICE.get(kind)
 
 
 def compile_kernel(function, args, topology: str):

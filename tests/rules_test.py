@@ -175,7 +175,7 @@ def test_no_file_is_too_long():
 def test_no_function_is_too_long():
     broken = []
     for path in source_files(TOP):
-        if path.name == "kernel.py":
+        if path.name.endswith("kernel.py"):
             continue
         for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

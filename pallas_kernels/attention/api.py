@@ -3,36 +3,95 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels.attention import blocked, reference
+from pallas_kernels import interpret
+from pallas_kernels.attention import blocked, reference, tiled
+from pallas_kernels.target import target_platform
 
-IMPLEMENTATIONS = ("reference", "xla")
+IMPLEMENTATIONS = ("auto", "reference", "xla", "pallas", "cudnn")
+SIZES = (64, 128)
+LENGTH_STEP = 128
+DTYPES = ("bfloat16", "float32")
 
 
-def attention(q_BLNH, k_BLGH, v_BLGH, segment_ids_BL, *, scale: float, implementation: str) -> jax.Array:
+def attention(
+    q_BLNH, k_BMGH, v_BMGH, segment_ids_BL, *, scale: float, implementation: str, kv_segment_ids_BM=None, q_offset=0, kv_offset=0,
+    with_lse: bool = False,
+):  # fmt: skip
     """softmax(scale q k^T) v over the keys of a query's own segment that are not behind it in the row.
 
     Args:
       q_BLNH: queries [B, L, N, H].
-      k_BLGH, v_BLGH: keys and values [B, L, G, H]; G divides N.
-      segment_ids_BL: int32. Equal ids see each other; padding (0) sees padding.
+      k_BMGH, v_BMGH: keys and values [B, M, G, H]; G divides N.
+      segment_ids_BL: int32, not negative. Equal ids see each other; padding (0) sees nothing and is not seen. None: one segment.
       scale: factor on the scores.
-      implementation: one of IMPLEMENTATIONS. `xla` skips the key blocks that causality forbids.
+      implementation: `pallas`, the TPU kernel, whose work follows the documents; `xla` skips the key blocks that causality forbids;
+        `cudnn` for GPUs and rows of one segment; `reference`; `auto`: pallas where the trace is for a TPU, else xla.
+      kv_segment_ids_BM: those of the keys; None: segment_ids_BL.
+      q_offset, kv_offset: where query 0 and key 0 stand in the row, ints or int32 scalars.
+      with_lse: return the log-sum-exp, too.
 
     Returns:
-      [B, L, N, H] in the type of v. Scores and softmax are float32.
+      [B, L, N, H] in the type of v, zeros for a query without a key; scores and softmax are float32. With with_lse also the natural
+      log-sum-exp of the scaled scores, float32 [B, L, N], reference.NO_KEY for a query without a key. Both are differentiable.
 
     Raises:
-      ValueError: for an unknown implementation or shapes that do not fit.
+      ValueError: for an unknown implementation, shapes that do not fit, or what the named implementation does not take.
     """
-    check_name(implementation)
-    if q_BLNH.shape[2] % k_BLGH.shape[2] or k_BLGH.shape != v_BLGH.shape or q_BLNH.shape[-1] != k_BLGH.shape[-1]:
-        raise ValueError(f"shapes of q {q_BLNH.shape}, k {k_BLGH.shape}, v {v_BLGH.shape} do not fit")
-    run = reference.attention if implementation == "reference" else blocked.attention
-    return run(q_BLNH, k_BLGH, v_BLGH, segment_ids_BL, scale)
+    name = chosen(implementation)
+    if q_BLNH.shape[2] % k_BMGH.shape[2] or k_BMGH.shape != v_BMGH.shape or q_BLNH.shape[-1] != k_BMGH.shape[-1]:
+        raise ValueError(f"shapes of q {q_BLNH.shape}, k {k_BMGH.shape}, v {v_BMGH.shape} do not fit")
+    whole = kv_segment_ids_BM is None and isinstance(q_offset, int) and isinstance(kv_offset, int) and q_offset == kv_offset == 0
+    if name == "cudnn":
+        return _cudnn(q_BLNH, k_BMGH, v_BMGH, segment_ids_BL, scale, whole=whole, with_lse=with_lse)
+    if segment_ids_BL is None:
+        segment_ids_BL = jnp.ones(q_BLNH.shape[:2], jnp.int32)
+    if kv_segment_ids_BM is None:
+        kv_segment_ids_BM = segment_ids_BL
+    found = segment_ids_BL.shape, kv_segment_ids_BM.shape
+    if found != (q_BLNH.shape[:2], k_BMGH.shape[:2]):
+        raise ValueError(f"segment ids {found[0]} of queries {q_BLNH.shape} and {found[1]} of keys {k_BMGH.shape} do not fit")
+    if name == "xla":
+        if not whole or with_lse:
+            raise ValueError("attention='xla' takes neither offsets nor ids of keys and gives no log-sum-exp; 'pallas' and 'reference' do")
+        return blocked.attention(q_BLNH, k_BMGH, v_BMGH, segment_ids_BL, scale)
+    if name == "pallas":
+        _check_pallas(q_BLNH, k_BMGH, v_BMGH)
+    run = tiled.attention if name == "pallas" else reference.attention
+    out, lse = run(q_BLNH, k_BMGH, v_BMGH, segment_ids_BL, kv_segment_ids_BM, scale, q_offset, kv_offset)
+    return (out, lse) if with_lse else out
 
 
-def check_name(implementation: str):
-    """For rows and for pages. Raises ValueError for an unknown name."""
+def chosen(implementation: str) -> str:
+    """The implementation that a name means in the current trace. Raises ValueError for an unknown name."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation != "auto":
+        return implementation
+    return "pallas" if target_platform() == "tpu" else "xla"
+
+
+def _check_pallas(q, k, v):
+    wrong = None
+    if not q.dtype == k.dtype == v.dtype or q.dtype.name not in DTYPES:
+        wrong = f"types {q.dtype}, {k.dtype}, {v.dtype} of q, k, v: takes one of {', '.join(DTYPES)} for all three"
+    elif q.shape[-1] not in SIZES:
+        wrong = f"head size {q.shape[-1]}: takes {' and '.join(map(str, SIZES))}"
+    elif q.shape[1] % LENGTH_STEP or k.shape[1] % LENGTH_STEP:
+        wrong = f"lengths {q.shape[1]} of queries and {k.shape[1]} of keys: takes multiples of {LENGTH_STEP}"
+    elif not interpret.available():
+        wrong = "no TPU, and pallas_kernels.interpret is not on"
+    if wrong:
+        raise ValueError(f"attention='pallas': {wrong}; 'xla' takes it")
+
+
+def _cudnn(q, k, v, segment_ids, scale, *, whole: bool, with_lse: bool):
+    if segment_ids is not None or not whole or with_lse:
+        raise ValueError(
+            "attention='cudnn' takes rows of one segment (segment_ids_BL=None), no offsets, and gives no log-sum-exp; 'xla' takes "
+            "packed rows, 'reference' all of it"
+        )
+    if target_platform() != "gpu":
+        raise ValueError(f"attention='cudnn': the program is for {target_platform()}, no GPU; 'xla' takes it")
+    return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")

@@ -17,7 +17,7 @@ MAX_QUERY_BLOCKS = 16  # unrolled in the program, so bounded
 
 
 def attention(q_BLNH, k_BLGH, v_BLGH, segment_ids_BL, scale: float) -> jax.Array:
-    """As reference.attention; n blocks do (n + 1) / 2n of the square's work."""
+    """As reference.attention without offsets; n blocks do (n + 1) / 2n of the square's work."""
     batch, length, heads, size = q_BLNH.shape
     groups = k_BLGH.shape[2]
     q = (q_BLNH * scale).reshape(batch, length, groups, heads // groups, size).transpose(0, 2, 1, 3, 4)
@@ -29,7 +29,8 @@ def attention(q_BLNH, k_BLGH, v_BLGH, segment_ids_BL, scale: float) -> jax.Array
     for start, stop, q_block in zip([0, *stops], stops, jnp.split(q, stops[:-1], axis=2), strict=False):
         mask = allowed_pairs(segment_ids_BL[:, start:stop], segment_ids_BL[:, :stop], jnp.arange(start, stop), jnp.arange(stop))
         out.append(_block(q_block, k[:, :, :stop], v[:, :, :stop], mask))
-    return jnp.concatenate(out, axis=2).transpose(0, 2, 1, 3, 4).reshape(batch, length, heads, size)
+    out = jnp.concatenate(out, axis=2).transpose(0, 2, 1, 3, 4).reshape(batch, length, heads, size)
+    return jnp.where(segment_ids_BL[..., None, None] > 0, out, 0)  # padding sees nothing
 
 
 @jax.custom_vjp

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.attention.api import check_name
 from pallas_kernels.paged_attention import blocked, reference
+
+IMPLEMENTATIONS = ("reference", "xla")
 
 
 def paged_attention(q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts_S, *, scale: float, implementation: str) -> jax.Array:
@@ -20,7 +21,7 @@ def paged_attention(q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts
       starts_S: int32, tokens stored before the new ones.
       counts_S: int32, how many of the L new tokens are real; what the others get means nothing.
       scale: factor on the scores.
-      implementation: one of attention's IMPLEMENTATIONS. `xla`: blocked.py.
+      implementation: one of IMPLEMENTATIONS; `auto`: xla.
 
     Returns:
       [S, L, N, H] in the type of q. Scores and softmax are float32.
@@ -28,7 +29,10 @@ def paged_attention(q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts
     Raises:
       ValueError: for an unknown implementation or shapes that do not fit.
     """
-    check_name(implementation)
+    if implementation == "auto":
+        implementation = "xla"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)} for pages")
     *heads, page_size, size = v_pages.shape
     if q_SLNH.shape[2] % heads[-1] or k_pages.shape != (*heads, size, page_size) or q_SLNH.shape[-1] != size:
         raise ValueError(f"shapes of q {q_SLNH.shape}, k {k_pages.shape}, v {v_pages.shape} do not fit")

@@ -14,7 +14,7 @@ def paged_attention(q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts
     k_SMGH, v_SMGH = (_rows(pages, layer, tables_SP).astype(q_SLNH.dtype) for pages in (k_pages.swapaxes(3, 4), v_pages))
     q_position_SL = starts_S[:, None] + jnp.arange(q_SLNH.shape[1])
     mask_SLM = jnp.arange(k_SMGH.shape[1]) <= q_position_SL[..., None]
-    return softmax_attention(q_SLNH, k_SMGH, v_SMGH, mask_SLM, scale)
+    return softmax_attention(q_SLNH, k_SMGH, v_SMGH, mask_SLM, scale)[0]
 
 
 def _rows(pages, layer, tables_SP):

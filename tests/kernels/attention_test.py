@@ -1,26 +1,15 @@
+"""Attention's interface and the implementations that run anywhere; the TPU kernel's tests are in attention_kernel_test.py."""
+
+import attention_oracle as oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention.api import IMPLEMENTATIONS, attention
+from pallas_kernels.attention.api import attention
 
 BATCH, LENGTH, HEADS, GROUPS, SIZE = 2, 300, 4, 2, 8
 SCALE = 0.3
-
-
-def oracle(q, k, v, segments):
-    """A loop over queries in float64."""
-    out = np.zeros(q.shape)
-    for b in range(BATCH):
-        for i in range(LENGTH):
-            keys = [j for j in range(i + 1) if segments[b, j] == segments[b, i]]
-            for n in range(HEADS):
-                g = n // (HEADS // GROUPS)
-                scores = SCALE * (k[b, keys, g].astype(np.float64) @ q[b, i, n])
-                probs = np.exp(scores - scores.max())
-                out[b, i, n] = probs / probs.sum() @ v[b, keys, g]
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +31,21 @@ def run(implementation, q, k, v, segments, dout):
     return out, *pullback(dout)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_values_equal_a_loop_over_queries(implementation, inputs):
-    out = jax.jit(run, static_argnums=0)(implementation, *inputs)[0]
-    np.testing.assert_allclose(out, oracle(*inputs[:4]), atol=2e-5)
+@pytest.mark.parametrize("implementation", ["reference", "xla", "auto"])
+def test_values_and_gradients_equal_a_loop_over_queries(implementation, inputs):
+    found = jax.jit(run, static_argnums=0)(implementation, *inputs)
+    q, k, v, segments, dout = (np.asarray(x, np.float64) if x.dtype != np.int32 else x for x in inputs)
+    expected = [oracle.attention(q, k, v, segments, segments, SCALE)[0]]
+    expected += oracle.gradients(q, k, v, segments, segments, SCALE, dout, np.zeros(dout.shape[:3]))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert oracle.relative(mine, theirs) < 1e-5
 
 
-def test_gradients_of_the_blocked_form_equal_those_of_autodiff_through_the_reference(inputs):
-    mine, theirs = (jax.jit(run, static_argnums=0)(name, *inputs) for name in ("xla", "reference"))
-    for a, b in zip(mine, theirs, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
+def test_padding_sees_nothing_and_is_not_seen(inputs):
+    q, k, v, segments, _ = inputs
+    for implementation in ("reference", "xla"):
+        out = attention(q, k, v, segments, scale=SCALE, implementation=implementation)
+        np.testing.assert_array_equal(out[1, 250:], 0)
 
 
 def test_very_large_scores_do_not_overflow():
@@ -61,6 +55,38 @@ def test_very_large_scores_do_not_overflow():
     np.testing.assert_allclose(out, q)
 
 
+def test_without_ids_a_row_is_one_segment(inputs):
+    q, k, v, _, _ = inputs
+    ones = np.ones(q.shape[:2], np.int32)
+    mine, theirs = (attention(q, k, v, ids, scale=SCALE, implementation="xla") for ids in (None, ones))
+    np.testing.assert_array_equal(mine, theirs)
+
+
 def test_unknown_implementation_is_named(inputs):
-    with pytest.raises(ValueError, match="'splash' is not one of reference, xla"):
+    with pytest.raises(ValueError, match="'splash' is not one of auto, reference, xla, pallas, cudnn"):
         run("splash", *inputs)
+
+
+def test_what_an_implementation_does_not_take_is_named_with_one_that_does(inputs):
+    q, k, v, segments, _ = inputs
+    call = lambda implementation, q=q, k=k, v=v, segments=segments, **more: attention(  # noqa: E731
+        q, k, v, segments, scale=SCALE, implementation=implementation, **more
+    )
+    with pytest.raises(ValueError, match="head size 8: takes 64 and 128; 'xla' takes it"):
+        call("pallas")
+    wide = np.zeros((BATCH, LENGTH, 2, 64), np.float32)
+    with pytest.raises(ValueError, match=r"lengths 300 of queries and 300 of keys: takes multiples of 128; 'xla'"):
+        call("pallas", wide, wide, wide)
+    long = np.zeros((BATCH, 128, 2, 64), np.float32)
+    with pytest.raises(ValueError, match=r"types float16, float32, float32 of q, k, v: takes one of bfloat16, float32"):
+        call("pallas", long.astype(np.float16), long, long, np.ones((BATCH, 128), np.int32))
+    with pytest.raises(ValueError, match="no TPU, and pallas_kernels.interpret is not on; 'xla' takes it"):
+        call("pallas", long, long, long, np.ones((BATCH, 128), np.int32))
+    with pytest.raises(ValueError, match="'xla' takes neither offsets.*'pallas' and 'reference' do"):
+        call("xla", q_offset=4)
+    with pytest.raises(ValueError, match="'cudnn' takes rows of one segment.*'xla' takes packed rows"):
+        call("cudnn")
+    with pytest.raises(ValueError, match="'cudnn': the program is for cpu, no GPU; 'xla' takes it"):
+        call("cudnn", segments=None)
+    with pytest.raises(ValueError, match=r"segment ids \(2, 7\) of queries \(2, 300, 4, 8\)"):
+        call("xla", segments=segments[:, :7])

@@ -2,9 +2,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention.api import IMPLEMENTATIONS, attention
+from pallas_kernels.attention.api import attention
 from pallas_kernels.paged_attention import blocked
-from pallas_kernels.paged_attention.api import paged_attention
+from pallas_kernels.paged_attention.api import IMPLEMENTATIONS, paged_attention
 
 LAYERS, PAGES, PAGE, HEADS, GROUPS, SIZE = 3, 11, 4, 4, 2, 8
 STARTS, NEW = np.array([0, 5, 16, 3]), 3  # tokens stored before, and new ones, of four rows

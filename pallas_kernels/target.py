@@ -1,0 +1,21 @@
+"""What the current trace is for: the devices of the current mesh, which need not be this machine's, else this process's own."""
+
+from __future__ import annotations
+
+import jax
+
+KIND_OF_DEVICE = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+
+
+def target_platform() -> str:
+    """cpu, gpu or tpu."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
+def target_kind() -> str | None:
+    """Kind of TPU; None where it is no TPU."""
+    if target_platform() != "tpu":
+        return None
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return KIND_OF_DEVICE.get(device.device_kind)
