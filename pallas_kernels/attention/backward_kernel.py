@@ -2,6 +2,7 @@
 
 A query block keeps the gradient of its queries while it walks over key blocks; the gradients of keys and values are summed in HBM in
 float32: a block is fetched, all heads that share it add to it, it goes back. Fetching the next one waits until the one before is back.
+Where they stand turned, head size x keys, their products fill a matrix unit of 256, of which head size x queries fill a half.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SEEN, SLOT, COMING, LEAVING = range(4)
 def _backward(
     meta, queries, keys, q_ref, do_ref, lse_ref, delta_ref, q_ids_ref, k_hbm, v_hbm, kv_ids_hbm, _, __, dq_ref, dk_hbm, dv_hbm,
     k_buf, v_buf, ids_buf, dk_buf, dv_buf, dq_acc, bias, state, in_sems, sum_sems, *,
-    kv_block: int, piece: int, unroll: int, force: str | None,
+    kv_block: int, piece: int, kv_piece: int, unroll: int, ahead: int, turned: bool, force: str | None,
 ):  # fmt: skip
     b, g, i = (pl.program_id(axis) for axis in range(3))
     q_block, size = q_ref.shape[0], k_buf.shape[-1]
@@ -34,9 +35,14 @@ def _backward(
     first, stop = queries[FIRST, b, i], queries[STOP, b, i]
     num_blocks = pl.num_programs(2)
     parts = [slice(start, start + piece) for start in range(0, q_block, piece)]
+    key_parts = [slice(start, start + kv_piece) for start in range(0, kv_block, kv_piece)]
 
     def place(ref, j):
         return ref.at[b, pl.ds(j * kv_block, kv_block), pl.ds(g * size, size)]
+
+    def sum_place(ref, j):
+        rows, columns = pl.ds(j * kv_block, kv_block), pl.ds(g * size, size)
+        return ref.at[b, columns, rows] if turned else ref.at[b, rows, columns]
 
     def inputs(j, slot):
         return [
@@ -47,7 +53,7 @@ def _backward(
 
     def sums(j, slot, *, out: bool):
         for ref, buf, n in ((dk_hbm, dk_buf, 0), (dv_hbm, dv_buf, 1)):
-            ends = (buf.at[slot], place(ref, j)) if out else (place(ref, j), buf.at[slot])
+            ends = (buf.at[slot], sum_place(ref, j)) if out else (sum_place(ref, j), buf.at[slot])
             yield pltpu.make_async_copy(*ends, sum_sems.at[slot, n])
 
     def start(copies):
@@ -72,27 +78,32 @@ def _backward(
         dk, dv = dk_buf.at[sum_slot], dv_buf.at[sum_slot]
 
         def group(number, _):
-            pieces = [(number * unroll + h, part) for h in range(unroll) for part in parts]
+            pieces = [(number * unroll + h, part, some) for h in range(unroll) for part in parts for some in key_parts]
 
-            def scores(h, part):
-                return product(k, head(q_ref, h, size)[part, :], 1, 1), product(v, head(do_ref, h, size)[part, :], 1, 1)
+            def scores(h, part, some):
+                return product(k[some], head(q_ref, h, size)[part, :], 1, 1), product(v[some], head(do_ref, h, size)[part, :], 1, 1)
 
-            def add(h, part, probs, dscores):
-                dv[...] += product(probs, head(do_ref, h, size)[part, :], 1, 0)
-                dk[...] += product(dscores, head(q_ref, h, size)[part, :], 1, 0)
-                dq_acc[h, :, part] += product(k, dscores, 0, 0)
+            def add(h, part, some, probs, dscores):
+                q, do = head(q_ref, h, size)[part, :], head(do_ref, h, size)[part, :]
+                if turned:
+                    dv[:, some] += product(do, probs, 0, 1)
+                    dk[:, some] += product(q, dscores, 0, 1)
+                else:
+                    dv[some] += product(probs, do, 1, 0)
+                    dk[some] += product(dscores, q, 1, 0)
+                dq_acc[h, :, part] += product(k[some], dscores, 0, 0)
 
-            following, behind = scores(*pieces[0]), None
-            for n, (h, part) in enumerate(pieces):
-                s, dprobs = following
-                following = scores(*pieces[n + 1]) if n + 1 < len(pieces) else None
+            waiting, behind = [scores(*piece) for piece in pieces[:ahead]], None
+            for n, (h, part, some) in enumerate(pieces):
+                waiting += [scores(*piece) for piece in pieces[n + ahead : n + ahead + 1]]
+                s, dprobs = waiting.pop(0)
                 if behind is not None:
                     add(*behind)
-                if masked:
-                    s = s + bias[:, part]
-                probs = jnp.exp2(s - lse_ref[pl.ds(h, 1), part])
+                shift = lse_ref[pl.ds(h, 1), part]
+                # The bias joins the row first: as a part of the scores it delays the unit (v6e: half the rate).
+                probs = jnp.exp2(s - (shift - bias[some, part] if masked else shift))
                 dscores = probs * (dprobs - delta_ref[pl.ds(h, 1), part])
-                behind = h, part, probs.astype(v.dtype), dscores.astype(k.dtype)
+                behind = h, part, some, probs.astype(v.dtype), dscores.astype(k.dtype)
             add(*behind)
             pl.when(number == 0)(between)
             return 0
@@ -193,9 +204,10 @@ def backward(
     row_spec = pl.BlockSpec((None, None, heads, blocks.q), lambda b, g, i, *_: (b, g, 0, i))
     ids_spec = pl.BlockSpec((None, 1, blocks.q), lambda b, g, i, *_: (b, 0, i))
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    body = functools.partial(_backward, kv_block=blocks.kv, piece=blocks.piece, unroll=blocks.unroll, force=force)
+    body = functools.partial(_backward, **blocks.of_kernel, turned=blocks.turned, force=force)
     vmem = lambda *shape, dtype=jnp.float32: pltpu.VMEM(shape, dtype)  # noqa: E731
-    zeros = jnp.zeros(k_BMY.shape, jnp.float32)
+    sums, axes = ((size, blocks.kv), (0, 2, 1)) if blocks.turned else ((blocks.kv, size), (0, 1, 2))
+    zeros = jnp.zeros([k_BMY.shape[axis] for axis in axes], jnp.float32)
     dq, dk, dv = pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -206,7 +218,7 @@ def backward(
             scratch_shapes=[
                 vmem(2, blocks.kv, size, dtype=k_BMY.dtype), vmem(2, blocks.kv, size, dtype=v_BMY.dtype),
                 vmem(2, 1, blocks.kv, dtype=jnp.int32),
-                vmem(2, blocks.kv, size), vmem(2, blocks.kv, size), vmem(heads, size, blocks.q), vmem(blocks.kv, blocks.q),
+                vmem(2, *sums), vmem(2, *sums), vmem(heads, size, blocks.q), vmem(blocks.kv, blocks.q),
                 pltpu.SMEM((LEAVING + 2,), jnp.int32), pltpu.SemaphoreType.DMA((2, 3)), pltpu.SemaphoreType.DMA((2, 2)),
             ],
         ),
@@ -218,4 +230,4 @@ def backward(
     )(
         tiles.offsets, tiles.queries, tiles.keys, q_BLX, do_BLX, lse_BGPL, delta_BGPL, q_ids_B1L, k_BMY, v_BMY, kv_ids_BJ1C, zeros, zeros
     )  # fmt: skip
-    return dq, dk * LN2, dv
+    return dq, dk.transpose(axes) * LN2, dv.transpose(axes)

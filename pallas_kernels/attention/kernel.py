@@ -1,8 +1,8 @@
 """Attention for TPU, forward: every query block walks over the key blocks that hold an allowed pair, and over no others.
 
 Scores stand transposed, keys x queries, so that what belongs to a query is a row vector along lanes, and the second product fills
-units of 256. All query heads of a key-value head share its loads. The work of one head and some queries, a piece, is written so
-that the unit multiplies for the next and the previous piece while exponentials of this one are computed.
+units of 256. All query heads of a key-value head share its loads. The work of one head, some queries and some keys, a piece, is written
+so that the unit multiplies for the following and the previous pieces while exponentials of this one are computed.
 
 There is no running maximum. Scores, in units of log2, are shifted by m = max(0, |q| max|k| - HEADROOM), which no score exceeds by more
 than HEADROOM (Cauchy-Schwarz), so nothing overflows; float32 and bfloat16 have the exponents to hold the rest. Where m is so large that
@@ -24,7 +24,7 @@ from pallas_kernels import interpret
 from pallas_kernels.attention.tiles import FIRST, GREATEST, LEAST, NEXT, ONLY, STOP, Tiles
 
 HEADROOM = 80.0  # log2; 2^80 x 2^17 keys x values up to 2^30 is a float32
-VANISHED = 2.0**-100  # a row sum below, at a shift above SURE, may have lost terms that matter
+VANISHED = 2.0**-90  # a row sum below, at a shift above SURE, may have lost terms that matter: 2^17 of up to 2^-126
 SURE = 10.0  # scores are >= -|q| max|k|, so at shifts up to here the largest term of a row is >= 2^-(HEADROOM + SURE + SURE)
 MASKED = -1e38
 NO_KEY = -1e30  # log-sum-exp, and running maximum, of a query that sees no key
@@ -65,7 +65,8 @@ def write_bias(bias, q_ids_ref, kv_ids_ref, q_first, kv_first):
 
 def _forward(
     meta, queries, keys, q_ref, shift_ref, q_ids_ref, k_hbm, v_hbm, kv_ids_hbm, o_ref, lse_ref,
-    k_buf, v_buf, ids_buf, acc, total, best, bias, state, sems, *, kv_block: int, piece: int, unroll: int, force: str | None,
+    k_buf, v_buf, ids_buf, acc, total, best, bias, state, sems, *,
+    kv_block: int, piece: int, kv_piece: int, unroll: int, ahead: int, force: str | None,
 ):  # fmt: skip
     """A query block's turn. state[0]: key blocks seen by this core, whose parity is the buffer. force: 'full' or 'masked' leaves only
     that form of a tile in the program, for the compiler to judge.
@@ -75,6 +76,7 @@ def _forward(
     heads = q_ref.shape[1] // size
     first, stop = queries[FIRST, b, i], queries[STOP, b, i]
     parts = [slice(start, start + piece) for start in range(0, q_block, piece)]
+    key_parts = [slice(start, start + kv_piece) for start in range(0, kv_block, kv_piece)]
 
     def copies(j, slot):
         rows, columns = pl.ds(j * kv_block, kv_block), pl.ds(g * size, size)
@@ -97,25 +99,25 @@ def _forward(
         k, v = k_buf[slot], v_buf[slot]
 
         def group(number, _):
-            pieces = [(number * unroll + h, part) for h in range(unroll) for part in parts]
+            pieces = [(number * unroll + h, part, some) for h in range(unroll) for part in parts for some in key_parts]
 
-            def scores(h, part):
-                return product(k, head(q_ref, h, size)[part, :], 1, 1)
+            def scores(h, part, some):
+                return product(k[some], head(q_ref, h, size)[part, :], 1, 1)
 
-            def add(h, part, exps):
-                acc[h, :, part] += product(v, exps, 0, 0)
+            def add(h, part, some, exps):
+                acc[h, :, part] += product(v[some], exps, 0, 0)
 
-            following, behind = scores(*pieces[0]), None
-            for n, (h, part) in enumerate(pieces):
-                s = following
-                following = scores(*pieces[n + 1]) if n + 1 < len(pieces) else None
+            waiting, behind = [scores(*piece) for piece in pieces[:ahead]], None
+            for n, (h, part, some) in enumerate(pieces):
+                waiting += [scores(*piece) for piece in pieces[n + ahead : n + ahead + 1]]
+                s = waiting.pop(0)
                 if behind is not None:
                     add(*behind)
-                if masked:
-                    s = s + bias[:, part]
-                exps = jnp.exp2(s - shift_ref[pl.ds(h, 1), part])
+                shift = shift_ref[pl.ds(h, 1), part]
+                # The bias joins the row first: as a part of the scores it delays the unit.
+                exps = jnp.exp2(s - (shift - bias[some, part] if masked else shift))
                 total[h, :, part] += jnp.sum(exps.reshape(-1, SUBLANES, piece), axis=0)
-                behind = h, part, exps.astype(v.dtype)
+                behind = h, part, some, exps.astype(v.dtype)
             add(*behind)
             return 0
 
@@ -233,7 +235,7 @@ def forward(
     row_spec = pl.BlockSpec((None, None, heads, blocks.q), lambda b, g, i, *_: (b, g, 0, i))
     ids_spec = pl.BlockSpec((None, 1, blocks.q), lambda b, g, i, *_: (b, 0, i))
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    body = functools.partial(_forward, kv_block=blocks.kv, piece=blocks.piece, unroll=blocks.unroll, force=force)
+    body = functools.partial(_forward, **blocks.of_kernel, force=force)
     vmem = lambda *shape, dtype=jnp.float32: pltpu.VMEM(shape, dtype)  # noqa: E731
     return pl.pallas_call(
         body,
