@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
     model.routed_scaling_factor = 1.0
     model.compute_dtype = "float32"
     model.remat = "none"
+    model.expert_exchange = "all_to_all"
 
     config.mesh.data = -1
     config.mesh.fsdp = 1

@@ -21,12 +21,12 @@ from flax import nnx
 
 from experiments import entry
 from glm_jax import hf
-from glm_jax.config import DTYPES, REMAT_POLICIES
+from glm_jax.config import DTYPES, EXPERT_EXCHANGES, REMAT_POLICIES
 from glm_jax.model.moe import RouterBias
 from glm_jax.train.checkpoint import Checkpoints, load_weights
 from glm_jax.train.state import build_model
 from pallas_kernels.attention import api as attention
-from pallas_kernels.grouped_matmul import api as grouped_matmul
+from pallas_kernels.moe_dispatch import api as moe_dispatch
 
 FROM_HF = flags.DEFINE_string("from_hf", None, "Hugging Face folder to read.")
 TO_HF = flags.DEFINE_string("to_hf", None, "Hugging Face folder to write.")
@@ -38,7 +38,9 @@ RUNTIME = {  # with --from_hf: the model config's fields that no folder knows, s
     "compute_dtype": flags.DEFINE_enum("compute_dtype", "bfloat16", DTYPES, "With --from_hf: type of matmul inputs."),
     "remat": flags.DEFINE_enum("remat", "full", REMAT_POLICIES, "With --from_hf: what the backward pass recomputes."),
     "attention": flags.DEFINE_enum("attention", "xla", attention.IMPLEMENTATIONS, "With --from_hf: implementation."),
-    "grouped_matmul": flags.DEFINE_enum("grouped_matmul", "auto", grouped_matmul.IMPLEMENTATIONS, "With --from_hf: implementation."),
+    "grouped_matmul": flags.DEFINE_enum("grouped_matmul", "auto", moe_dispatch.IMPLEMENTATIONS, "With --from_hf: implementation."),
+    "expert_exchange": flags.DEFINE_enum("expert_exchange", "all_to_all", EXPERT_EXCHANGES, "With --from_hf: see glm_jax.config."),
+    "expert_buffer": flags.DEFINE_float("expert_buffer", 1.25, "With --from_hf: see glm_jax.config."),
     "scan_layers": flags.DEFINE_bool("scan_layers", True, "With --from_hf: one compiled layer in a loop, or all written out."),
 }
 

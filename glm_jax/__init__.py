@@ -53,6 +53,8 @@ def _import_model(folder: pathlib.Path):
         "remat": "none",
         "attention": "xla",
         "grouped_matmul": "auto",
+        "expert_exchange": "all_to_all",
+        "expert_buffer": 1.25,
     }
     on_device = jax.sharding.SingleDeviceSharding(device)
     config, state = hf.import_checkpoint(folder, runtime, shardings=collections.defaultdict(lambda: on_device))

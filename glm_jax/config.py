@@ -20,6 +20,7 @@ import math
 REMAT_POLICIES = ("none", "full", "dots", "context")
 MTP_EMBEDDINGS = ("shared", "copied", "own")
 DTYPES = ("float32", "bfloat16")
+EXPERT_EXCHANGES = ("all_gather", "all_to_all", "ragged_all_to_all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +56,19 @@ class ModelConfig:
     scan_layers: bool  # one compiled layer in a loop, or all written out: longer to compile, faster on a CPU
     remat: str  # what the backward pass recomputes in each layer
     attention: str  # implementation, see pallas_kernels.attention.api
-    grouped_matmul: str  # implementation, see pallas_kernels.grouped_matmul.api
+    grouped_matmul: str  # implementation, see pallas_kernels.moe_dispatch.api
+    # Over the expert axis: every token to every device, or rows to their experts; ragged (TPU, GPU): without filling up slots.
+    expert_exchange: str
+    expert_buffer: float  # rows of an exchange's buffers over the rows a device sends; what does not fit goes in further rounds
 
     def __post_init__(self):
         check_types(self)
-        for field, valid in (("remat", REMAT_POLICIES), ("mtp_embeddings", MTP_EMBEDDINGS), ("compute_dtype", DTYPES)):
+        choices = {
+            "remat": REMAT_POLICIES, "mtp_embeddings": MTP_EMBEDDINGS, "compute_dtype": DTYPES, "expert_exchange": EXPERT_EXCHANGES
+        }  # fmt: skip
+        for field, valid in choices.items():
             check_choice(field, getattr(self, field), valid)
+        _require(self.expert_buffer > 0, "expert_buffer", self.expert_buffer, "positive, 1.25 for example")
         for field in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_size", "max_length"):
             _require(getattr(self, field) > 0, field, getattr(self, field), "a positive integer")
         _require(0 <= self.num_dense_layers <= self.num_layers, "num_dense_layers", self.num_dense_layers, f"0..{self.num_layers}")

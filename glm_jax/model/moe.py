@@ -7,16 +7,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from glm_jax.config import ModelConfig
 from glm_jax.model.layers import MLP, normal, param
 from glm_jax.sharding import BATCH_AXES
-from pallas_kernels.grouped_matmul.api import grouped_matmul
-from pallas_kernels.moe_dispatch import api as dispatch
-
-MANY_ROWS = 64  # an expert, from which on one product for gate and up pays for writing their matrices side by side
+from pallas_kernels.moe_dispatch.api import routed_ffn
+from pallas_kernels.moe_dispatch.exchange import Exchange, routed_exchange
 
 
 class RouterBias(nnx.Variable):
@@ -108,43 +105,38 @@ class Experts(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array, expert_BLK: jax.Array, weights_BLK: jax.Array) -> jax.Array:
         """Weighted sum of each token's experts, [B, L, D]. An expert index of E means: none (padding)."""
-        w = [w.astype(x_BLD.dtype) for w in (self.gate_proj, self.up_proj, self.down_proj)]
+        matrices = [w.get_value() for w in (self.gate_proj, self.up_proj, self.down_proj)]
+        matrices = [w.astype(x_BLD.dtype) if isinstance(w, jax.Array) else w for w in matrices]  # quantised ones stay as they are
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
-            return self.local(x_BLD, expert_BLK, weights_BLK, *w, axis=None)
-        rows, matrices = PartitionSpec(BATCH_AXES), PartitionSpec("expert")
+            return self.local(x_BLD, expert_BLK, weights_BLK, *matrices, axis=None)
+        rows, experts = PartitionSpec(BATCH_AXES), PartitionSpec("expert")
         axis = "expert" if mesh.shape["expert"] > 1 else None
         return jax.shard_map(
             lambda *args: self.local(*args, axis=axis),
-            in_specs=(rows, rows, rows, matrices, matrices, matrices),
+            in_specs=(rows, rows, rows, experts, experts, experts),
             out_specs=rows,
             check_vma=False,
-        )(x_BLD, expert_BLK, weights_BLK, *w)
+        )(x_BLD, expert_BLK, weights_BLK, *matrices)
 
     def local(self, x_bLD, expert_bLK, weights_bLK, gate_eDF, up_eDF, down_eFD, *, axis: str | None) -> jax.Array:
-        """One device's part. Over an expert axis: gather the tokens of its devices, apply the experts that live here,
-        sum the partial results and scatter them back to their rows. Dropless whatever the routing: the row buffer holds
-        every pair of the axis.
+        """One device's part. Over an expert axis rows travel to their experts and back (moe_dispatch.exchange), or, by all_gather,
+        every token comes to every device, which applies the experts that live there, and the partial results are summed and
+        scattered back. Dropless whatever the routing.
         """
-        num_local = down_eFD.shape[0]
-        if axis is not None:
+        config, matrices = self.config, (gate_eDF, up_eDF, down_eFD)
+        gather = axis is not None and config.expert_exchange == "all_gather"
+        if gather:
             x_bLD, expert_bLK, weights_bLK = (jax.lax.all_gather(a, axis, axis=0, tiled=True) for a in (x_bLD, expert_bLK, weights_bLK))
-            expert_bLK = expert_bLK - jax.lax.axis_index(axis) * num_local
-        x_TD = x_bLD.reshape(-1, x_bLD.shape[-1])
-        per_token = expert_bLK.shape[-1]
-        plan = dispatch.sort_by_expert(expert_bLK.reshape(-1, per_token), num_local)
-        x_RD = checkpoint_name(dispatch.gather_rows(x_TD, plan), "expert_rows")
-        if len(x_RD) < MANY_ROWS * num_local:
-            gate_RF, up_RF = (self.product(x_RD, w, plan.group_sizes_E) for w in (gate_eDF, up_eDF))
+            expert_bLK = expert_bLK - jax.lax.axis_index(axis) * down_eFD.shape[0]
+        x_TD, expert_TK, weights_TK = (a.reshape(-1, a.shape[-1]) for a in (x_bLD, expert_bLK, weights_bLK))
+        if axis is None or gather:
+            y_TD = routed_ffn(x_TD, expert_TK, weights_TK, *matrices, implementation=config.grouped_matmul)
         else:
-            gate_up_RF = self.product(x_RD, jnp.concatenate([gate_eDF, up_eDF], axis=-1), plan.group_sizes_E)
-            gate_RF, up_RF = jnp.split(gate_up_RF, 2, axis=-1)
-        y_RD = self.product(jax.nn.silu(gate_RF) * up_RF, down_eFD, plan.group_sizes_E)
-        y_bLD = dispatch.combine_rows(y_RD, weights_bLK.reshape(-1, per_token), plan).reshape(x_bLD.shape)
-        return y_bLD if axis is None else jax.lax.psum_scatter(y_bLD, axis, scatter_dimension=0, tiled=True)
-
-    def product(self, x_RD, w_EDF, group_sizes_E):
-        return grouped_matmul(x_RD, w_EDF, group_sizes_E, implementation=self.config.grouped_matmul)
+            exchange = Exchange(axis, config.expert_exchange, config.expert_buffer, config.grouped_matmul)
+            y_TD = routed_exchange(x_TD, expert_TK, weights_TK, *matrices, exchange)
+        y_bLD = y_TD.reshape(x_bLD.shape)
+        return jax.lax.psum_scatter(y_bLD, axis, scatter_dimension=0, tiled=True) if gather else y_bLD
 
 
 class MoE(nnx.Module):

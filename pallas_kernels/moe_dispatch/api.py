@@ -1,80 +1,108 @@
-"""From top-k expert indices to rows sorted by expert, and back."""
+"""The routed experts of one device: from top-k expert indices to rows sorted by expert, through their feed-forwards, and back."""
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-RANK_BLOCK = 128  # rows that are compared with each other
+from pallas_kernels import interpret
+from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.moe_dispatch import reference, routed
+from pallas_kernels.moe_dispatch.sorting import Dispatch, combine_rows, gather_rows, sort_by_expert
+from pallas_kernels.target import target_platform
+
+__all__ = ["IMPLEMENTATIONS", "Dispatch", "Quantized", "combine_rows", "gather_rows", "routed_ffn", "sort_by_expert"]
+
+IMPLEMENTATIONS = ("auto", "reference", "batched", "ragged_dot", "pallas")
+OF_PLATFORM = {"cpu": "batched", "tpu": "pallas"}  # auto; elsewhere ragged_dot
+MANY_ROWS = 64  # an expert, from which on one product for gate and up pays for writing their matrices side by side
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class Dispatch:
-    """A stable sort of the R = T * K (token, choice) pairs by expert.
+class Quantized(Protocol):
+    """A stack of matrices [E, D, F] in few bits: values times the scale of their block [D / block[0], F / block[1]]."""
 
-    source_R: pair (t * K + k) that stands in each sorted row. slot_TK: sorted row of each pair. group_sizes_E: rows of
-    each expert; pairs whose expert is not in 0..E-1 stand behind all groups.
+    values: jax.Array
+    scale: jax.Array
+    block: tuple[int, int]
+    shape: tuple[int, ...]
+
+    def astype(self, dtype) -> jax.Array: ...
+
+
+def routed_ffn(
+    x_TD: jax.Array,
+    expert_TK: jax.Array,
+    weights_TK: jax.Array | None,
+    gate_EDF: jax.Array | Quantized,
+    up_EDF: jax.Array | Quantized,
+    down_EFD: jax.Array | Quantized,
+    *,
+    implementation: str,
+) -> jax.Array:
+    """y_t = sum_k weights_tk down_e(silu(gate_e(x_t)) * up_e(x_t)), e = expert_tk.
+
+    Args:
+      x_TD: tokens, [T, D].
+      expert_TK: int32; an index outside of 0..E-1 means: no expert, which adds nothing.
+      weights_TK: float; None: 1.
+      gate_EDF, up_EDF, down_EFD: matrices in x's type, or quantised, which have no gradient.
+      implementation: `pallas` for TPU: bfloat16 or float32, D and F multiples of 128. Without a gradient to come, up to
+        routed.FEW_ROWS rows (T * K) go through kernels that read each chosen matrix once, FP8 in 128 x 128 blocks as it is;
+        other quantised matrices, and all where rows are more, are turned into x's type first, as every other implementation does.
+        `batched` for CPUs, `ragged_dot` for GPUs, `reference`; `auto`: pallas on a TPU, batched on a CPU, else ragged_dot.
+
+    Returns:
+      [T, D] in x's type. Differentiable in x, weights and matrices; their gradients come in their own types.
+
+    Raises:
+      ValueError: for an unknown implementation, shapes that do not fit, and what the implementation does not take.
     """
-
-    source_R: jax.Array
-    slot_TK: jax.Array
-    group_sizes_E: jax.Array
-
-
-def sort_by_expert(expert_TK: jax.Array, num_experts: int) -> Dispatch:
-    """Counting sort: histogram, prefix sums, ranks. Any index outside 0..E-1 means: no expert here."""
-    pairs = expert_TK.reshape(-1)
-    pairs = jnp.where((pairs >= 0) & (pairs < num_experts), pairs, num_experts)
-    num_rows = pairs.shape[0]
-    padded = jnp.pad(pairs, (0, -num_rows % RANK_BLOCK), constant_values=num_experts).reshape(-1, RANK_BLOCK)
-    before = jnp.tril(jnp.ones((RANK_BLOCK, RANK_BLOCK), bool), k=-1)
-    rank_in_block = jnp.sum((padded[:, :, None] == padded[:, None, :]) & before, axis=-1)
-    block_counts = jnp.sum(padded[..., None] == jnp.arange(num_experts + 1), axis=1)
-    sizes = jnp.sum(block_counts, axis=0)
-    first_row = jnp.cumsum(sizes) - sizes
-    rows_before = jnp.cumsum(block_counts, axis=0) - block_counts + first_row
-    slot = (rank_in_block + jnp.take_along_axis(rows_before, padded, axis=1)).reshape(-1)[:num_rows]
-    source = jnp.zeros(num_rows, jnp.int32).at[slot].set(jnp.arange(num_rows, dtype=jnp.int32), unique_indices=True)
-    return Dispatch(source, slot.reshape(expert_TK.shape), sizes[:-1])
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"grouped_matmul={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    _check_shapes(x_TD, expert_TK, weights_TK, gate_EDF, up_EDF, down_EFD)
+    x_TD, expert_TK = jnp.asarray(x_TD), jnp.asarray(expert_TK)
+    if implementation == "auto":
+        implementation = OF_PLATFORM.get(target_platform(), "ragged_dot")
+    if implementation == "pallas":
+        _check_pallas(x_TD, *down_EFD.shape[1:])
+        return routed.routed_ffn(x_TD, expert_TK, weights_TK, gate_EDF, up_EDF, down_EFD)
+    matrices = [w.astype(x_TD.dtype) for w in (gate_EDF, up_EDF, down_EFD)]
+    if implementation == "reference":
+        return reference.routed_ffn(x_TD, expert_TK, weights_TK, *matrices)
+    return _sorted(x_TD, expert_TK, weights_TK, *matrices, implementation=implementation)
 
 
-@jax.custom_vjp
-def gather_rows(x_TD: jax.Array, dispatch: Dispatch) -> jax.Array:
-    """The token of every sorted row, [R, D]. The gradient is a gather, too, and no scatter: a sum over each token's rows."""
-    return _gather_rows(x_TD, dispatch)[0]
+def _sorted(x_TD, expert_TK, weights_TK, gate_EDF, up_EDF, down_EFD, *, implementation: str):
+    """By XLA: rows are gathered, three grouped products or two, rows are combined."""
+    num_experts = down_EFD.shape[0]
+    plan = sort_by_expert(expert_TK, num_experts)
+    x_RD = checkpoint_name(gather_rows(x_TD, plan), "expert_rows")
+    product = lambda x, w: grouped_matmul(x, w, plan.group_sizes_E, implementation=implementation)  # noqa: E731
+    if len(x_RD) < MANY_ROWS * num_experts:
+        gate_RF, up_RF = product(x_RD, gate_EDF), product(x_RD, up_EDF)
+    else:
+        gate_RF, up_RF = jnp.split(product(x_RD, jnp.concatenate([gate_EDF, up_EDF], axis=-1)), 2, axis=-1)
+    y_RD = product(jax.nn.silu(gate_RF) * up_RF, down_EFD)
+    return combine_rows(y_RD, weights_TK, plan)
 
 
-def _gather_rows(x_TD, dispatch):
-    return x_TD[dispatch.source_R // dispatch.slot_TK.shape[1]], dispatch
+def _check_shapes(x_TD, expert_TK, weights_TK, gate_EDF, up_EDF, down_EFD):
+    experts, ffn, width = down_EFD.shape
+    fit = x_TD.shape == (len(expert_TK), width) and gate_EDF.shape == up_EDF.shape == (experts, width, ffn)
+    if not fit or (weights_TK is not None and weights_TK.shape != expert_TK.shape):
+        weights = None if weights_TK is None else weights_TK.shape
+        shapes = f"x {x_TD.shape}, experts {expert_TK.shape}, weights {weights}, gate {gate_EDF.shape}, up {up_EDF.shape}"
+        raise ValueError(f"shapes of {shapes}, down {down_EFD.shape} do not fit")
 
 
-def _gather_rows_backward(dispatch, dx_RD):
-    return jnp.sum(dx_RD[dispatch.slot_TK], axis=1), None
-
-
-gather_rows.defvjp(_gather_rows, _gather_rows_backward)
-
-
-@jax.custom_vjp
-def combine_rows(y_RD: jax.Array, weights_TK: jax.Array, dispatch: Dispatch) -> jax.Array:
-    """y_t = sum_k weights_tk y_row(t, k), [T, D]."""
-    return _combine_rows(y_RD, weights_TK, dispatch)[0]
-
-
-def _combine_rows(y_RD, weights_TK, dispatch):
-    out = jnp.einsum("tk,tkd->td", weights_TK.astype(y_RD.dtype), y_RD[dispatch.slot_TK])
-    return out, (y_RD, weights_TK, dispatch)
-
-
-def _combine_rows_backward(residuals, dout_TD):
-    y_RD, weights_TK, dispatch = residuals
-    dout_RD = gather_rows(dout_TD, dispatch)
-    dweights_R = jnp.sum(y_RD.astype(jnp.float32) * dout_RD.astype(jnp.float32), axis=-1)
-    dy_RD = dout_RD * weights_TK.reshape(-1)[dispatch.source_R, None].astype(y_RD.dtype)
-    return dy_RD, dweights_R[dispatch.slot_TK].astype(weights_TK.dtype), None
-
-
-combine_rows.defvjp(_combine_rows, _combine_rows_backward)
+def _check_pallas(x_TD, ffn: int, width: int):
+    if x_TD.dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"routed_ffn: rows of type {x_TD.dtype}: 'pallas' takes bfloat16 and float32; 'ragged_dot' takes others")
+    for name, size in (("model width", width), ("feed-forward width", ffn)):
+        if size % 128:
+            raise ValueError(f"routed_ffn: {name} {size}: 'pallas' takes multiples of 128; 'ragged_dot' and 'batched' take others")
+    if not interpret.available():
+        raise ValueError("routed_ffn: 'pallas' needs a TPU, or pallas_kernels.interpret.on; 'batched' is for this CPU")

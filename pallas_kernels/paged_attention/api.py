@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.paged_attention import blocked, reference
+from pallas_kernels import interpret
+from pallas_kernels.attention.api import chosen
+from pallas_kernels.paged_attention import blocked, kernel, reference, shapes
 
-IMPLEMENTATIONS = ("reference", "xla")
+IMPLEMENTATIONS = ("auto", "reference", "xla", "pallas")
+SIZES = (64, 128)
+PAGE_STEP = 128
+DTYPES = ("bfloat16", "float32")
+CACHE_DTYPES = (*DTYPES, "float8_e4m3fn")
+TABLE_ENTRIES = 2**17  # half of a chip's scalar memory
 
 
 def paged_attention(q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts_S, *, scale: float, implementation: str) -> jax.Array:
@@ -15,29 +22,50 @@ def paged_attention(q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts
     Args:
       q_SLNH: queries [S, L, N, H] of rows' tokens at positions starts_S + 0..L-1, already written to the cache.
       k_pages, v_pages: the cache of all layers, [layers, pages, G, H, page size] and [layers, pages, G, page size, H], each as its
-        product reads it; G divides N.
+        product reads it; G divides N. What a row's last page holds behind its end is finite.
       layer: which layer's pages, int32 scalar.
       tables_SP: int32 page of each block of positions of a row; blocks past a row's end may hold any valid page.
       starts_S: int32, tokens stored before the new ones.
       counts_S: int32, how many of the L new tokens are real; what the others get means nothing.
       scale: factor on the scores.
-      implementation: one of IMPLEMENTATIONS; `auto`: xla.
+      implementation: one of IMPLEMENTATIONS. `pallas`, the TPU kernel, reads each row's own pages and gives zeros where no token is
+        real; `xla`: blocked.py; `auto`: pallas where the trace is for a TPU, else xla.
 
     Returns:
       [S, L, N, H] in the type of q. Scores and softmax are float32.
 
     Raises:
-      ValueError: for an unknown implementation or shapes that do not fit.
+      ValueError: for an unknown implementation, shapes that do not fit, or what the named implementation does not take.
     """
-    if implementation == "auto":
-        implementation = "xla"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)} for pages")
+    name = chosen(implementation)
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"attention={name!r} is for rows and takes no pages: {', '.join(IMPLEMENTATIONS)} take them")
     *heads, page_size, size = v_pages.shape
     if q_SLNH.shape[2] % heads[-1] or k_pages.shape != (*heads, size, page_size) or q_SLNH.shape[-1] != size:
         raise ValueError(f"shapes of q {q_SLNH.shape}, k {k_pages.shape}, v {v_pages.shape} do not fit")
     if not tables_SP.shape[:1] == starts_S.shape == counts_S.shape == q_SLNH.shape[:1]:
         found = f"tables {tables_SP.shape}, starts {starts_S.shape} and counts {counts_S.shape}"
         raise ValueError(f"{found} are not those of {q_SLNH.shape[0]} rows")
-    run = reference.paged_attention if implementation == "reference" else blocked.paged_attention
-    return run(q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts_S, scale)
+    args = q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts_S, scale
+    if name == "pallas":
+        _check_pallas(q_SLNH, k_pages, v_pages, tables_SP)
+        return kernel.paged_attention(*args, shapes.blocks_for(q_SLNH.shape, k_pages), shapes.num_cores())
+    return (reference if name == "reference" else blocked).paged_attention(*args)
+
+
+def _check_pallas(q, k, v, tables):
+    wrong = None
+    if q.dtype.name not in DTYPES:
+        wrong = f"type {q.dtype} of q: takes {', '.join(DTYPES)}"
+    elif k.dtype != v.dtype or k.dtype.name not in CACHE_DTYPES:
+        wrong = f"types {k.dtype} and {v.dtype} of pages: takes one of {', '.join(CACHE_DTYPES)} for both"
+    elif q.shape[-1] not in SIZES:
+        wrong = f"head size {q.shape[-1]}: takes {' and '.join(map(str, SIZES))}"
+    elif v.shape[3] % PAGE_STEP:
+        wrong = f"page size {v.shape[3]}: takes multiples of {PAGE_STEP}"
+    elif tables.size > TABLE_ENTRIES:
+        wrong = f"tables of {tables.shape[0]} x {tables.shape[1]} pages: takes {TABLE_ENTRIES} in all, so larger pages or fewer rows"
+    elif not interpret.available():
+        wrong = "no TPU, and pallas_kernels.interpret is not on"
+    if wrong:
+        raise ValueError(f"attention='pallas': {wrong}; 'xla' takes it")

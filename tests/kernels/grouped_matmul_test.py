@@ -33,7 +33,7 @@ def oracle_gradients(x, w, sizes, dy):
     return dx, dw
 
 
-@pytest.fixture(scope="module", params=[name for name in IMPLEMENTATIONS if name != "auto"])
+@pytest.fixture(scope="module", params=[name for name in IMPLEMENTATIONS if name not in ("auto", "pallas")])
 def value_and_gradients(request):
     def run(x, w, sizes, dy):
         y, pullback = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, implementation=request.param), x, w)
@@ -82,6 +82,43 @@ def test_few_rows_as_in_decoding(value_and_gradients, num_rows, num_groups):
 def test_a_group_larger_than_its_slab_goes_through_the_overflow_tiles():
     slab = batched._slab_rows(ROWS, GROUPS)
     assert slab < ROWS - batched.TILE, "the sizes above must reach the overflow loop with more than one tile"
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference", "batched", "ragged_dot"])
+def test_aligned_groups_equal_groups_without_gaps(implementation):
+    """Whatever stands between the groups, in the rows and in the gradient, neither matters nor comes out."""
+    rng, alignment, sizes = np.random.default_rng(0), 8, np.asarray([9, 0, 16, 3], np.int32)
+    x, w = rng.normal(size=(56, WIDTH)).astype(np.float32), rng.normal(size=(GROUPS, WIDTH, OUT)).astype(np.float32)
+    dy = rng.normal(size=(56, OUT)).astype(np.float32)
+    starts = np.cumsum(-(-sizes // alignment) * alignment) - -(-sizes // alignment) * alignment
+    rows = np.concatenate([start + np.arange(size) for start, size in zip(starts, sizes, strict=True)])
+    between = np.setdiff1d(np.arange(56), rows)
+    x[between] = dy[between] = np.nan
+    product = lambda x, w: grouped_matmul(x, w, sizes, implementation=implementation, alignment=alignment)  # noqa: E731
+    y, pullback = jax.vjp(product, x, w)
+    dx, dw = pullback(dy)
+    np.testing.assert_allclose(y[rows], oracle(x[rows], w, sizes), atol=1e-4)
+    expected_dx, expected_dw = oracle_gradients(x[rows], w, sizes, dy[rows])
+    np.testing.assert_allclose(dx[rows], expected_dx, atol=1e-4)
+    np.testing.assert_allclose(dw, expected_dw, atol=1e-3)
+    assert not np.any(y[between]) and not np.any(dx[between])
+
+
+@pytest.mark.parametrize(
+    ("message", "rows", "dtype", "widths", "alignment"),
+    [
+        ("alignment that is a multiple of 128, not 64; batched", 256, jnp.float32, (128, 128), 64),
+        ("not F=200; batched", 256, jnp.float32, (128, 200), 128),
+        ("not D=64; batched", 256, jnp.float32, (64, 128), 128),
+        ("not float16 and float16; batched", 256, jnp.float16, (128, 128), 128),
+        ("alignment=128 must be positive and divide the 200 rows", 200, jnp.float32, (128, 128), 128),
+        ("runs on TPUs; on this backend batched", 256, jnp.bfloat16, (128, 128), 128),
+    ],
+)
+def test_what_the_tpu_kernels_do_not_take_is_named_before_tracing(message, rows, dtype, widths, alignment):
+    x, w, sizes = jnp.ones((rows, widths[0]), dtype), jnp.ones((2, *widths), dtype), jnp.asarray([100, 20])
+    with pytest.raises(ValueError, match=message):
+        grouped_matmul(x, w, sizes, implementation="pallas", alignment=alignment)
 
 
 def test_unknown_implementation_and_wrong_shapes_are_named():

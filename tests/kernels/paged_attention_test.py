@@ -32,7 +32,7 @@ def rows():
 
 @pytest.mark.parametrize("chunk", [PAGE, 3 * PAGE, 2048])
 @pytest.mark.parametrize("counts", [[NEW] * 4, [1, NEW, 0, 2]])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "pallas"])  # paged_attention_kernel_test.py
 def test_new_tokens_see_what_they_would_see_in_a_contiguous_row(rows, implementation, counts, chunk, monkeypatch):
     monkeypatch.setattr(blocked, "CHUNK", chunk)
     q, k, v, k_pages, v_pages, tables = rows
@@ -50,7 +50,9 @@ def test_new_tokens_see_what_they_would_see_in_a_contiguous_row(rows, implementa
 
 def test_unknown_implementation_and_wrong_shapes_are_named(rows):
     q, _, _, k_pages, v_pages, tables = rows
-    with pytest.raises(ValueError, match="'flash' is not one of reference, xla"):
+    with pytest.raises(ValueError, match="'flash' is not one of auto, reference, xla, pallas"):
         paged_attention(q, k_pages, v_pages, 1, tables, STARTS, STARTS, scale=1.0, implementation="flash")
+    with pytest.raises(ValueError, match="'cudnn' is for rows and takes no pages: auto, reference, xla, pallas take them"):
+        paged_attention(q, k_pages, v_pages, 1, tables, STARTS, STARTS, scale=1.0, implementation="cudnn")
     with pytest.raises(ValueError, match=r"starts \(2,\) and counts \(4,\) are not those of 4 rows"):
         paged_attention(q, k_pages, v_pages, 1, tables, STARTS[:2], STARTS, scale=1.0, implementation="xla")

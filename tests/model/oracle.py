@@ -27,6 +27,7 @@ TINY = {
     "max_length": 128, "norm_eps": 1e-5, "num_experts": 8, "num_experts_per_token": 3, "num_shared_experts": 1, "num_expert_groups": 1,
     "num_groups_per_token": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "init_std": 0.2, "mtp_embeddings": "shared",
     "compute_dtype": "float32", "remat": "none", "attention": "xla", "grouped_matmul": "batched",
+    "expert_exchange": "all_to_all", "expert_buffer": 1.25,
     "scan_layers": True,
 }  # fmt: skip
 RUNTIME = {name: TINY[name] for name in RUNTIME_FIELDS}

@@ -12,6 +12,7 @@ from flax import nnx
 
 from glm_jax import hf, losses
 from glm_jax.train.state import FAST_COMPILE
+from pallas_kernels import interpret
 from pallas_kernels.attention import blocked
 from tests.model.oracle import Oracle, random_state, tiny_config, to_jax
 
@@ -22,6 +23,9 @@ CASES = {  # the implementations are spread over the cases: each must equal the 
     "reference": {"num_expert_groups": 2, "num_groups_per_token": 1, "qk_norm": True, "grouped_matmul": "reference",
                       "attention": "reference", "scan_layers": False},
 }  # fmt: skip
+# By the TPU kernels, simulated: widths that they take, and as little as shows everything.
+KERNELS = {"hidden_size": 128, "expert_ffn_size": 128, "num_layers": 2, "num_dense_layers": 1, "num_experts": 3, "num_experts_per_token": 2,
+           "grouped_matmul": "pallas", "attention": "xla"}  # fmt: skip
 LENGTH, CHUNK = 24, 7  # CHUNK does not divide LENGTH
 DOCUMENTS = (9, 1, 11)  # in a row of 24, the rest padding
 
@@ -137,6 +141,25 @@ def test_gradient_of_every_parameter_equals_the_oracles(case):
         assert errors[worst] <= 1e-3, (name, worst, errors[worst])
         unreached = {n for n in theirs if not theirs[n].any() and ".experts." not in n}  # nobody may have chosen an expert
         assert unreached == (set() if factor else {n for n in theirs if n.startswith(case.oracle.prefix) and ".experts." not in n})
+
+
+def test_kernels_give_the_oracles_logits_and_gradients(tmp_path):
+    case, rows = Case(tmp_path / "export", KERNELS), random_rows()
+    weights = np.ones((2, LENGTH), np.float32)
+    with interpret.on(uninitialized_memory="nan"):
+        gradients, (logits, both) = case.compiled(
+            case.state, rows, *whole_rows(), weights / weights.size, 0.3 * weights / (2 * (LENGTH - 1))
+        )
+    first, second = case.oracle.losses(rows)
+    np.testing.assert_allclose(both, (first.item(), 0.3 * second.item()), rtol=1e-5)
+    assert_close(logits[0], case.oracle.logits(rows[:, :-1]), "logits")
+    assert_close(logits[1], case.oracle.mtp_logits(rows), "MTP logits")
+    theirs = case.oracle.gradients(first + 0.3 * second)
+    ours = dict(hf.hf_tensors(case.config, gradients, "float32"))
+    errors = {n: relative(ours[n], theirs[n]) for n in theirs}
+    worst = max(errors, key=errors.get)
+    assert errors[worst] <= 1e-3, (worst, errors[worst])
+    assert any(theirs[n].any() for n in theirs if ".experts." in n)
 
 
 def test_packed_documents_equal_documents_alone(case):

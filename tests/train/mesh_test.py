@@ -112,6 +112,18 @@ def test_three_steps_equal_one_device(trainee, initial, one_device, sizes):
             np.testing.assert_array_equal(metrics["expert_counts"][:, 0], tokens)
 
 
+@pytest.mark.parametrize(("expert_exchange", "expert_buffer"), [("all_gather", 1.25), ("all_to_all", 0.3)])
+def test_other_exchanges_equal_one_device(trainee, initial, one_device, expert_exchange, expert_buffer):
+    """What the cases above do in one round or a few, all tokens at every device, and in many rounds."""
+    config = dataclasses.replace(trainee.config, expert_exchange=expert_exchange, expert_buffer=expert_buffer)
+    results = run_steps(dataclasses.replace(trainee, config=config), initial, (2, 1, 4))
+    for one_expert in (False, True):
+        metrics, params, _, opt_state = results[one_expert][0]
+        np.testing.assert_allclose(metrics["loss"], one_device[one_expert][0][0]["loss"], rtol=1e-5)
+        assert_close(opt_state, one_device[one_expert][0][3], 1e-5, "gradients ")
+        assert_close(params, one_device[one_expert][0][1], 1e-5, "params ")
+
+
 def test_a_state_is_born_split_and_equal_to_one_devices(trainee, initial):
     state = trainee.create_state(mesh_of((2, 2, 2)), 0)
     jax.tree.map(np.testing.assert_array_equal, state, initial)

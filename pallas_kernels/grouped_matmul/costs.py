@@ -1,0 +1,119 @@
+"""What the grouped products cost, counted: rows that are computed beside those that are needed, and bytes that HBM moves."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.grouped_matmul.shapes import TILE, Blocks, GradientBlocks
+
+EXPERTS = 16  # of a device: 160 over 10 devices, 128 over 8
+PER_TOKEN = 8
+
+
+def routing(kind: str, experts: int, rows_an_expert: int) -> np.ndarray:
+    """Rows of each expert under `uniform` routing (multinomial) or `zipf` (popularity 1 / rank), int64 [E]."""
+    weights = {"uniform": np.ones(experts), "zipf": 1 / np.arange(1, experts + 1)}[kind]
+    return np.random.default_rng(0).multinomial(experts * rows_an_expert, weights / weights.sum())
+
+
+def rows_computed(sizes_E: np.ndarray, granule: int = TILE) -> int:
+    """Rows that our products multiply. granule: 128, for the weight gradient on 256-wide units 256."""
+    return int((-(-np.asarray(sizes_E) // granule) * granule).sum())
+
+
+def rows_of_megablox(sizes_E: np.ndarray, tile: int) -> int:
+    """Rows that megablox multiplies: for each group all tiles that its rows lie in, as in its make_group_metadata."""
+    ends = np.cumsum(sizes_E)
+    starts = ends - sizes_E
+    tiles = np.where(sizes_E > 0, -(-ends // tile) - starts // tile, 0)
+    return int(tiles.sum()) * tile
+
+
+def work(sizes_E: np.ndarray, blocks: Blocks | GradientBlocks, *, wide_units: bool) -> dict[str, float]:
+    """Row efficiency, rows over rows computed, of ours and of megablox at its tiles. wide_units: of 256 columns (v6e, tpu7x)."""
+    granule = 2 * TILE if wide_units and isinstance(blocks, GradientBlocks) else TILE
+    rows = int(np.sum(sizes_E))
+    ours = {"ours": rows / rows_computed(sizes_E, granule)}
+    return ours | {f"megablox {tile}": rows / rows_of_megablox(sizes_E, tile) for tile in (128, 256, 512)}
+
+
+def work_table() -> list[dict]:
+    some = Blocks(columns=1, size=1, join=False, gap=0, cores=1, vmem_bytes=0)
+    gradient = GradientBlocks(rows=1, columns=1, size=4, chunk=256, gap=0, vmem_bytes=0)
+    out = []
+    for rows in (1024, 300):
+        for kind in ("uniform", "zipf"):
+            for name, blocks in (("products", some), ("weight gradient on 256-wide units", gradient)):
+                counted = work(routing(kind, EXPERTS, rows), blocks, wide_units=True)
+                out.append({"rows an expert": rows, "routing": kind, "of": name, **counted})
+    return out
+
+
+def moved(kernel: str, blocks, depth: int, width: int, rows: int, experts: int, dtype, tokens: int | None) -> int:
+    """Bytes between HBM and VMEM of a kernel at blocks (shapes.KERNELS: K = depth, N = width), rows: of the used tiles.
+
+    tokens: of which rows are gathered (swiglu, swiglu_backward), with the new layout of each, read and written by XLA; None: rows.
+    """
+    item = jnp.dtype(dtype).itemsize
+    if kernel == "weight_gradient":
+        return (rows * (depth * blocks.columns + width * blocks.rows) + experts * depth * width) * item
+    matrices, deep, wide = {
+        "matmul": (1, 1, 1), "transposed": (1, 1, 1), "two_matmul": (2, 2, 1), "swiglu": (2, 1, 3), "swiglu_backward": (1, 1, 5),
+    }[kernel]  # fmt: skip
+    numbers = experts * matrices * depth * width + rows * (deep * depth * blocks.columns + wide * width)
+    numbers += 2 * tokens * depth if tokens is not None else 0
+    return numbers * item + (rows * 4 * (1 + blocks.columns) if kernel == "swiglu_backward" else 0)
+
+
+def moved_by_megablox(sizes_E: np.ndarray, tile: tuple[int, int, int], depth: int, width: int, dtype, *, gradient: bool) -> int:
+    """Bytes of gmm (gradient: of tgmm) at tiles of (rows, K, N), where a block is not fetched again while its index stays."""
+    item, (tm, tk, tn) = jnp.dtype(dtype).itemsize, tile
+    rows, visited = -(-int(np.sum(sizes_E)) // tm) * tm, rows_of_megablox(sizes_E, tm)
+    experts, pieces = len(sizes_E), -(-width // tn)
+    if gradient:  # x again for each block of columns of the result, dy for each of rows
+        return (rows * (depth * pieces + width * -(-depth // tk)) + experts * depth * width) * item
+    if tk >= depth:
+        return (rows * depth * pieces + experts * depth * width + rows * width) * item
+    return (visited * depth * pieces + visited // tm * depth * width + rows * width) * item
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerBytes:
+    """HBM bytes of one MoE layer's routed experts, forward and backward."""
+
+    ours: int
+    unfused: int
+
+
+def layer(width: int, ffn: int, sizes_E: np.ndarray, dtype, blocks_of, megablox_tile) -> LayerBytes:
+    """blocks_of(kernel, K, N): our blocks. megablox_tile(K, N, pass): (rows, K, N) tiles of gmm, transposed gmm or tgmm.
+
+    Ours: swiglu of gathered rows, down, sum over a token's rows; swiglu_backward of gathered rows, two_matmul, sum; gathers of x and
+    dout for the three gradients of matrices. Unfused, by XLA where not a product: gather, gate|up, SwiGLU, down, weighted sum; gather
+    and weights of dout and of y, down's two gradients, SwiGLU's, gate|up's two gradients, sum. XLA's loops move each operand once.
+    """
+    item, experts, rows = jnp.dtype(dtype).itemsize, len(sizes_E), int(np.sum(sizes_E))
+    used, tokens = rows_computed(sizes_E), rows // PER_TOKEN
+    args = lambda kernel, k, n: (kernel, blocks_of(kernel, k, n), k, n, used, experts, dtype)  # noqa: E731
+    combine = (rows + tokens) * width * item
+    ours = (
+        moved(*args("swiglu", width, ffn), tokens) + moved(*args("matmul", ffn, width), None) + combine
+        + moved(*args("swiglu_backward", width, ffn), tokens) + moved(*args("two_matmul", ffn, width), None) + combine
+        + 4 * used * width * item
+        + 2 * moved(*args("weight_gradient", width, ffn), None) + moved(*args("weight_gradient", ffn, width), None)
+    )  # fmt: skip
+
+    def gmm(k, n, pass_):
+        return moved_by_megablox(sizes_E, megablox_tile(k, n, pass_), k, n, dtype, gradient=pass_ == "weight gradient")
+
+    row, narrow = rows * width * item, rows * ffn * item
+    unfused = (
+        2 * row + gmm(width, 2 * ffn, "forward") + 3 * narrow + gmm(ffn, width, "forward") + combine
+        + 2 * row + 2 * row  # dout and weights; their product with y
+        + gmm(width, ffn, "input gradient") + gmm(ffn, width, "weight gradient") + 5 * narrow
+        + gmm(2 * ffn, width, "input gradient") + gmm(width, 2 * ffn, "weight gradient") + combine
+    )  # fmt: skip
+    return LayerBytes(ours, unfused)

@@ -1,0 +1,175 @@
+"""The grouped product of decoding, for TPU: few rows a group, so that reading the matrices is all that costs. No gradient.
+
+All rows stay in VMEM. Only matrices of groups that have rows are read, each once, as blocks of whole columns. FP8 values become
+bfloat16 as they are, which is exact; the scale of each 128 x 128 block multiplies its float32 product, where it costs R / 128 as much.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import interpret, tuning
+from pallas_kernels.paged_attention import fp8_bits
+
+BLOCK = 128  # rows and columns of a matrix that share a scale
+ALIGNMENT = {"bfloat16": 16, "float32": 8}  # rows of a register
+LIFT = 2.0**64  # on rows, so that their products with fp8_bits' small numbers are no subnormal ones
+FP8 = jnp.float8_e4m3fn
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """columns: of a step's block of a matrix. For FP8, depth: rows of one product, 128 or 256 as the matrix unit is wide; bits: where rows
+    are bfloat16, unpack values by fp8_bits, for chips without a conversion of their own.
+    """
+
+    columns: int
+    depth: int
+    bits: bool
+
+
+def few_rows_matmul(x_RK, w_EKN, group_sizes_E, *, scale=None, alignment: int, blocks: Blocks) -> jax.Array:
+    """y_r = x_r w_g for the group g that row r belongs to.
+
+    Args:
+      x_RK: rows, bfloat16 or float32. Those of group g start at the sum of the earlier sizes, each rounded up to `alignment`.
+      w_EKN: one matrix a group, K and N multiples of 128: of x's type, or float8_e4m3fn with a scale.
+      group_sizes_E: int32; rounded up they sum to at most R.
+      scale: float32 [E, K / 128, N / 128], factor on each 128 x 128 block of w.
+      alignment: rows of a tile, a multiple of 16 (bfloat16) or 8 (float32); R is a multiple of it.
+      blocks: see few_rows_shapes.blocks_for.
+
+    Returns:
+      [R, N] in x's type. Rows between groups get what x holds there times a group's matrix; past the last group zeros.
+
+    Raises:
+      ValueError: for shapes, types or blocks that do not fit, and where there is neither a TPU nor interpret.on.
+    """
+    return _call("few_rows_matmul", _whole, x_RK, [w_EKN], [scale], group_sizes_E, alignment, blocks)
+
+
+def few_rows_swiglu(x_RD, gate_EDF, up_EDF, group_sizes_E, *, gate_scale=None, up_scale=None, alignment: int, blocks: Blocks) -> jax.Array:
+    """silu(x_r gate_g) * (x_r up_g), [R, F], else as few_rows_matmul. The activation is computed in float32."""
+    return _call("few_rows_swiglu", _swiglu, x_RD, [gate_EDF, up_EDF], [gate_scale, up_scale], group_sizes_E, alignment, blocks)
+
+
+def _whole(y):
+    return y
+
+
+def _swiglu(gate, up):
+    return gate * jax.nn.sigmoid(gate) * up
+
+
+def _check(x, matrices, scales, group_sizes, alignment, blocks):
+    first = matrices[0]
+    if x.ndim != 2 or first.ndim != 3 or x.shape[1] != first.shape[1] or group_sizes.shape != first.shape[:1]:
+        raise ValueError(f"shapes of x {x.shape}, w {first.shape}, group sizes {group_sizes.shape} do not fit")
+    if x.dtype.name not in ALIGNMENT:
+        raise ValueError(f"few_rows: rows of type {x.dtype}: takes {' and '.join(ALIGNMENT)}; grouped_matmul takes other types")
+    num_groups, depth, width = first.shape
+    if depth % BLOCK or width % BLOCK:
+        raise ValueError(f"few_rows: matrices of {depth} x {width}: takes multiples of {BLOCK}; grouped_matmul='ragged_dot' takes others")
+    for w, scale in zip(matrices, scales, strict=True):
+        if w.shape != first.shape or w.dtype != first.dtype or (scale is None) != (scales[0] is None):
+            raise ValueError(f"few_rows: matrices {first.dtype}{first.shape} and {w.dtype}{w.shape} differ, or only one has a scale")
+        if w.dtype != (x.dtype if scale is None else FP8):
+            raise ValueError(f"few_rows: matrices of type {w.dtype}: takes {x.dtype} like the rows, or {FP8.__name__} with a scale")
+        expected = (num_groups, depth // BLOCK, width // BLOCK)
+        if scale is not None and (scale.shape != expected or scale.dtype != jnp.float32):
+            raise ValueError(f"few_rows: scale {scale.dtype}{scale.shape}: takes float32{expected}, one a block of {BLOCK} x {BLOCK}")
+    step = ALIGNMENT[x.dtype.name]
+    if alignment < step or alignment % step or x.shape[0] % alignment:
+        raise ValueError(f"few_rows: alignment={alignment} of {x.shape[0]} rows: takes multiples of {step} that divide the rows")
+    if blocks.columns < BLOCK or blocks.columns % BLOCK or width % blocks.columns:
+        raise ValueError(f"few_rows: columns={blocks.columns}: takes multiples of {BLOCK} that divide {width}")
+    if blocks.depth not in (BLOCK, 2 * BLOCK):
+        raise ValueError(f"few_rows: depth={blocks.depth}: takes {BLOCK} or {2 * BLOCK}")
+    if not interpret.available():
+        raise ValueError("few_rows: no TPU, and pallas_kernels.interpret is not on; grouped_matmul='batched' takes it")
+
+
+def _call(name, join, x_RK, matrices, scales, group_sizes_E, alignment: int, blocks: Blocks):
+    _check(x_RK, matrices, scales, group_sizes_E, alignment, blocks)
+    blocks = dataclasses.replace(blocks, bits=blocks.bits and scales[0] is not None and x_RK.dtype == jnp.bfloat16)
+    if blocks.bits:
+        x_RK, scales = fp8_bits.in_order(x_RK * LIFT), [scale / LIFT / fp8_bits.SCALE for scale in scales]
+    columns = blocks.columns
+    (rows, depth), width = x_RK.shape, matrices[0].shape[2]
+    tiles_E = -(-group_sizes_E // alignment)
+    # Groups with rows first; where none has any, one step of no tiles writes the zeros.
+    group_E = jnp.argsort(tiles_E == 0, stable=True).astype(jnp.int32)
+    first_E = jnp.cumsum(tiles_E) - tiles_E
+    steps = jnp.maximum(jnp.sum(tiles_E > 0, dtype=jnp.int32), 1)
+    whole = pl.BlockSpec((rows, depth), lambda j, e, *_: (0, 0), pipeline_mode=pl.Buffered(1))
+    matrix = pl.BlockSpec((None, depth, columns), lambda j, e, group, *_: (group[e], 0, j))
+    scale = pl.BlockSpec((None, depth // BLOCK, width // BLOCK), lambda j, e, group, *_: (group[e], 0, 0), memory_space=pltpu.SMEM)
+    scales = [s for s in scales if s is not None]
+    grid_spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=3,
+        grid=(width // columns, steps),
+        in_specs=[whole, *[matrix] * len(matrices), *[scale] * len(scales)],
+        out_specs=pl.BlockSpec((rows, columns), lambda j, e, *_: (0, j)),
+    )
+    call = pl.pallas_call(
+        functools.partial(_kernel, join, len(matrices), alignment, blocks),
+        out_shape=jax.ShapeDtypeStruct((rows, width), x_RK.dtype),
+        grid_spec=grid_spec,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tuning.vmem_limit()),
+        interpret=interpret.params(),
+        name=name,
+    )
+    return call(group_E, first_E[group_E].astype(jnp.int32), tiles_E[group_E].astype(jnp.int32), x_RK, *matrices, *scales)
+
+
+def _kernel(join, count, alignment, blocks, group, first, tiles, x_ref, *refs):
+    """One group's rows times a block of columns. first, tiles: of each step's group, in tiles of `alignment` rows."""
+    del group
+    w_refs, scale_refs, out_ref = refs[:count], refs[count:-1], refs[-1]
+    step = pl.program_id(1)
+
+    @pl.when(step == 0)
+    def _():
+        out_ref[...] = jnp.zeros_like(out_ref)
+
+    def tile(number, _):
+        rows = pl.ds(pl.multiple_of((first[step] + number) * alignment, alignment), alignment)
+        products = [_product(blocks, x_ref.at[rows, :], w_ref, *scale_refs[i : i + 1]) for i, w_ref in enumerate(w_refs)]
+        out_ref[rows, :] = join(*products).astype(out_ref.dtype)
+        return 0
+
+    lax.fori_loop(0, tiles[step], tile, 0)
+
+
+def _product(blocks, x_ref, w_ref, scale_ref=None):
+    """[rows, columns] in float32."""
+    dtype = x_ref.dtype
+    dot = functools.partial(jnp.dot, precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None, preferred_element_type=jnp.float32)
+    if scale_ref is None:
+        return dot(x_ref[...], w_ref[...])
+    (rows, depth), columns = x_ref.shape, w_ref.shape[1]
+    unpack = fp8_bits.to_bfloat16 if blocks.bits else lambda values: values.astype(dtype)
+    out = []
+    for n in range(columns // BLOCK):
+        place = pl.program_id(0) * (columns // BLOCK) + n
+        across = slice(n * BLOCK, (n + 1) * BLOCK)
+        total = jnp.zeros((rows, BLOCK), jnp.float32)
+        for start in range(0, depth, blocks.depth):
+            stop = min(start + blocks.depth, depth)
+            x = x_ref[:, start:stop]
+            # One product of several blocks of depth, each with rows of its own: [x0 0; 0 x1] [w0; w1].
+            parts = [slice(k, k + BLOCK) for k in range(0, stop - start, BLOCK)]
+            zeros = jnp.zeros((rows, BLOCK), dtype)
+            lhs = [jnp.concatenate([x[:, part] if part == own else zeros for part in parts], axis=1) for own in parts]
+            product = dot(jnp.concatenate(lhs, axis=0), unpack(w_ref[start:stop, across]))
+            for i, part in enumerate(parts):
+                total += product[i * rows : (i + 1) * rows] * scale_ref[(start + part.start) // BLOCK, place]
+        out.append(total)
+    return jnp.concatenate(out, axis=1)

@@ -1,0 +1,149 @@
+"""Grouped products over rows in tiles of one expert (tiles.py), each a sweep (sweep.py).
+
+All leave the rows of tiles past the used ones unwritten (anything may stand there), and give zeros in rows whose inputs are zeros.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.grouped_matmul.gather import Gathered
+from pallas_kernels.grouped_matmul.shapes import Blocks
+from pallas_kernels.grouped_matmul.sweep import Matrices, Result, Rows, sweep
+from pallas_kernels.grouped_matmul.tiles import RowTiles, row_tiles
+
+__all__ = ["RowTiles", "matmul", "row_tiles", "swiglu", "swiglu_backward", "two_matmul"]
+
+LANES = 128
+CHUNK = 256  # columns of one product: what a 256-wide unit takes
+
+
+def product(x, w, *, transposed: bool) -> jax.Array:
+    """x w, or x w^T, summed in float32; operands of float32 are not rounded."""
+    dimensions = (((1,), (1 if transposed else 0,)), ((), ()))
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(x, w, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def chunks(width: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, width)) for start in range(0, width, chunk)]
+
+
+def rows_of(x, source_R):
+    """The operand of a kernel that takes rows [R, W] as they are or, by the index of each, from [T, W]."""
+    return Rows(x) if source_R is None else Gathered(x, source_R)
+
+
+def matmul(x_RK: jax.Array, w_EKN: jax.Array, tiles: RowTiles, *, transposed: bool = False, blocks: Blocks) -> jax.Array:
+    """y_r = x_r w_e (transposed: x_r w_e^T, w stored [E, N, K]) for the expert e of each row, [R, N]."""
+    width = w_EKN.shape[1 if transposed else 2]
+
+    def compute(rows, matrices, results, beside):
+        (x,), (w,), (y,) = rows, matrices, results
+        for part in chunks(y.shape[1], CHUNK):
+            y[:, part] = product(x[...], w[part, :] if transposed else w[:, part], transposed=transposed).astype(y.dtype)
+
+    name = "grouped_transposed" if transposed else "grouped_matmul"
+    rows, matrices, results = [Rows(x_RK)], [Matrices(w_EKN, 1 if transposed else 2)], [Result(width, x_RK.dtype)]
+    return sweep(compute, tiles, rows, matrices, results, blocks=blocks, name=name)[0]
+
+
+def two_matmul(a_RF: jax.Array, b_RF: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, tiles: RowTiles, *, blocks: Blocks) -> jax.Array:
+    """a_r gate_e^T + b_r up_e^T, [R, D]: the gradient of SwiGLU's rows. One sum over 2 F, which fills 256-wide units where F is an odd
+    multiple of 128.
+    """
+
+    def compute(rows, matrices, results, beside):
+        (a, b), (gate, up), (dx,) = rows, matrices, results
+        x = jnp.concatenate([a[...], b[...]], axis=1)
+        for part in chunks(dx.shape[1], CHUNK):
+            w = jnp.concatenate([gate[part, :], up[part, :]], axis=1)
+            dx[:, part] = product(x, w, transposed=True).astype(dx.dtype)
+
+    rows, matrices = [Rows(a_RF), Rows(b_RF)], [Matrices(gate_EDF, 1), Matrices(up_EDF, 1)]
+    return sweep(compute, tiles, rows, matrices, [Result(gate_EDF.shape[1], a_RF.dtype)], blocks=blocks, name="grouped_two")[0]
+
+
+def swiglu(
+    x: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    tiles: RowTiles,
+    *,
+    source_R: jax.Array | None = None,
+    keep: bool = True,
+    blocks: Blocks,
+) -> tuple[jax.Array, ...]:
+    """h = silu(x gate_e) * (x up_e), and gate and up as they were before: (h_RF, gate_RF, up_RF); only (h_RF,) without `keep`.
+
+    x: rows [R, D] or, with source_R (int32 [R], -1: a row of zeros), tokens [T, D] of which row r is x[source_R[r]].
+    """
+
+    def compute(rows, matrices, results, beside):
+        (x,), (gate, up) = rows, matrices
+        parts = chunks(results[0].shape[1], LANES)
+        for n, part in enumerate(parts):
+            beside(n, len(parts))
+            # Side by side, 128 columns of each: what a 256-wide unit takes, even where F is an odd multiple of 128.
+            both = product(x[...], jnp.concatenate([gate[:, part], up[:, part]], axis=1), transposed=False)
+            g, u = jnp.split(both, 2, axis=1)
+            values = (g * jax.nn.sigmoid(g) * u, g, u)
+            for result, value in zip(results, values, strict=False):
+                result[:, part] = value.astype(result.dtype)
+
+    results = [Result(gate_EDF.shape[2], x.dtype)] * (3 if keep else 1)
+    matrices = [Matrices(gate_EDF, 2), Matrices(up_EDF, 2)]
+    return tuple(sweep(compute, tiles, [rows_of(x, source_R)], matrices, results, blocks=blocks, name="grouped_swiglu"))
+
+
+def swiglu_backward(
+    dout: jax.Array,
+    down_EFD: jax.Array,
+    gate_RF: jax.Array,
+    up_RF: jax.Array,
+    weights_R: jax.Array,
+    tiles: RowTiles,
+    *,
+    source_R: jax.Array | None = None,
+    blocks: Blocks,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Backward through out_t = sum of weights_r (h_r down_e) over a token's rows r, with h = silu(gate) * up.
+
+    dout: a row's dout, [R, D], or with source_R (int32 [R], -1: a row of zeros) tokens' [T, D]. weights_R: float32.
+    With u = dout down_e^T, returns dgate_RF and dup_RF (of dh = weights * u), hw_RF = weights * h (for down's gradient: hw^T dout), and
+    dweights_R = sum over f of u * h, float32.
+    """
+    tile, num_tiles = tiles.tile, len(tiles.expert)
+
+    def compute(rows, matrices, results, beside):
+        (dout, gate, up, weights), (down,), (dgate, dup, hw, dweights) = rows, matrices, results
+        count = weights.shape[0]
+        # A row's number, from lanes to all lanes of its row.
+        spread = jnp.concatenate([jnp.broadcast_to(weights[n], (LANES, tile)).T for n in range(count)])
+        sums = jnp.zeros((count * tile, LANES), jnp.float32)
+        parts = chunks(gate.shape[1], CHUNK)
+        for n, part in enumerate(parts):
+            beside(n, len(parts))
+            u = product(dout[...], down[part, :], transposed=True)
+            g, v = gate[:, part].astype(jnp.float32), up[:, part].astype(jnp.float32)
+            sigmoid = jax.nn.sigmoid(g)
+            silu = g * sigmoid
+            h = silu * v
+            w = jnp.concatenate([spread] * (u.shape[1] // LANES), axis=1)
+            dh = w * u
+            uh = u * h
+            for lanes in chunks(uh.shape[1], LANES):
+                sums += uh[:, lanes]
+            dgate[:, part] = (dh * v * (sigmoid + silu * (1 - sigmoid))).astype(dgate.dtype)
+            dup[:, part] = (dh * silu).astype(dup.dtype)
+            hw[:, part] = (w * h).astype(hw.dtype)
+        for n in range(count):
+            dweights[n] = jnp.sum(sums[n * tile : (n + 1) * tile].T, axis=0, keepdims=True)
+
+    width = gate_RF.shape[1]
+    weights = weights_R.astype(jnp.float32).reshape(1, num_tiles, 1, tile)
+    rows = [rows_of(dout, source_R), Rows(gate_RF, split=True), Rows(up_RF, split=True), Rows(weights, number=True)]
+    results = [Result(width, gate_RF.dtype)] * 3 + [Result(1, jnp.float32, number=True)]
+    *grads, dweights = sweep(compute, tiles, rows, [Matrices(down_EFD, 1)], results, blocks=blocks, name="grouped_swiglu_backward")
+    return *grads, jnp.sum(dweights, axis=0).reshape(-1)

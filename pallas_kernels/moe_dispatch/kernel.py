@@ -1,0 +1,119 @@
+"""The way back as one kernel: each token's rows are fetched by copies of their own and added in float32; no [T, K, D] in HBM."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import interpret
+from pallas_kernels.moe_dispatch import rows
+from pallas_kernels.moe_dispatch.shapes import Blocks
+
+PACKED_ROWS = 128  # of a step
+CORES = 2  # of a v4 or v5p chip; elsewhere one core takes both halves of the tokens, one after the other
+
+
+def pack(x_RD: jax.Array) -> jax.Array:
+    """rows.to_rows as a kernel that reads and writes once, where XLA goes over the array five times."""
+    (num_rows, width), dtype = x_RD.shape, x_RD.dtype
+    words = rows.row_shape(num_rows, width, dtype)
+    block = min(PACKED_ROWS, num_rows)
+    return pl.pallas_call(
+        rows.pack_rows,
+        grid=(pl.cdiv(num_rows, block),),
+        in_specs=[pl.BlockSpec((block, width), lambda step: (step, 0))],
+        out_specs=pl.BlockSpec((block, 1, words.shape[2]), lambda step: (step, 0, 0)),
+        out_shape=words,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=16 * PACKED_ROWS * width + (4 << 20)),
+        interpret=interpret.params(),
+        name="pack_rows",
+    )(x_RD)
+
+
+def combine(words_R1W: jax.Array, slot_TK: jax.Array, weights_TK: jax.Array | None, *, width: int, dtype, blocks: Blocks) -> jax.Array:
+    """y_t = sum_k weights_tk row(slot_tk), [T, width] in dtype; without weights the plain sum.
+
+    words_R1W: rows as rows.to_rows makes them of [R, width] in dtype. slot_TK: int32, -1: nothing to add, and no row is read for it
+    that counts.
+    """
+    num_tokens, per_token = slot_TK.shape
+    block = blocks.tokens
+    steps = pl.cdiv(num_tokens, block * CORES)
+    by_block = lambda x, empty: jnp.pad(  # noqa: E731
+        x, ((0, steps * CORES * block - num_tokens), (0, 0)), constant_values=empty
+    ).reshape(-1, 1, block * per_token)
+    scalars = [by_block(slot_TK, -1)] * 2
+    last = steps * CORES - 1
+    here = lambda core, step: (core * steps + step, 0, 0)  # noqa: E731
+    ahead = lambda core, step: (jnp.minimum(core * steps + step + 1, last), 0, 0)  # noqa: E731
+    in_specs = [pl.BlockSpec((1, 1, block * per_token), index, memory_space=pltpu.SMEM) for index in (here, ahead)]
+    if weights_TK is not None:
+        scalars.append(by_block(weights_TK.astype(jnp.float32), 0.0))
+        in_specs.append(pl.BlockSpec((1, 1, block * per_token), here, memory_space=pltpu.SMEM))
+    words = words_R1W.shape[2]
+    y_TD = pl.pallas_call(
+        functools.partial(_combine_kernel, per_token=per_token, weighted=weights_TK is not None),
+        grid=(CORES, steps),
+        in_specs=[*in_specs, pl.BlockSpec(memory_space=pl.ANY)],
+        out_specs=pl.BlockSpec((block, width), lambda core, step: (core * steps + step, 0)),
+        out_shape=jax.ShapeDtypeStruct((steps * CORES * block, width), dtype),
+        scratch_shapes=[
+            pltpu.VMEM((2, block * per_token, 1, words), words_R1W.dtype),
+            pltpu.SemaphoreType.DMA((2,)),
+            pltpu.VMEM((block, 1, words), words_R1W.dtype),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=blocks.vmem_bytes, disable_bounds_checks=True
+        ),
+        interpret=interpret.params(),
+        name="combine",
+    )(*scalars, words_R1W)
+    return y_TD[:num_tokens]
+
+
+def _combine_kernel(slots, next_slots, *refs, per_token: int, weighted: bool):
+    weights, (words_hbm, out, buffer, semaphore, sums) = (refs[0], refs[1:]) if weighted else (None, refs)
+    step, num_steps = pl.program_id(1), pl.num_programs(1)
+    block = out.shape[0]
+    now = step % 2
+
+    def fetch(table, half, t):
+        for k in range(per_token):
+            pair = t * per_token + k
+            # One without a row fetches some row, so that a block is always the same number of bytes to wait for.
+            there = words_hbm.at[jnp.maximum(table[0, 0, pair], 0)]
+            pltpu.make_async_copy(there, buffer.at[half, pair], semaphore.at[half]).start()
+
+    def wait(half):
+        pltpu.make_async_copy(buffer.at[half], buffer.at[half], semaphore.at[half]).wait()
+
+    @pl.when(step == 0)
+    def _():
+        jax.lax.fori_loop(0, block, lambda t, _: fetch(slots, now, t), None)
+
+    wait(now)
+
+    def token(t, _):
+        # The next block's copies are issued between this one's sums: both would take the same time one after the other. The last
+        # block has no next one: what it fetches instead is thrown away.
+        fetch(next_slots, 1 - now, t)
+        total = None
+        for k in range(per_token):
+            pair = t * per_token + k
+            words = buffer[now, pair]
+            columns = rows.halves(jnp.where(slots[0, 0, pair] >= 0, words, jnp.zeros_like(words)))
+            if weighted:
+                columns = [weights[0, 0, pair] * c for c in columns]
+            total = columns if total is None else [a + b for a, b in zip(total, columns, strict=True)]
+        sums[t] = rows.join(total)
+
+    jax.lax.fori_loop(0, block, token, None)
+    rows.unpack_rows(sums, out)
+
+    @pl.when(step == num_steps - 1)
+    def _():
+        wait(1 - now)

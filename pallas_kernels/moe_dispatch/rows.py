@@ -1,0 +1,105 @@
+"""Rows that a kernel can fetch one by one: 32-bit words [R, 1, W], which lie one whole row after the other.
+
+A row of a matrix [R, D] is spread over tiles of 8 or 16 rows, and a copy of one row of a 16-bit type does not exist. With a unit
+dimension before the last a row is one stretch of memory, and in VMEM the same bytes read as [R * W / 128, 128], of which a load with
+stride W / 128 takes 128 words of each of eight rows.
+
+bfloat16 with D a multiple of 256: word 128 c + i holds column 256 c + i in its low half and column 256 c + 128 + i in its high
+half, W = D / 2. Else: float32, one column a word, W = D.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import interpret
+
+LANES = 128
+HIGH = 0xFFFF0000
+
+
+def paired(width: int, dtype) -> bool:
+    """Whether two columns share a word."""
+    return dtype == jnp.bfloat16 and width % (2 * LANES) == 0
+
+
+def row_shape(num_rows: int, width: int, dtype) -> jax.ShapeDtypeStruct:
+    """Shape and type of the words of [num_rows, width] values."""
+    if paired(width, dtype):
+        return jax.ShapeDtypeStruct((num_rows, 1, width // 2), jnp.uint32)
+    return jax.ShapeDtypeStruct((num_rows, 1, width), jnp.float32)
+
+
+def to_rows(x_RD: jax.Array) -> jax.Array:
+    """[R, D] as words [R, 1, W]."""
+    num_rows, width = x_RD.shape
+    if not paired(width, x_RD.dtype):
+        return x_RD.astype(jnp.float32).reshape(num_rows, 1, width)
+    halves = jax.lax.bitcast_convert_type(x_RD.reshape(num_rows, -1, 2, LANES), jnp.uint16).astype(jnp.uint32)
+    return (halves[:, :, 0] | (halves[:, :, 1] << 16)).reshape(num_rows, 1, width // 2)
+
+
+def from_rows(words_R1W: jax.Array, dtype) -> jax.Array:
+    """[R, D] of words [R, 1, W]."""
+    num_rows = words_R1W.shape[0]
+    if words_R1W.dtype != jnp.uint32:
+        return words_R1W.reshape(num_rows, -1).astype(dtype)
+    words = words_R1W.reshape(num_rows, -1, 1, LANES)
+    halves = jnp.concatenate([words, words >> 16], axis=2).astype(jnp.uint16)
+    return jax.lax.bitcast_convert_type(halves, jnp.bfloat16).reshape(num_rows, -1).astype(dtype)
+
+
+# --- inside of kernels ---
+
+
+def halves(words) -> list[jax.Array]:
+    """Float32 columns of words: of the low halves, then of the high ones; for float32 the words themselves."""
+    if words.dtype != jnp.uint32:
+        return [words]
+    return [pltpu.bitcast(words << 16, jnp.float32), pltpu.bitcast(words & jnp.uint32(HIGH), jnp.float32)]
+
+
+def join(columns: list[jax.Array]) -> jax.Array:
+    """Words of float32 columns, the opposite of `halves`; two columns are rounded to bfloat16."""
+    if len(columns) == 1:
+        return columns[0]
+    low, high = (pltpu.bitcast(c.astype(jnp.bfloat16).astype(jnp.float32), jnp.uint32) for c in columns)
+    return (low >> 16) | high
+
+
+def load_words(ref, first: int, count: int, line: int):
+    """128 words of each of the rows first, ..., from words [n, 1, W] in VMEM: [count, 128], words 128 * line and following."""
+    if interpret.params():  # which knows no reshaped refs
+        return ref[pl.ds(first, count), 0, pl.ds(line * LANES, LANES)]
+    per_row = ref.shape[2] // LANES
+    return ref.reshape(ref.shape[0] * per_row, LANES)[pl.ds(first * per_row + line, count, stride=per_row), :]
+
+
+def store_words(ref, first: int, line: int, words):
+    """The opposite of load_words."""
+    if interpret.params():
+        ref[pl.ds(first, words.shape[0]), 0, pl.ds(line * LANES, LANES)] = words
+        return
+    per_row = ref.shape[2] // LANES
+    ref.reshape(ref.shape[0] * per_row, LANES)[pl.ds(first * per_row + line, words.shape[0], stride=per_row), :] = words
+
+
+def unpack_rows(words_ref, out_ref):
+    """From words [n, 1, W] to values [n, D] in VMEM."""
+    for line in range(words_ref.shape[2] // LANES):
+        columns = halves(load_words(words_ref, 0, words_ref.shape[0], line))
+        for i, part in enumerate(columns):
+            start = (line * len(columns) + i) * LANES
+            out_ref[:, start : start + LANES] = part.astype(out_ref.dtype)
+
+
+def pack_rows(values_ref, words_ref):
+    """The opposite of unpack_rows."""
+    num_lines = words_ref.shape[2] // LANES
+    columns = values_ref.shape[1] // (num_lines * LANES)
+    for line in range(num_lines):
+        starts = range(line * columns * LANES, (line + 1) * columns * LANES, LANES)
+        store_words(words_ref, 0, line, join([values_ref[:, s : s + LANES].astype(jnp.float32) for s in starts]))

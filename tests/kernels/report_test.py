@@ -1,0 +1,72 @@
+"""The report and the tuner on one small product each, with the real compiler."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import compiler, report, tune
+
+TOPOLOGY = "v5p:2x2x1"
+ROWS, INNER, COLUMNS = 512, 1024, 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    rows: int
+
+
+def probe(shape, blocks, pass_):
+    """A plain product, a block of rows at a time; one of 65,536 rows does not fit VMEM."""
+    del pass_
+    rows = max(shape, blocks.rows)
+
+    def body(x_ref, w_ref, o_ref):
+        o_ref[...] = jnp.dot(x_ref[...], w_ref[...], preferred_element_type=jnp.float32).astype(o_ref.dtype)
+
+    call = pl.pallas_call(
+        body, grid=(rows // blocks.rows,), name="plain", out_shape=jax.ShapeDtypeStruct((rows, COLUMNS), jnp.bfloat16),
+        in_specs=[pl.BlockSpec((blocks.rows, INNER), lambda i: (i, 0)), pl.BlockSpec((INNER, COLUMNS), lambda i: (0, 0))],
+        out_specs=pl.BlockSpec((blocks.rows, COLUMNS), lambda i: (i, 0)), compiler_params=pltpu.CompilerParams(vmem_limit_bytes=2**25),
+    )  # fmt: skip
+    args = jax.ShapeDtypeStruct((rows, INNER), jnp.bfloat16), jax.ShapeDtypeStruct((INNER, COLUMNS), jnp.bfloat16)
+    moved = 2 * (rows * (INNER + COLUMNS) + INNER * COLUMNS)
+    macs = INNER * COLUMNS
+    return compiler.Probe(call, args, {"plain": blocks.rows * macs}, moved, moved, total_macs=rows * macs)
+
+
+MODULE = types.SimpleNamespace(candidates=lambda *_: [Blocks(65_536), Blocks(8), Blocks(256)], probe=probe)
+
+
+def test_a_line_names_the_wall_and_what_the_call_reaches_at_it(schedules):
+    line = report.judge(("kernel", "shape", "forward", "ours"), {"rows": 256}, probe(ROWS, Blocks(256), ""), TOPOLOGY, schedules)
+    assert line.wall == "unit" and 0.9 < line.share == line.rate <= 1.0
+    assert line.flops == 2 * ROWS * INNER * COLUMNS and not line.message
+    starved = dataclasses.replace(probe(ROWS, Blocks(256), ""), hbm_bytes=2**30)
+    line = report.judge(("kernel", "shape", "forward", "ours"), {}, starved, TOPOLOGY, schedules)
+    chip = compiler.chip(TOPOLOGY)
+    assert line.wall == "HBM" and line.share == pytest.approx(
+        ROWS * INNER * COLUMNS / (2**30 / chip.hbm_bytes_per_cycle * chip.macs_per_cycle)
+    )
+
+
+def test_what_the_compiler_refuses_is_a_line_that_says_so(schedules):
+    line = report.judge(("kernel", "shape", "forward", "ours"), {}, probe(ROWS, Blocks(65_536), ""), TOPOLOGY, schedules)
+    assert "vmem" in line.message.lower() or "RESOURCE_EXHAUSTED" in line.message
+    assert len(line.cells()) == len(report.HEADINGS)
+
+
+def test_the_tuner_takes_the_faster_candidate_and_leaves_out_what_does_not_compile(schedules):
+    assert tune.best(MODULE, ROWS, "forward", TOPOLOGY, schedules)[2] == Blocks(256)
+
+
+@pytest.mark.parametrize("module", report.KERNELS)
+def test_every_kernel_offers_what_the_report_asks_for(module):
+    shapes = __import__(report.KERNELS[module], fromlist=["SHAPES"])
+    for name in ("SHAPES", "PASSES", "FOLDER", "chosen_blocks", "candidates", "probe", "public_probes", "work_table"):
+        assert hasattr(shapes, name), f"{module} has no {name}"
+    assert (shapes.FOLDER / "tuning.json").is_file()
