@@ -40,8 +40,8 @@ def _model() -> ConfigDict:
     model.compute_dtype = "bfloat16"
     model.scan_layers = True  # False compiles longer and runs faster on a CPU
     model.remat = "full"  # none, full, dots, context
-    model.attention = "xla"  # reference, xla
-    model.grouped_matmul = "auto"  # auto, reference, batched, ragged_dot, pallas
+    model.attention = "auto"  # auto (pallas on a TPU, else xla), reference, xla, pallas, cudnn
+    model.grouped_matmul = "auto"  # auto (pallas on a TPU, batched on a CPU, else ragged_dot), reference, batched, ragged_dot, pallas
     model.expert_exchange = "ragged_all_to_all"  # all_gather, all_to_all; on a CPU one of these two
     model.expert_buffer = 1.25  # rows of an exchange's buffers over the rows a device sends
     return model

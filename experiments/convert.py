@@ -37,7 +37,7 @@ SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "With --to_hf: largest size of a 
 RUNTIME = {  # with --from_hf: the model config's fields that no folder knows, see hf_config.RUNTIME_FIELDS
     "compute_dtype": flags.DEFINE_enum("compute_dtype", "bfloat16", DTYPES, "With --from_hf: type of matmul inputs."),
     "remat": flags.DEFINE_enum("remat", "full", REMAT_POLICIES, "With --from_hf: what the backward pass recomputes."),
-    "attention": flags.DEFINE_enum("attention", "xla", attention.IMPLEMENTATIONS, "With --from_hf: implementation."),
+    "attention": flags.DEFINE_enum("attention", "auto", attention.IMPLEMENTATIONS, "With --from_hf: implementation."),
     "grouped_matmul": flags.DEFINE_enum("grouped_matmul", "auto", moe_dispatch.IMPLEMENTATIONS, "With --from_hf: implementation."),
     "expert_exchange": flags.DEFINE_enum("expert_exchange", "all_to_all", EXPERT_EXCHANGES, "With --from_hf: see glm_jax.config."),
     "expert_buffer": flags.DEFINE_float("expert_buffer", 1.25, "With --from_hf: see glm_jax.config."),

@@ -37,8 +37,6 @@ def main(argv: list[str]):
     jax.config.update("jax_platforms", "cpu")  # the program is for the pod, never for what this machine has
     run = entry.run_config(CONFIG.value)
     model = run.model
-    if model.grouped_matmul == "auto":  # which looks at this machine
-        model = dataclasses.replace(model, grouped_matmul="ragged_dot")
     rows = NUM_ROWS.value or len(tpu_devices(TOPOLOGY.value))
     engine = EngineConfig(
         context=CONTEXT.value, num_rows=rows, page_size=PAGE_SIZE.value, prefill_chunk=512, min_rows=1, min_chunk=1,

@@ -51,7 +51,7 @@ def _import_model(folder: pathlib.Path):
         "compute_dtype": "float32" if device.platform == "cpu" else "bfloat16",
         "scan_layers": True,
         "remat": "none",
-        "attention": "xla",
+        "attention": "xla",  # takes any length
         "grouped_matmul": "auto",
         "expert_exchange": "all_to_all",
         "expert_buffer": 1.25,

@@ -15,7 +15,9 @@ from glm_jax.train.checkpoint import load_weights, newest_step, read_config
 from glm_jax.train.state import Trainee, TrainState
 
 # What a later stage may change of the model: how it computes, and how far it reaches; not what it is.
-CHANGEABLE = ("compute_dtype", "remat", "attention", "grouped_matmul", "scan_layers", "max_length", "rope_theta")
+CHANGEABLE = (
+    "compute_dtype", "remat", "attention", "grouped_matmul", "expert_exchange", "expert_buffer", "scan_layers", "max_length", "rope_theta",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

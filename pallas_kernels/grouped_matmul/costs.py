@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 
@@ -78,42 +76,3 @@ def moved_by_megablox(sizes_E: np.ndarray, tile: tuple[int, int, int], depth: in
     if tk >= depth:
         return (rows * depth * pieces + experts * depth * width + rows * width) * item
     return (visited * depth * pieces + visited // tm * depth * width + rows * width) * item
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerBytes:
-    """HBM bytes of one MoE layer's routed experts, forward and backward."""
-
-    ours: int
-    unfused: int
-
-
-def layer(width: int, ffn: int, sizes_E: np.ndarray, dtype, blocks_of, megablox_tile) -> LayerBytes:
-    """blocks_of(kernel, K, N): our blocks. megablox_tile(K, N, pass): (rows, K, N) tiles of gmm, transposed gmm or tgmm.
-
-    Ours: swiglu of gathered rows, down, sum over a token's rows; swiglu_backward of gathered rows, two_matmul, sum; gathers of x and
-    dout for the three gradients of matrices. Unfused, by XLA where not a product: gather, gate|up, SwiGLU, down, weighted sum; gather
-    and weights of dout and of y, down's two gradients, SwiGLU's, gate|up's two gradients, sum. XLA's loops move each operand once.
-    """
-    item, experts, rows = jnp.dtype(dtype).itemsize, len(sizes_E), int(np.sum(sizes_E))
-    used, tokens = rows_computed(sizes_E), rows // PER_TOKEN
-    args = lambda kernel, k, n: (kernel, blocks_of(kernel, k, n), k, n, used, experts, dtype)  # noqa: E731
-    combine = (rows + tokens) * width * item
-    ours = (
-        moved(*args("swiglu", width, ffn), tokens) + moved(*args("matmul", ffn, width), None) + combine
-        + moved(*args("swiglu_backward", width, ffn), tokens) + moved(*args("two_matmul", ffn, width), None) + combine
-        + 4 * used * width * item
-        + 2 * moved(*args("weight_gradient", width, ffn), None) + moved(*args("weight_gradient", ffn, width), None)
-    )  # fmt: skip
-
-    def gmm(k, n, pass_):
-        return moved_by_megablox(sizes_E, megablox_tile(k, n, pass_), k, n, dtype, gradient=pass_ == "weight gradient")
-
-    row, narrow = rows * width * item, rows * ffn * item
-    unfused = (
-        2 * row + gmm(width, 2 * ffn, "forward") + 3 * narrow + gmm(ffn, width, "forward") + combine
-        + 2 * row + 2 * row  # dout and weights; their product with y
-        + gmm(width, ffn, "input gradient") + gmm(ffn, width, "weight gradient") + 5 * narrow
-        + gmm(2 * ffn, width, "input gradient") + gmm(width, 2 * ffn, "weight gradient") + combine
-    )  # fmt: skip
-    return LayerBytes(ours, unfused)

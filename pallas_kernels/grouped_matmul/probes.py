@@ -100,8 +100,8 @@ def public_probes(shape: Shape, pass_: str) -> dict[str, Probe]:
 
 
 def megablox_tiles(depth: int, width: int, *, gradient: bool) -> list[tuple[int, int, int]]:
-    """Tiles that fit the 16 MiB that megablox leaves itself (blocks twice, a float32 accumulator): at each number of rows those with
-    the whole K, or the gradient's with large pieces of it, and the widest N (not all divide it); and the usual 512 rows with pieces of K.
+    """Tiles that fit the 16 MiB that megablox leaves itself (blocks twice, a float32 accumulator): at each number of rows those with the
+    whole K, or the gradient's with large pieces of it, and the widest N (not all divide it); and the usual 512 rows with pieces of K.
     """
     out = []
     for rows in (128, 256, 512):

@@ -25,7 +25,7 @@ HEADS, SIZE, PAGE = 12, 128, 128  # query heads a key-value head, head size, tok
 WIDE_UNITS = ("v6e", "tpu7x")
 TWO_CORES = ("v4", "v5p")
 STEP_BYTES = 2**22  # of a step's pages
-MOST_PAGES = 64
+TURN_PAGES = 64  # pages of a step times heads of a turn, all written out: more take the compiler minutes and gain nothing
 TURN_ROWS = 192  # query rows of a turn, unless one head has more
 PROMPT_TOKENS = 16  # queries of a block where there are more than FEW_TOKENS
 FEW_TOKENS = 8
@@ -103,11 +103,11 @@ def _by_rule(length: int, groups: int, per_group: int, size: int, page_size: int
     heads = _heads_of_core(groups, kind)
     page_bytes = 2 * heads * page_size * size * jnp.dtype(dtype).itemsize
     join = 2 if kind in WIDE_UNITS else 1
-    fit = max(join, min(MOST_PAGES, STEP_BYTES // page_bytes))
     tokens = length if length <= FEW_TOKENS else PROMPT_TOKENS
-    fit = fit if length <= FEW_TOKENS else max(join, min(fit, PROMPT_PAGES))
     bits = dtype == "float8_e4m3fn" and kind in fp8_bits.CHIPS
     turn = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * tokens * per_group <= TURN_ROWS))
+    most = TURN_PAGES // turn if length <= FEW_TOKENS else PROMPT_PAGES
+    fit = max(join, min(most, STEP_BYTES // page_bytes))
     return Blocks(fit - fit % join, join, tokens, bits, turn)
 
 

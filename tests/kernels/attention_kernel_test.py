@@ -140,17 +140,20 @@ def test_parts_of_a_row_merge_to_the_whole(simulated):
 
 
 def test_a_row_whose_exponentials_vanish_is_computed_again(simulated):
-    """Keys opposite to their queries: every score lies 112 powers of two below the shift. All numbers are exact in float32."""
+    """Keys opposite to their queries: scores lie 176 powers of two below the shift, where float32 has only zero. Numbers are exact."""
     q, k, v, dout, dlse = inputs()
     q[:], k[:] = 1.0, -1.0
     k[:, 5] = 2.0**-10 - 1
-    ids, scale = np.stack([documents(LENGTH)] * 2), 0.75 / tiled.LOG2_E
-    shift = 128 * 0.75 - kernel.HEADROOM
-    assert shift > kernel.SURE and LENGTH * 2.0 ** (-128 * 0.75 - shift) < kernel.VANISHED
+    ids, scale = np.stack([documents(LENGTH)] * 2), 1 / tiled.LOG2_E
+    shift = 128 - kernel.HEADROOM
+    assert shift > kernel.SURE and np.exp2(np.float32(-128 - shift)) < np.finfo(np.float32).smallest_subnormal
     found = simulated((q, k, v, dout, dlse), ids, scale=scale)
     out, lse = oracle.attention(q, k, v, ids, ids, scale)
     assert oracle.relative(found[0], out) < TOLERANCE["float32"]
     assert oracle.relative(found[1], lse) < TOLERANCE["float32"]
+    dv = oracle.gradients(q, k, v, ids, ids, scale, dout, dlse)[2]
+    assert oracle.relative(found[4], dv) < TOLERANCE["float32"]
+    assert not races_found()
 
 
 def test_tiles_visited_are_those_with_an_allowed_pair():

@@ -23,6 +23,7 @@ V5P, V6E, TPU7X = "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"
         (V6E, "355B down", "forward", 0.99),
         (V6E, "Air down", "forward", 0.91),  # 1408 = 5.5 x 256: at most 0.917
         (V6E, "355B down", "input gradient", 0.99),
+        (V6E, "355B down", "weight gradient", 0.99),
         (TPU7X, "Air gate_up", "forward", 0.99),
         (TPU7X, "Air down", "input gradient", 0.91),
         (TPU7X, "355B down", "weight gradient", 0.99),
