@@ -80,7 +80,7 @@ class Probe:
     macs: dict[str, int]
     hbm_bytes: int
     hbm_bytes_needed: int
-    total_macs: int = 0
+    total_macs: int
 
 
 @dataclasses.dataclass(frozen=True)

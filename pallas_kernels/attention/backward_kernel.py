@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
-from pallas_kernels.attention.kernel import LN2, head, is_full, is_visited, product, write_bias
+from pallas_kernels.attention.kernel import LN2, head, is_full, is_visited, key_copies, product, query_specs, write_bias
 from pallas_kernels.attention.tiles import FIRST, NEXT, STOP, Tiles
 
 # The kernel's state: key blocks seen, the buffer of the sums, whether the next sums are on their way in, and for each buffer whether
@@ -37,19 +37,12 @@ def _backward(
     parts = [slice(start, start + piece) for start in range(0, q_block, piece)]
     key_parts = [slice(start, start + kv_piece) for start in range(0, kv_block, kv_piece)]
 
-    def place(ref, j):
-        return ref.at[b, pl.ds(j * kv_block, kv_block), pl.ds(g * size, size)]
-
     def sum_place(ref, j):
         rows, columns = pl.ds(j * kv_block, kv_block), pl.ds(g * size, size)
         return ref.at[b, columns, rows] if turned else ref.at[b, rows, columns]
 
     def inputs(j, slot):
-        return [
-            pltpu.make_async_copy(place(k_hbm, j), k_buf.at[slot], in_sems.at[slot, 0]),
-            pltpu.make_async_copy(place(v_hbm, j), v_buf.at[slot], in_sems.at[slot, 1]),
-            pltpu.make_async_copy(kv_ids_hbm.at[b, j], ids_buf.at[slot], in_sems.at[slot, 2]),
-        ]
+        return key_copies(b, g, j, slot, (k_hbm, v_hbm, kv_ids_hbm), (k_buf, v_buf, ids_buf), in_sems)
 
     def sums(j, slot, *, out: bool):
         for ref, buf, n in ((dk_hbm, dk_buf, 0), (dv_hbm, dv_buf, 1)):
@@ -200,9 +193,7 @@ def backward(
     batch, length, _ = q_BLX.shape
     groups = lse_BGPL.shape[1]
     size = k_BMY.shape[-1] // groups
-    q_spec = pl.BlockSpec((None, blocks.q, heads * size), lambda b, g, i, *_: (b, i, g))
-    row_spec = pl.BlockSpec((None, None, heads, blocks.q), lambda b, g, i, *_: (b, g, 0, i))
-    ids_spec = pl.BlockSpec((None, 1, blocks.q), lambda b, g, i, *_: (b, 0, i))
+    q_spec, row_spec, ids_spec = query_specs(blocks.q, heads, size)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     body = functools.partial(_backward, **blocks.of_kernel, turned=blocks.turned, force=force)
     vmem = lambda *shape, dtype=jnp.float32: pltpu.VMEM(shape, dtype)  # noqa: E731

@@ -21,13 +21,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
+from pallas_kernels.attention.reference import NO_KEY
 from pallas_kernels.attention.tiles import FIRST, GREATEST, LEAST, NEXT, ONLY, STOP, Tiles
 
 HEADROOM = 80.0  # log2; 2^80 x 2^17 keys x values up to 2^30 is a float32
 VANISHED = 2.0**-90  # a row sum below, at a shift above SURE, may have lost terms that matter: 2^17 of up to 2^-126
 SURE = 10.0  # scores are >= -|q| max|k|, so at shifts up to here the largest term of a row is >= 2^-(HEADROOM + SURE + SURE)
 MASKED = -1e38
-NO_KEY = -1e30  # log-sum-exp, and running maximum, of a query that sees no key
 LN2 = math.log(2.0)
 LANES, SUBLANES = 128, 8
 
@@ -63,6 +63,27 @@ def write_bias(bias, q_ids_ref, kv_ids_ref, q_first, kv_first):
     bias[...] = jnp.where((kv_ids == q_ids) & (q_ids > 0) & behind, 0.0, MASKED)
 
 
+def key_copies(b, g, j, slot, hbm, buffers, sems):
+    """Copies of keys, values and ids of key block j to one of the buffers."""
+    (k_hbm, v_hbm, ids_hbm), (k_buf, v_buf, ids_buf) = hbm, buffers
+    _, kv_block, size = k_buf.shape
+    rows, columns = pl.ds(j * kv_block, kv_block), pl.ds(g * size, size)
+    return [
+        pltpu.make_async_copy(k_hbm.at[b, rows, columns], k_buf.at[slot], sems.at[slot, 0]),
+        pltpu.make_async_copy(v_hbm.at[b, rows, columns], v_buf.at[slot], sems.at[slot, 1]),
+        pltpu.make_async_copy(ids_hbm.at[b, j], ids_buf.at[slot], sems.at[slot, 2]),
+    ]
+
+
+def query_specs(q_block: int, heads: int, size: int):
+    """What a grid of (batch, key-value heads, query blocks) reads of [B, L, G x heads x H], [B, G, heads, L] and [B, 1, L]."""
+    return (
+        pl.BlockSpec((None, q_block, heads * size), lambda b, g, i, *_: (b, i, g)),
+        pl.BlockSpec((None, None, heads, q_block), lambda b, g, i, *_: (b, g, 0, i)),
+        pl.BlockSpec((None, 1, q_block), lambda b, g, i, *_: (b, 0, i)),
+    )
+
+
 def _forward(
     meta, queries, keys, q_ref, shift_ref, q_ids_ref, k_hbm, v_hbm, kv_ids_hbm, o_ref, lse_ref,
     k_buf, v_buf, ids_buf, acc, total, best, bias, state, sems, *,
@@ -79,12 +100,7 @@ def _forward(
     key_parts = [slice(start, start + kv_piece) for start in range(0, kv_block, kv_piece)]
 
     def copies(j, slot):
-        rows, columns = pl.ds(j * kv_block, kv_block), pl.ds(g * size, size)
-        return [
-            pltpu.make_async_copy(k_hbm.at[b, rows, columns], k_buf.at[slot], sems.at[slot, 0]),
-            pltpu.make_async_copy(v_hbm.at[b, rows, columns], v_buf.at[slot], sems.at[slot, 1]),
-            pltpu.make_async_copy(kv_ids_hbm.at[b, j], ids_buf.at[slot], sems.at[slot, 2]),
-        ]
+        return key_copies(b, g, j, slot, (k_hbm, v_hbm, kv_ids_hbm), (k_buf, v_buf, ids_buf), sems)
 
     def start(j, slot):
         for copy in copies(j, slot):
@@ -231,9 +247,7 @@ def forward(
     batch, length, _ = q_BLX.shape
     groups = shift_BGPL.shape[1]
     size = k_BMY.shape[-1] // groups
-    q_spec = pl.BlockSpec((None, blocks.q, heads * size), lambda b, g, i, *_: (b, i, g))
-    row_spec = pl.BlockSpec((None, None, heads, blocks.q), lambda b, g, i, *_: (b, g, 0, i))
-    ids_spec = pl.BlockSpec((None, 1, blocks.q), lambda b, g, i, *_: (b, 0, i))
+    q_spec, row_spec, ids_spec = query_specs(blocks.q, heads, size)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     body = functools.partial(_forward, **blocks.of_kernel, force=force)
     vmem = lambda *shape, dtype=jnp.float32: pltpu.VMEM(shape, dtype)  # noqa: E731

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-NO_KEY = -1e30  # log-sum-exp of a query that sees no key
+NO_KEY = -1e30  # log-sum-exp, and running maximum, of a query that sees no key
 
 
 def allowed_pairs(q_segment_ids_BL, kv_segment_ids_BM, q_index_L, kv_index_M) -> jax.Array:

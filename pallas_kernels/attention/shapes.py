@@ -12,13 +12,12 @@ import numpy as np
 
 from pallas_kernels import tuning
 from pallas_kernels.compiler import Chip, Probe
-from pallas_kernels.target import target_kind
+from pallas_kernels.target import WIDE_UNITS, target_kind
 
 FOLDER = pathlib.Path(__file__).parent
 PASSES = ("forward", "backward")
 PRODUCTS = {"forward": 2, "backward": 5}
 VMEM_BYTES = 7 * 2**23  # of a probe: what every chip has
-WIDE_UNITS = ("v6e", "tpu7x")
 TILE = 256
 AHEAD = {"forward": 8, "backward": 1}
 MOST_HEADS = 48  # query heads a key-value head; with more, blocks of half as many queries fit VMEM
@@ -210,13 +209,12 @@ def document_rows(length: int, kind: str) -> np.ndarray:
     return np.asarray(rows, np.int32)
 
 
-def work(segment_ids_BL: np.ndarray, shape: Shape, blocks: Blocks) -> dict[str, float]:
+def work(segment_ids_BL: np.ndarray, blocks: Blocks) -> dict[str, float]:
     """Pairs of query and key in tiles: those that our kernel visits, those of tiles with an allowed pair, allowed ones, and those that
     splash visits with tiles of 512 (all that causality leaves); and the share of our tiles that need no mask.
     """
     from pallas_kernels.attention.tiles import FIRST, ONLY, STOP, tiles
 
-    del shape
     ids = jnp.asarray(segment_ids_BL)
     listed = tiles(ids, ids, 0, 0, blocks.q, blocks.kv)
     queries, keys = np.asarray(listed.queries), np.asarray(listed.keys)
@@ -247,7 +245,7 @@ def work_table() -> list[dict]:
     out = []
     for length in (32_768, 131_072):
         for kind in ("whole", "cut"):
-            counted = work(document_rows(length, kind), SHAPES["32K"], chosen_blocks(SHAPES["32K"], "forward"))
+            counted = work(document_rows(length, kind), chosen_blocks(SHAPES["32K"], "forward"))
             visited = counted["visited"]
             out.append({
                 "row": f"{length} tokens, {kind} files", "visited / with an allowed pair": visited / counted["needed"],

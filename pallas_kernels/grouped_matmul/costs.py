@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.grouped_matmul.shapes import TILE, Blocks, GradientBlocks
+from pallas_kernels.grouped_matmul.shapes import TILE
 
 EXPERTS = 16  # of a device: 160 over 10 devices, 128 over 8
 PER_TOKEN = 8
@@ -30,22 +30,19 @@ def rows_of_megablox(sizes_E: np.ndarray, tile: int) -> int:
     return int(tiles.sum()) * tile
 
 
-def work(sizes_E: np.ndarray, blocks: Blocks | GradientBlocks, *, wide_units: bool) -> dict[str, float]:
-    """Row efficiency, rows over rows computed, of ours and of megablox at its tiles. wide_units: of 256 columns (v6e, tpu7x)."""
-    granule = 2 * TILE if wide_units and isinstance(blocks, GradientBlocks) else TILE
+def work(sizes_E: np.ndarray, granule: int) -> dict[str, float]:
+    """Row efficiency, rows over rows computed, of ours (granule: as in rows_computed) and of megablox at its tiles."""
     rows = int(np.sum(sizes_E))
     ours = {"ours": rows / rows_computed(sizes_E, granule)}
     return ours | {f"megablox {tile}": rows / rows_of_megablox(sizes_E, tile) for tile in (128, 256, 512)}
 
 
 def work_table() -> list[dict]:
-    some = Blocks(columns=1, size=1, join=False, gap=0, cores=1, vmem_bytes=0)
-    gradient = GradientBlocks(rows=1, columns=1, size=4, chunk=256, gap=0, vmem_bytes=0)
     out = []
     for rows in (1024, 300):
         for kind in ("uniform", "zipf"):
-            for name, blocks in (("products", some), ("weight gradient on 256-wide units", gradient)):
-                counted = work(routing(kind, EXPERTS, rows), blocks, wide_units=True)
+            for name, granule in (("products", TILE), ("weight gradient on 256-wide units", 2 * TILE)):
+                counted = work(routing(kind, EXPERTS, rows), granule)
                 out.append({"rows an expert": rows, "routing": kind, "of": name, **counted})
     return out
 

@@ -15,8 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import interpret, tuning
-from pallas_kernels.paged_attention import fp8_bits
+from pallas_kernels import fp8_bits, interpret, tuning
 
 BLOCK = 128  # rows and columns of a matrix that share a scale
 ALIGNMENT = {"bfloat16": 16, "float32": 8}  # rows of a register

@@ -11,16 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import compiler, tuning
+from pallas_kernels import compiler, fp8_bits, tuning
 from pallas_kernels.compiler import Chip, Probe
 from pallas_kernels.grouped_matmul.few_rows import ALIGNMENT, BLOCK, Blocks, few_rows_matmul, few_rows_swiglu
-from pallas_kernels.paged_attention import fp8_bits
-from pallas_kernels.target import target_kind
+from pallas_kernels.grouped_matmul.tiles import buffer_rows
+from pallas_kernels.target import WIDE_UNITS, target_kind
 
-FOLDER = pathlib.Path(__file__).parent / "few_rows_tuning"
-TABLE = "tuning.json"
+FOLDER = pathlib.Path(__file__).parent
 PASSES = ("forward",)
-WIDE_UNITS = ("v6e", "tpu7x")
 STEP_BYTES = 2**22  # of a step's matrices, two of which are in flight
 NAMES = {1: "few_rows_matmul", 2: "few_rows_swiglu"}
 FP8 = "float8_e4m3fn"
@@ -53,9 +51,7 @@ class Shape:
     @property
     def buffer_rows(self) -> int:
         """What holds any sizes, each rounded up."""
-        alignment = self.alignment
-        most = self.rows + min(self.rows, self.groups) * (alignment - 1)
-        return -(-most // alignment) * alignment
+        return buffer_rows(self.rows, self.groups, self.alignment)
 
 
 def _shapes() -> dict[str, Shape]:

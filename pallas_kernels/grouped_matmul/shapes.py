@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tuning
 from pallas_kernels.compiler import Chip
-from pallas_kernels.target import target_kind
+from pallas_kernels.target import TWO_CORES, WIDE_UNITS, target_kind
 
 FOLDER = pathlib.Path(__file__).parent
 TILE = 128  # rows that an expert's first row is a multiple of
@@ -117,8 +117,8 @@ def blocks_for(kernel: str, depth: int, width: int, dtype) -> Blocks | GradientB
 
 def fitting(kernel: str, depth: int, width: int, dtype, kind: str | None, capacity: int) -> list:
     """All blocks that the rule would take, the one with the largest pieces first."""
-    wide = kind in ("v6e", "tpu7x")
-    cores = 2 if kind in ("v4", "v5p") else 1
+    wide = kind in WIDE_UNITS
+    cores = 2 if kind in TWO_CORES else 1
     limit = capacity - capacity // 32
     if kernel == "weight_gradient":
         cuts = [

@@ -45,8 +45,8 @@ class Steps(NamedTuple):
 
 
 def buffer_rows(num_rows: int, num_experts: int, tile: int) -> int:
-    """Rows of a buffer that holds num_rows rows however num_experts experts share them."""
-    return -(-(num_rows + num_experts * (tile - 1)) // tile) * tile
+    """Rows of a buffer that holds num_rows rows, each expert's from a multiple of tile on, however num_experts experts share them."""
+    return -(-(num_rows + min(num_experts, num_rows) * (tile - 1)) // tile) * tile
 
 
 def row_tiles(group_sizes_E: jax.Array, num_rows_buffer: int, tile: int) -> RowTiles:
@@ -88,13 +88,6 @@ def row_steps(tiles: RowTiles, size: int, *, join: bool, visit_empty: bool) -> t
 def counts_of_step(size: int, *, join: bool, visit_empty: bool) -> tuple[int, ...]:
     """Numbers of tiles that a step of row_steps can have."""
     return tuple(range(0 if visit_empty else 1, size + 1 + (join and size > 1)))
-
-
-def live_rows(tiles: RowTiles) -> jax.Array:
-    """Which rows of the buffer belong to an expert, bool [R]."""
-    index = jnp.arange(len(tiles.expert), dtype=jnp.int32)
-    left = jnp.where(index < tiles.used, tiles.sizes[tiles.expert] - (index - tiles.first[tiles.expert]) * tiles.tile, 0)
-    return (jnp.arange(tiles.tile)[None] < left[:, None]).reshape(-1)
 
 
 def _owner(ends_E, num: int):

@@ -17,7 +17,6 @@ from pallas_kernels.target import target_platform
 __all__ = ["IMPLEMENTATIONS", "Dispatch", "Quantized", "combine_rows", "gather_rows", "routed_ffn", "sort_by_expert"]
 
 IMPLEMENTATIONS = ("auto", "reference", "batched", "ragged_dot", "pallas")
-OF_PLATFORM = {"cpu": "batched", "tpu": "pallas"}  # auto; elsewhere ragged_dot
 MANY_ROWS = 64  # an expert, from which on one product for gate and up pays for writing their matrices side by side
 
 
@@ -60,12 +59,9 @@ def routed_ffn(
     Raises:
       ValueError: for an unknown implementation, shapes that do not fit, and what the implementation does not take.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"grouped_matmul={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    implementation = chosen(implementation)
     _check_shapes(x_TD, expert_TK, weights_TK, gate_EDF, up_EDF, down_EFD)
     x_TD, expert_TK = jnp.asarray(x_TD), jnp.asarray(expert_TK)
-    if implementation == "auto":
-        implementation = OF_PLATFORM.get(target_platform(), "ragged_dot")
     if implementation == "pallas":
         _check_pallas(x_TD, *down_EFD.shape[1:])
         return routed.routed_ffn(x_TD, expert_TK, weights_TK, gate_EDF, up_EDF, down_EFD)
@@ -73,6 +69,15 @@ def routed_ffn(
     if implementation == "reference":
         return reference.routed_ffn(x_TD, expert_TK, weights_TK, *matrices)
     return _sorted(x_TD, expert_TK, weights_TK, *matrices, implementation=implementation)
+
+
+def chosen(implementation: str) -> str:
+    """The implementation that a name means in the current trace. Raises ValueError for an unknown name."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"grouped_matmul={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation != "auto":
+        return implementation
+    return {"cpu": "batched", "tpu": "pallas"}.get(target_platform(), "ragged_dot")
 
 
 def _sorted(x_TD, expert_TK, weights_TK, gate_EDF, up_EDF, down_EFD, *, implementation: str):

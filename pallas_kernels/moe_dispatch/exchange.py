@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.moe_dispatch.api import OF_PLATFORM, routed_ffn
+from pallas_kernels.moe_dispatch.api import chosen, routed_ffn
 from pallas_kernels.moe_dispatch.sorting import Dispatch, combine_rows, gather_rows, sort_by_expert, take
 from pallas_kernels.target import target_platform
 
@@ -146,9 +146,7 @@ send.defvjp(
 
 def _round(exchange: Exchange, route: Route, number, x_TD, weights_TK, matrices):
     """What the rows of one round add to y [T, D]."""
-    implementation = exchange.implementation
-    if implementation == "auto":
-        implementation = OF_PLATFORM.get(target_platform(), "ragged_dot")
+    implementation = chosen(exchange.implementation)
     dispatch = route.dispatch(number, implementation == "pallas")
     there = dispatch.group_sizes_E, route.sizes(jnp.sum(route.received_ne, axis=1), number)
     x_SD = checkpoint_name(send(exchange, gather_rows(x_TD, dispatch), *there), "expert_rows")

@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.grouped_matmul.tiles import buffer_rows
 from pallas_kernels.moe_dispatch import kernel
 from pallas_kernels.moe_dispatch.shapes import blocks_for
 
@@ -28,11 +29,6 @@ class Dispatch:
     group_sizes_E: jax.Array
     whole: bool = True
     pallas: bool = False
-
-
-def buffer_rows(num_pairs: int, num_experts: int, alignment: int) -> int:
-    """Rows that hold all pairs, each expert's from a multiple of alignment on, however they are shared out."""
-    return -(-(num_pairs + min(num_experts, num_pairs) * (alignment - 1)) // alignment) * alignment
 
 
 def sort_by_expert(expert_TK: jax.Array, num_experts: int, alignment: int = 1) -> Dispatch:

@@ -16,8 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import interpret, tuning
-from pallas_kernels.paged_attention import fp8_bits
+from pallas_kernels import fp8_bits, interpret, tuning
 
 LANES = 128
 MASKED = -1e38

@@ -13,17 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import compiler, tuning
+from pallas_kernels import compiler, fp8_bits, tuning
 from pallas_kernels.compiler import Chip, Probe
-from pallas_kernels.paged_attention import fp8_bits
-from pallas_kernels.target import target_kind, target_platform
+from pallas_kernels.target import TWO_CORES, WIDE_UNITS, target_kind, target_platform
 
 FOLDER = pathlib.Path(__file__).parent
-TABLE = "tuning.json"
 PASSES = ("forward",)
 HEADS, SIZE, PAGE = 12, 128, 128  # query heads a key-value head, head size, tokens of a page
-WIDE_UNITS = ("v6e", "tpu7x")
-TWO_CORES = ("v4", "v5p")
 STEP_BYTES = 2**22  # of a step's pages
 TURN_PAGES = 64  # pages of a step times heads of a turn, all written out: more take the compiler minutes and gain nothing
 TURN_ROWS = 192  # query rows of a turn, unless one head has more

@@ -161,7 +161,7 @@ def test_tiles_visited_are_those_with_an_allowed_pair():
     for kind, share_of_splash in (("whole", 0.7), ("cut", 0.1)):
         ids = shapes.document_rows(32_768, kind)[:2]
         shape = shapes.SHAPES["32K"]
-        counted = shapes.work(ids, shape, shapes.chosen_blocks(shape, "forward"))
+        counted = shapes.work(ids, shapes.chosen_blocks(shape, "forward"))
         assert counted["needed"] <= counted["visited"] <= 1.15 * counted["needed"]
         assert counted["visited"] < share_of_splash * counted["splash"]
 

@@ -50,7 +50,9 @@ def test_a_plain_product_is_judged_at_nearly_the_peak(schedules):
     call = pl.pallas_call(product, out_shape=jax.ShapeDtypeStruct((rows, columns), jnp.float32), name="plain")
     args = jax.ShapeDtypeStruct((rows, inner), jnp.bfloat16), jax.ShapeDtypeStruct((inner, columns), jnp.bfloat16)
     moved = 2 * inner * (rows + columns) + 4 * rows * columns
-    probe = compiler.Probe(call, args, {"plain": rows * inner * columns}, hbm_bytes=moved, hbm_bytes_needed=moved)
+    probe = compiler.Probe(
+        call, args, {"plain": rows * inner * columns}, hbm_bytes=moved, hbm_bytes_needed=moved, total_macs=rows * inner * columns
+    )
     verdict = compiler.judge(probe, "v5p:2x2x1", schedules)
     assert 0.9 < verdict.useful_rate["plain"] <= 1.0
     assert verdict.vmem_bytes["plain"] >= moved
