@@ -122,7 +122,8 @@ def main():
             parser.error(str(error))
         judged = list(lines(args.topology, folder, kernels, args.shape))
     print(f"{args.topology}: compiled and counted\n\n{table(HEADINGS, [line.cells() for line in judged])}")
-    work = {kernel: importlib.import_module(KERNELS[kernel]).work_table() for kernel in kernels}
+    with jax.set_mesh(compiler.one_device(args.topology)):  # blocks by rule are those of the topology
+        work = {kernel: importlib.import_module(KERNELS[kernel]).work_table() for kernel in kernels}
     for kernel, rows in work.items():
         if rows:
             cells = [[f"{x:.3f}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]

@@ -84,7 +84,7 @@ def unfused_bytes(sizes_E: np.ndarray, width: int, ffn: int, per_token: int, vme
 
 
 def work_table() -> list[dict]:
-    """Bytes of one layer, for what the current trace is for (by default v5p's rule), beside the unfused path's with its tiles in the
+    """Bytes of one layer, for the chip that the current trace is for, beside the unfused path's with its tiles in the
     VMEM that megablox asks for, and in more.
     """
     out = []
