@@ -72,7 +72,7 @@ class Probe:
     function, args: what to compile, args as ShapeDtypeStructs. macs: per kernel in it (name of the pallas_call), the multiply-adds
     that the result needs of what the kernel's hot region shows: of one full tile or, where the region is one rolled loop, of one
     turn of it. hbm_bytes: moved by all blocks of the call; hbm_bytes_needed: every operand once and every result once.
-    total_macs: that the whole call's result needs.
+    total_macs: that the whole call's result needs; computed_macs: that it costs, in full tiles, more where parts of them are for nothing.
     """
 
     function: Callable
@@ -81,6 +81,12 @@ class Probe:
     hbm_bytes: int
     hbm_bytes_needed: int
     total_macs: int
+    computed_macs: int | None = None  # total_macs
+
+    def cycles(self, rate: float, chip: Chip) -> tuple[float, float]:
+        """Of the whole call: those of the matrix unit at a rate, and those that HBM takes."""
+        computed = self.total_macs if self.computed_macs is None else self.computed_macs
+        return computed / (rate * chip.macs_per_cycle), self.hbm_bytes / chip.hbm_bytes_per_cycle
 
 
 @dataclasses.dataclass(frozen=True)

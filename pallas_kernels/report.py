@@ -74,7 +74,7 @@ def judge(where: tuple[str, str, str, str], blocks: dict, probe: compiler.Probe,
         return Line(*where, blocks, 0.0, 0.0, "", *counted, 0, 0, 0, str(error).splitlines()[0])
     chip = compiler.chip(topology)
     rate = min(verdict.useful_rate.values())
-    unit, hbm = probe.total_macs / (rate * chip.macs_per_cycle), probe.hbm_bytes / chip.hbm_bytes_per_cycle
+    unit, hbm = probe.cycles(rate, chip)
     share = probe.total_macs / (max(unit, hbm) * chip.macs_per_cycle)
     schedules = verdict.schedules.values()
     return Line(

@@ -25,8 +25,7 @@ CLOSE = 1.005
 
 def cycles(probe: compiler.Probe, verdict: compiler.Verdict, chip: compiler.Chip) -> float:
     """Estimated time of a call."""
-    unit = probe.total_macs / (min(verdict.useful_rate.values()) * chip.macs_per_cycle)
-    return max(unit, probe.hbm_bytes / chip.hbm_bytes_per_cycle)
+    return max(probe.cycles(min(verdict.useful_rate.values()), chip))
 
 
 def best(module, shape, pass_: str, topology: str, folder: pathlib.Path):

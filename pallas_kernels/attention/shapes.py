@@ -133,8 +133,12 @@ def probe(shape: Shape, blocks: Blocks, pass_: str, force: str = "full") -> Prob
     visited = groups * int(np.sum(-(-ends // blocks.kv)))
     return Probe(
         function, args, {f"attention_{pass_}": region}, *_hbm_bytes(shape, blocks, pass_, visited),
-        total_macs=PRODUCTS[pass_] * heads * visited * blocks.q * blocks.kv * SIZE,
+        total_macs=_allowed_macs(shape, pass_), computed_macs=PRODUCTS[pass_] * heads * visited * blocks.q * blocks.kv * SIZE,
     )  # fmt: skip
+
+
+def _allowed_macs(shape: Shape, pass_: str) -> int:
+    return PRODUCTS[pass_] * shape.groups * shape.heads * SIZE * shape.length * (shape.length + 1) // 2
 
 
 def _hbm_bytes(shape: Shape, blocks: Blocks, pass_: str, visited: int) -> tuple[int, int]:
@@ -171,7 +175,7 @@ def public_probes(shape: Shape, pass_: str) -> dict[str, Probe]:
         name = "splash_mqa_fwd_segmented_no_residuals" if pass_ == "forward" else "splash_mqa_dkv_segmented_no_residuals"
         out[f"splash {tile}x{tile}"] = Probe(
             *_splash(shape, sizes, pass_), {name: PRODUCTS[pass_] * tile * tile * SIZE}, moved, needed,
-            total_macs=PRODUCTS[pass_] * visited * tile * tile * SIZE,
+            total_macs=_allowed_macs(shape, pass_), computed_macs=PRODUCTS[pass_] * visited * tile * tile * SIZE,
         )  # fmt: skip
     return out
 

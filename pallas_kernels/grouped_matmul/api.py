@@ -25,7 +25,7 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, 
         `reference`; `auto`: by what the trace is for, batched on a CPU, ragged_dot on a GPU, and on a TPU pallas for rows that are
         aligned as it wants, else ragged_dot.
       alignment: a group's first row is the sum of the sizes before, each rounded up to this; R is a multiple of it. pallas wants a
-        multiple of 128.
+        multiple of 64.
 
     Returns:
       [R, F], differentiable in x and w.

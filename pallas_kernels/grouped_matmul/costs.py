@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.grouped_matmul.shapes import TILE
+from pallas_kernels.grouped_matmul.shapes import GRADIENTS, TILE
 
 EXPERTS = 16  # of a device: 160 over 10 devices, 128 over 8
 PER_TOKEN = 8
@@ -18,7 +18,7 @@ def routing(kind: str, experts: int, rows_an_expert: int) -> np.ndarray:
 
 
 def rows_computed(sizes_E: np.ndarray, granule: int = TILE) -> int:
-    """Rows that our products multiply. granule: 128, for the weight gradient on 256-wide units 256."""
+    """Rows that our products multiply: each expert's, up to a multiple of granule."""
     return int((-(-np.asarray(sizes_E) // granule) * granule).sum())
 
 
@@ -39,27 +39,24 @@ def work(sizes_E: np.ndarray, granule: int) -> dict[str, float]:
 
 def work_table() -> list[dict]:
     out = []
+    granules = {"products": TILE, "with SwiGLU on 256-wide units, weight gradient": 2 * TILE, "weight gradient on 256-wide units": 4 * TILE}
     for rows in (1024, 300):
         for kind in ("uniform", "zipf"):
-            for name, granule in (("products", TILE), ("weight gradient on 256-wide units", 2 * TILE)):
+            for name, granule in granules.items():
                 counted = work(routing(kind, EXPERTS, rows), granule)
                 out.append({"rows an expert": rows, "routing": kind, "of": name, **counted})
     return out
 
 
-def moved(kernel: str, blocks, depth: int, width: int, rows: int, experts: int, dtype, tokens: int | None) -> int:
-    """Bytes between HBM and VMEM of a kernel at blocks (shapes.KERNELS: K = depth, N = width), rows: of the used tiles.
-
-    tokens: of which rows are gathered (swiglu, swiglu_backward), with the new layout of each, read and written by XLA; None: rows.
-    """
+def moved(kernel: str, blocks, depth: int, width: int, rows: int, experts: int, dtype) -> int:
+    """Bytes between HBM and VMEM of a kernel at blocks (shapes.KERNELS: K = depth, N = width), rows: of the used tiles."""
     item = jnp.dtype(dtype).itemsize
-    if kernel == "weight_gradient":
+    if kernel in GRADIENTS:
         return (rows * (depth * blocks.columns + width * blocks.rows) + experts * depth * width) * item
     matrices, deep, wide = {
         "matmul": (1, 1, 1), "transposed": (1, 1, 1), "two_matmul": (2, 2, 1), "swiglu": (2, 1, 3), "swiglu_backward": (1, 1, 5),
     }[kernel]  # fmt: skip
     numbers = experts * matrices * depth * width + rows * (deep * depth * blocks.columns + wide * width)
-    numbers += 2 * tokens * depth if tokens is not None else 0
     return numbers * item + (rows * 4 * (1 + blocks.columns) if kernel == "swiglu_backward" else 0)
 
 

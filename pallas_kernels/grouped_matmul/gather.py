@@ -1,12 +1,9 @@
-"""Rows that a kernel fetches itself, one copy a row, by their index: a buffer of gathered rows is neither written nor read.
-
-A row of bfloat16 cannot be copied alone out of the usual layout, whose tiles hold 16 rows. So tokens are laid out anew (once a
-token, not once for each of its rows): two columns to a 32-bit word, a token's words a block of their own.
-"""
+"""Rows that a kernel fetches itself, one copy a row, by their index: a buffer of gathered rows is neither written nor read."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,116 +11,122 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.grouped_matmul.rows import LANES, load_columns, pack, per_word
 from pallas_kernels.grouped_matmul.tiles import Steps
-
-LANES = 128
-SUBLANES = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Gathered:
-    """An operand whose row r is x_TD[source_R[r]], or zeros where source is -1. x: bfloat16 or float32, D a multiple of 128."""
+    """An operand [R, D] whose row r is x_TD[source_R[r]], or zeros where source is not in 0..T-1.
 
-    x_TD: jax.Array
+    words: rows of x [T, D] as rows.pack makes them, and one of zeros behind. dtype: of x.
+    """
+
+    words: jax.Array
     source_R: jax.Array
+    dtype: jnp.dtype
 
     @property
-    def halves(self) -> int:
-        """Columns in one word."""
-        return 4 // self.x_TD.dtype.itemsize
+    def shape(self) -> tuple[int, int]:
+        return len(self.source_R), self.words.shape[2] * per_word(self.words)
 
-    @property
-    def groups(self) -> int:
-        """128-word groups of a token."""
-        return -(-self.x_TD.shape[1] // (LANES * self.halves))
-
-    def words(self) -> jax.Array:
-        """uint32 [T + 1, groups, 128], the last token zeros. Word w of bfloat16: column w in the low half, groups * 128 + w in the high."""
-        num_words = self.groups * LANES
-        x = jnp.pad(self.x_TD, ((0, 1), (0, self.halves * num_words - self.x_TD.shape[1])))
-        if self.halves == 1:
-            words = lax.bitcast_convert_type(x, jnp.uint32)
-        else:
-            bits = lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
-            words = bits[:, :num_words] | (bits[:, num_words:] << 16)
-        return words.reshape(-1, self.groups, LANES)
-
-    def plan(self, tile: int, most: int, cores: int):
-        """Inputs, their specs and the scratch of a GatherStream; most: tiles of a step.
-
-        The sources of the tiles that a step starts to fetch come as blocks in SMEM; and, for the start, those of the first tiles.
+    def plan(self, tile: int, most: int, *, blocks: int = 1, unpacked: bool = True):
+        """Inputs, their specs and the scratch of a GatherStream; most: tiles of a step. blocks: of columns, one of which is fetched at a
+        time. unpacked: with room for a step's rows as values.
         """
-        num_tiles = len(self.source_R) // tile
-        num_tokens = len(self.x_TD)
-        source = jnp.where((self.source_R < 0) | (self.source_R > num_tokens), num_tokens, self.source_R).reshape(num_tiles, 1, tile)
-
-        def spec(n, ahead):
-            def index(core, _, index, *scalars):
-                tiles = Steps(*scalars[:-1]).tile
-                per_core = -(-scalars[-1][0] // cores)
-                step = jnp.minimum(core * per_core + (index if ahead else 0), len(tiles) - 1)
-                return jnp.minimum(tiles[step] + n + (most if ahead else 0), num_tiles - 1), 0, 0
-
-            return pl.BlockSpec((1, 1, tile), index, memory_space=pltpu.SMEM)
-
-        specs = [spec(n, ahead) for ahead in (False, True) for n in range(most)]
-        pitch = -(-self.groups // SUBLANES) * SUBLANES
+        zeros, num_tiles, width = len(self.words) - 1, len(self.source_R) // tile, self.words.shape[2] // blocks
+        source = jnp.where((self.source_R < 0) | (self.source_R > zeros), zeros, self.source_R)
+        source = jnp.pad(source, (0, 2 * most * tile), constant_values=zeros).reshape(num_tiles + 2 * most, 1, tile)
         scratch = [
-            pltpu.VMEM((2 * most, tile * pitch, LANES), jnp.uint32),
-            pltpu.VMEM((most * tile, self.x_TD.shape[1]), self.x_TD.dtype),
+            pltpu.VMEM(((2 * most + 1) * tile, 1, width), self.words.dtype),
             pltpu.SemaphoreType.DMA((2 * most,)),
+            pltpu.SMEM((2, most, 1, tile), jnp.int32),
+            pltpu.SemaphoreType.DMA((2,)),
         ]
-        return [self.words(), *[source] * len(specs)], [pl.BlockSpec(memory_space=pl.ANY), *specs], scratch
+        if unpacked:
+            scratch.append(pltpu.VMEM((most * tile, self.shape[1] // blocks), self.dtype))
+        return [self.words, source], [pl.BlockSpec(memory_space=pl.ANY)] * 2, scratch
+
+
+def gathered(x_TD: jax.Array, source_R: jax.Array) -> Gathered:
+    """Rows of x, laid out anew once a token: a row of bfloat16 cannot be copied alone out of the usual layout."""
+    return Gathered(pack(x_TD, zeros=1), source_R, x_TD.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class GatherStream:
-    """Rows of a step, copied from words [T + 1, groups, 128] into a ring of tiles [2 * most, tile * pitch, 128], unpacked into `rows`.
+    """Rows of a step, copied from words [T + 1, 1, W] into a ring of 2 * most tiles, [(2 * most + 1) * tile, 1, W or a block of it], behind
+    which lies one of zeros.
 
     Used tiles follow each other in a buffer without gaps, whatever their experts. So a step of n tiles starts n others, `most`
     tiles ahead, from within its products: that many copies take as long to start as a fifth of a step, if nothing else runs.
-    Behind the last tile it fetches on (what it likes), as long as tiles lie in the buffer; the last step waits for them.
+    Their sources come one step earlier. Behind the last tile it fetches on, rows that no one needs; the last step waits for them.
     """
 
     words: jax.Ref
-    sources: list  # of the first `most` tiles, then of those from `most` tiles ahead of a step on
+    sources: jax.Ref  # int32 [tiles + 2 * most, 1, tile]
     ring: jax.Ref
-    rows: jax.Ref
     semaphore: jax.Ref
+    indices: jax.Ref  # of the tiles that a step starts: two buffers
+    index_semaphore: jax.Ref
     steps: Steps
+    block: jax.Array
     tile: int
+    dtype: jnp.dtype
+    rows: jax.Ref | None = None
 
     @property
     def most(self) -> int:
-        return len(self.sources) // 2
+        return self.indices.shape[1]
 
-    @property
-    def pitch(self) -> int:
-        return self.ring.shape[1] // self.tile
+    def slot(self, tile):
+        return tile % (2 * self.most)
 
-    def start_first(self, step):
+    def fetch_sources(self, tile, half):
+        there = self.sources.at[pl.ds(tile, self.most)]
+        return pltpu.make_async_copy(there, self.indices.at[half], self.index_semaphore.at[half])
+
+    def start_first(self, step, half):
+        """The first `most` tiles; half: step's of the two buffers."""
+        first = self.steps.tile[step]
+        self.fetch_sources(first, 1 - half).start()
+        self.fetch_sources(first + self.most, half).start()
+        self.fetch_sources(first, 1 - half).wait()
         for n in range(self.most):
-            slot = (self.steps.tile[step] + n) % (2 * self.most)
-            lax.fori_loop(0, self.tile, lambda row, _, slot=slot, n=n: self.start_row(slot, self.sources[n], row), None)
+            self.start_tile(first + n, 1 - half, n)
+        zeros = self.ring.at[pl.ds(2 * self.most * self.tile, self.tile)]
+        zeros[...] = jnp.zeros(zeros.shape, zeros.dtype)
 
-    def start_row(self, slot, source, row):
-        groups = self.words.shape[1]
-        first = row * self.pitch if isinstance(row, int) else pl.multiple_of(row * self.pitch, SUBLANES)
-        here = self.ring.at[slot, pl.ds(first, groups)]
-        pltpu.make_async_copy(self.words.at[source[0, 0, row]], here, self.semaphore.at[slot]).start()
+    def turn(self, step, half, more):
+        """To be called once a step: its sources are here, the next one's come, if there are more."""
+        self.fetch_sources(0, half).wait()
+        pl.when(more)(lambda: self.fetch_sources(self.steps.tile[step + 1] + self.most, 1 - half).start())
 
-    def ahead(self, step, count: int, part: int, parts: int):
-        """Starts the part-th of `parts` shares of the rows that a step of count tiles has to start."""
-        num_rows = count * self.tile
-        slots = [(self.steps.tile[step] + self.most + n) % (2 * self.most) for n in range(count)]
+    def start_tile(self, tile, half, n: int):
+        lax.fori_loop(0, self.tile, lambda row, _: self.start_row(tile, row, self.indices[half, n, 0, row]), None)
+
+    def start_row(self, tile, row, source):
+        width = self.ring.shape[2]
+        there = self.words.at[source, :, pl.ds(self.block * width, width)]
+        here = self.ring.at[self.slot(tile) * self.tile + row]
+        pltpu.make_async_copy(there, here, self.semaphore.at[self.slot(tile)]).start()
+
+    def ahead(self, step, half, counts: range, part: int, parts: int):
+        """Starts the part-th of `parts` shares of the rows that a step has to start, of as many tiles as one of counts says. Those that not
+        all do come before the first share, by themselves.
+        """
+        if part == 0:
+            for n in range(counts[0], counts[-1]):
+                pl.when(self.steps.count[step] > n)(functools.partial(self.start_tile, self.steps.tile[step] + self.most + n, half, n))
+        num_rows = counts[0] * self.tile
         for row in range(part * num_rows // parts, (part + 1) * num_rows // parts):
             n, row_of_tile = divmod(row, self.tile)
-            self.start_row(slots[n], self.sources[self.most + n], row_of_tile)
+            self.start_row(self.steps.tile[step] + self.most + n, row_of_tile, self.indices[half, n, 0, row_of_tile])
 
     def wait_tile(self, tile):
         """A copy's semaphore counts bytes: one wait for all rows of a tile."""
-        slot = tile % (2 * self.most)
-        arrived = self.ring.at[slot, pl.ds(0, self.tile * self.words.shape[1])]
+        slot = self.slot(tile)
+        arrived = self.ring.at[pl.ds(slot * self.tile, self.tile)]
         pltpu.make_async_copy(arrived, arrived, self.semaphore.at[slot]).wait()
 
     def wait(self, step, counts):
@@ -135,18 +138,19 @@ class GatherStream:
         for n in range(self.most):
             self.wait_tile(end + n)
 
-    def unpack(self, step, count: int):
-        width, groups = self.rows.shape[1], self.words.shape[1]
-        for n in range(count):
-            slot, rows = (self.steps.tile[step] + n) % (2 * self.most), pl.ds(n * self.tile, self.tile)
-            for group in range(groups):
-                word = self.ring[slot, pl.ds(group, self.tile, stride=self.pitch), :]
-                if self.rows.dtype == jnp.float32:
-                    halves = [lax.bitcast_convert_type(word, jnp.float32)]
-                else:
-                    halves = [lax.bitcast_convert_type(bits, jnp.float32) for bits in (word << 16, word & jnp.uint32(0xFFFF0000))]
-                for half, values in enumerate(halves):
-                    start = (half * groups + group) * LANES
-                    if start < width:
-                        self.rows[rows, pl.ds(start, LANES)] = values.astype(self.rows.dtype)
-        return self.rows.at[pl.ds(0, count * self.tile)]
+    def columns(self, step, counts: range, columns: slice) -> jax.Array:
+        """Columns (whole lines of words) of the step's rows in the block, [counts[-1] * tile, C]; zeros in tiles that it does not have."""
+        parts = []
+        for n in range(counts[-1]):
+            slot = self.slot(self.steps.tile[step] + n)
+            if n >= counts[0]:
+                slot = jnp.where(n < self.steps.count[step], slot, 2 * self.most)
+            parts.append(load_columns(self.ring, slot * self.tile, self.tile, columns, self.dtype))
+        return jnp.concatenate(parts)
+
+    def unpack(self, step, counts: range):
+        """All of them, as a ref [counts[-1] * tile, D]."""
+        rows, line = counts[-1] * self.tile, LANES * per_word(self.ring)
+        for start in range(0, self.rows.shape[1], line):
+            self.rows[:rows, start : start + line] = self.columns(step, counts, slice(start, start + line))
+        return self.rows.at[pl.ds(0, rows)]

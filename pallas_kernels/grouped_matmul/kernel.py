@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul.gather import Gathered
+from pallas_kernels.grouped_matmul.rows import store_columns
 from pallas_kernels.grouped_matmul.shapes import Blocks
 from pallas_kernels.grouped_matmul.sweep import Matrices, Result, Rows, sweep
 from pallas_kernels.grouped_matmul.tiles import RowTiles, row_tiles
@@ -30,55 +31,49 @@ def chunks(width: int, chunk: int) -> list[slice]:
     return [slice(start, min(start + chunk, width)) for start in range(0, width, chunk)]
 
 
-def rows_of(x, source_R):
-    """The operand of a kernel that takes rows [R, W] as they are or, by the index of each, from [T, W]."""
-    return Rows(x) if source_R is None else Gathered(x, source_R)
+def rows_of(x: jax.Array | Gathered):
+    return x if isinstance(x, Gathered) else Rows(x)
 
 
-def matmul(x_RK: jax.Array, w_EKN: jax.Array, tiles: RowTiles, *, transposed: bool = False, blocks: Blocks) -> jax.Array:
-    """y_r = x_r w_e (transposed: x_r w_e^T, w stored [E, N, K]) for the expert e of each row, [R, N]."""
+def matmul(
+    x_RK: jax.Array, w_EKN: jax.Array, tiles: RowTiles, *, transposed: bool = False, words: bool = False, blocks: Blocks
+) -> jax.Array:
+    """y_r = x_r w_e (transposed: x_r w_e^T, w stored [E, N, K]) for the expert e of each row, [R, N]; words: as rows.pack makes of that."""
     width = w_EKN.shape[1 if transposed else 2]
 
     def compute(rows, matrices, results, beside):
         (x,), (w,), (y,) = rows, matrices, results
-        for part in chunks(y.shape[1], CHUNK):
-            y[:, part] = product(x[...], w[part, :] if transposed else w[:, part], transposed=transposed).astype(y.dtype)
+        for part in chunks(w.shape[0 if transposed else 1], CHUNK):
+            store_columns(y, part.start, product(x[...], w[part, :] if transposed else w[:, part], transposed=transposed))
 
     name = "grouped_transposed" if transposed else "grouped_matmul"
-    rows, matrices, results = [Rows(x_RK)], [Matrices(w_EKN, 1 if transposed else 2)], [Result(width, x_RK.dtype)]
+    rows, matrices, results = [Rows(x_RK)], [Matrices(w_EKN, 1 if transposed else 2)], [Result(width, x_RK.dtype, words=words)]
     return sweep(compute, tiles, rows, matrices, results, blocks=blocks, name=name)[0]
 
 
-def two_matmul(a_RF: jax.Array, b_RF: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, tiles: RowTiles, *, blocks: Blocks) -> jax.Array:
-    """a_r gate_e^T + b_r up_e^T, [R, D]: the gradient of SwiGLU's rows. One sum over 2 F, which fills 256-wide units where F is an odd
-    multiple of 128.
+def two_matmul(
+    a_RF: jax.Array, b_RF: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, tiles: RowTiles, *, words: bool = False, blocks: Blocks
+) -> jax.Array:
+    """a_r gate_e^T + b_r up_e^T, [R, D] (words: as rows.pack makes of that): the gradient of SwiGLU's rows. One sum over 2 F, which
+    fills 256-wide units where F is an odd multiple of 128.
     """
 
     def compute(rows, matrices, results, beside):
         (a, b), (gate, up), (dx,) = rows, matrices, results
         x = jnp.concatenate([a[...], b[...]], axis=1)
-        for part in chunks(dx.shape[1], CHUNK):
+        for part in chunks(gate.shape[0], CHUNK):
             w = jnp.concatenate([gate[part, :], up[part, :]], axis=1)
-            dx[:, part] = product(x, w, transposed=True).astype(dx.dtype)
+            store_columns(dx, part.start, product(x, w, transposed=True))
 
     rows, matrices = [Rows(a_RF), Rows(b_RF)], [Matrices(gate_EDF, 1), Matrices(up_EDF, 1)]
-    return sweep(compute, tiles, rows, matrices, [Result(gate_EDF.shape[1], a_RF.dtype)], blocks=blocks, name="grouped_two")[0]
+    results = [Result(gate_EDF.shape[1], a_RF.dtype, words=words)]
+    return sweep(compute, tiles, rows, matrices, results, blocks=blocks, name="grouped_two")[0]
 
 
 def swiglu(
-    x: jax.Array,
-    gate_EDF: jax.Array,
-    up_EDF: jax.Array,
-    tiles: RowTiles,
-    *,
-    source_R: jax.Array | None = None,
-    keep: bool = True,
-    blocks: Blocks,
+    x_RD: jax.Array | Gathered, gate_EDF: jax.Array, up_EDF: jax.Array, tiles: RowTiles, *, keep: bool = True, blocks: Blocks
 ) -> tuple[jax.Array, ...]:
-    """h = silu(x gate_e) * (x up_e), and gate and up as they were before: (h_RF, gate_RF, up_RF); only (h_RF,) without `keep`.
-
-    x: rows [R, D] or, with source_R (int32 [R], -1: a row of zeros), tokens [T, D] of which row r is x[source_R[r]].
-    """
+    """h = silu(x gate_e) * (x up_e), and gate and up as they were before: (h_RF, gate_RF, up_RF); only (h_RF,) without `keep`."""
 
     def compute(rows, matrices, results, beside):
         (x,), (gate, up) = rows, matrices
@@ -92,25 +87,24 @@ def swiglu(
             for result, value in zip(results, values, strict=False):
                 result[:, part] = value.astype(result.dtype)
 
-    results = [Result(gate_EDF.shape[2], x.dtype)] * (3 if keep else 1)
+    results = [Result(gate_EDF.shape[2], x_RD.dtype)] * (3 if keep else 1)
     matrices = [Matrices(gate_EDF, 2), Matrices(up_EDF, 2)]
-    return tuple(sweep(compute, tiles, [rows_of(x, source_R)], matrices, results, blocks=blocks, name="grouped_swiglu"))
+    return tuple(sweep(compute, tiles, [rows_of(x_RD)], matrices, results, blocks=blocks, name="grouped_swiglu"))
 
 
 def swiglu_backward(
-    dout: jax.Array,
+    dout_RD: jax.Array | Gathered,
     down_EFD: jax.Array,
     gate_RF: jax.Array,
     up_RF: jax.Array,
     weights_R: jax.Array,
     tiles: RowTiles,
     *,
-    source_R: jax.Array | None = None,
     blocks: Blocks,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Backward through out_t = sum of weights_r (h_r down_e) over a token's rows r, with h = silu(gate) * up.
 
-    dout: a row's dout, [R, D], or with source_R (int32 [R], -1: a row of zeros) tokens' [T, D]. weights_R: float32.
+    dout_RD: of each row's token. weights_R: float32.
     With u = dout down_e^T, returns dgate_RF and dup_RF (of dh = weights * u), hw_RF = weights * h (for down's gradient: hw^T dout), and
     dweights_R = sum over f of u * h, float32.
     """
@@ -143,7 +137,7 @@ def swiglu_backward(
 
     width = gate_RF.shape[1]
     weights = weights_R.astype(jnp.float32).reshape(1, num_tiles, 1, tile)
-    rows = [rows_of(dout, source_R), Rows(gate_RF, split=True), Rows(up_RF, split=True), Rows(weights, number=True)]
+    rows = [rows_of(dout_RD), Rows(gate_RF, split=True), Rows(up_RF, split=True), Rows(weights, number=True)]
     results = [Result(width, gate_RF.dtype)] * 3 + [Result(1, jnp.float32, number=True)]
     *grads, dweights = sweep(compute, tiles, rows, [Matrices(down_EFD, 1)], results, blocks=blocks, name="grouped_swiglu_backward")
     return *grads, jnp.sum(dweights, axis=0).reshape(-1)

@@ -11,18 +11,28 @@ import numpy as np
 from pallas_kernels.compiler import Probe
 from pallas_kernels.grouped_matmul import costs, kernel
 from pallas_kernels.grouped_matmul.costs import work_table
-from pallas_kernels.grouped_matmul.shapes import FOLDER, PASSES, SHAPES, TILE, Blocks, GradientBlocks, Shape, candidates, chosen_blocks
-from pallas_kernels.grouped_matmul.tiles import buffer_rows, row_tiles
+from pallas_kernels.grouped_matmul.gather import gathered
+from pallas_kernels.grouped_matmul.shapes import (
+    FOLDER,
+    GRADIENTS,
+    PASSES,
+    SHAPES,
+    TILE,
+    Blocks,
+    GradientBlocks,
+    Shape,
+    candidates,
+    chosen_blocks,
+)
+from pallas_kernels.grouped_matmul.tiles import buffer_rows, most_tiles, row_tiles
 from pallas_kernels.grouped_matmul.weight_gradient import weight_gradient
-
-__all__ = ["FOLDER", "PASSES", "SHAPES", "candidates", "chosen_blocks", "probe", "public_probes", "work_table"]
 
 __all__ = ["FOLDER", "PASSES", "SHAPES", "candidates", "chosen_blocks", "probe", "public_probes", "work_table"]
 
 ROWS = 1024  # an expert
 NAMES = {
     "matmul": "grouped_matmul", "transposed": "grouped_transposed", "two_matmul": "grouped_two", "swiglu": "grouped_swiglu",
-    "swiglu_backward": "grouped_swiglu_backward", "weight_gradient": "grouped_weight_gradient",
+    "swiglu_backward": "grouped_swiglu_backward", **dict.fromkeys(GRADIENTS, "grouped_weight_gradient"),
 }  # fmt: skip
 TWO = ("two_matmul", "swiglu")  # kernels with two matrices an expert
 
@@ -32,7 +42,8 @@ def probe(shape: Shape, blocks: Blocks | GradientBlocks, pass_: str) -> Probe:
     name, depth, width = shape.product(pass_)
     experts, sizes = costs.EXPERTS, costs.routing("uniform", costs.EXPERTS, ROWS)
     tokens, num_rows = experts * ROWS // costs.PER_TOKEN, buffer_rows(experts * ROWS, experts, TILE)
-    full = blocks.size + (name != "weight_gradient" and blocks.join)
+    gradient, routed = name in GRADIENTS, shape.input_gradient[0] != "transposed"
+    full = blocks.size if gradient else most_tiles(blocks.size, join=blocks.join)
     blocks = dataclasses.replace(blocks, only=full)
     array = lambda *dims, dtype=shape.dtype: jax.ShapeDtypeStruct(dims, dtype)  # noqa: E731
     ints = lambda *dims: array(*dims, dtype=jnp.int32)  # noqa: E731
@@ -40,29 +51,35 @@ def probe(shape: Shape, blocks: Blocks | GradientBlocks, pass_: str) -> Probe:
     wide, deep, matrix = array(num_rows, width), array(num_rows, depth), array(experts, depth, width)
     turned, token, each = array(experts, width, depth), array(tokens, depth), array(num_rows, dtype=jnp.float32)
     function, args = {
-        "matmul": (lambda g, x, w: kernel.matmul(x, w, made(g), blocks=blocks), (deep, matrix)),
+        "matmul": (lambda g, x, w: kernel.matmul(x, w, made(g), words=routed, blocks=blocks), (deep, matrix)),
         "transposed": (lambda g, x, w: kernel.matmul(x, w, made(g), transposed=True, blocks=blocks), (deep, turned)),
-        "two_matmul": (lambda g, *a: kernel.two_matmul(*a, made(g), blocks=blocks), (deep, deep, turned, turned)),
+        "two_matmul": (lambda g, *a: kernel.two_matmul(*a, made(g), words=routed, blocks=blocks), (deep, deep, turned, turned)),
         "swiglu": (
-            lambda g, x, gate, up, s: kernel.swiglu(x, gate, up, made(g), source_R=s, blocks=blocks),
+            lambda g, x, gate, up, s: kernel.swiglu(gathered(x, s), gate, up, made(g), blocks=blocks),
             (token, matrix, matrix, ints(num_rows)),
         ),
         "swiglu_backward": (
-            lambda g, *a: kernel.swiglu_backward(*a[:-1], made(g), source_R=a[-1], blocks=blocks),
+            lambda g, x, *a: kernel.swiglu_backward(gathered(x, a[-1]), *a[:-1], made(g), blocks=blocks),
             (token, turned, wide, wide, each, ints(num_rows)),
         ),
         "weight_gradient": (lambda g, x, dy: weight_gradient(x, dy, made(g), blocks=blocks), (deep, wide)),
+        "gathered_x_gradient": (
+            lambda g, x, dy, s: weight_gradient(gathered(x, s), dy, made(g), blocks=blocks),
+            (token, wide, ints(num_rows)),
+        ),
+        "gathered_dy_gradient": (
+            lambda g, x, dy, s: weight_gradient(x, gathered(dy, s), made(g), blocks=blocks),
+            (deep, array(tokens, width), ints(num_rows)),
+        ),
     }[name]
     macs = depth * width * (2 if name in TWO else 1)
-    cuts = blocks.columns * (blocks.rows if name == "weight_gradient" else 1)
-    used = costs.rows_computed(sizes)
-    count = lambda rows, blocks: costs.moved(  # noqa: E731
-        name, blocks, depth, width, rows, experts, shape.dtype, tokens if name.startswith("swiglu") else None
-    )
-    once = dataclasses.replace(blocks, columns=1, **({"rows": 1} if name == "weight_gradient" else {}))
-    moved, needed = count(used, blocks), count(int(np.sum(sizes)), once)
+    cuts = blocks.columns * (blocks.rows if gradient else 1)
+    count = lambda rows, blocks: costs.moved(name, blocks, depth, width, rows, experts, shape.dtype)  # noqa: E731
+    once = dataclasses.replace(blocks, columns=1, **({"rows": 1} if gradient else {}))
+    moved, needed = count(costs.rows_computed(sizes), blocks), count(int(np.sum(sizes)), once)
     region = {NAMES[name]: full * TILE * macs // cuts}
-    return Probe(function, (ints(experts), *args), region, moved, needed, total_macs=used * macs)
+    computed = costs.rows_computed(sizes, blocks.granule * TILE)
+    return Probe(function, (ints(experts), *args), region, moved, needed, int(np.sum(sizes)) * macs, computed * macs)
 
 
 def public_probes(shape: Shape, pass_: str) -> dict[str, Probe]:
@@ -72,7 +89,7 @@ def public_probes(shape: Shape, pass_: str) -> dict[str, Probe]:
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
     name, depth, width = shape.product(pass_)
-    if shape.forward[0] == "swiglu":
+    if shape.input_gradient[0] != "transposed":
         return {}
     experts, sizes = costs.EXPERTS, costs.routing("uniform", costs.EXPERTS, ROWS)
     num_rows, out = experts * ROWS, {}
@@ -94,7 +111,7 @@ def public_probes(shape: Shape, pass_: str) -> dict[str, Probe]:
         needed = (num_rows * (depth + width) + experts * depth * width) * 2
         out[f"megablox {'x'.join(map(str, tile))}"] = Probe(
             call, (array(experts, dtype=jnp.int32), *args), {op: region}, moved, needed,
-            total_macs=costs.rows_of_megablox(sizes, tile[0]) * depth * width,
+            num_rows * depth * width, costs.rows_of_megablox(sizes, tile[0]) * depth * width,
         )  # fmt: skip
     return out
 

@@ -10,13 +10,16 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tuning
 from pallas_kernels.compiler import Chip
+from pallas_kernels.grouped_matmul.tiles import bodies_of_step, most_tiles
 from pallas_kernels.target import TWO_CORES, WIDE_UNITS, target_kind
 
 FOLDER = pathlib.Path(__file__).parent
-TILE = 128  # rows that an expert's first row is a multiple of
+TILE = 64  # rows that an expert's first row is a multiple of
 LANES = 128
-# Kernels that multiply x [R, K] to [R, N] with matrices split by N; and the gradient of the matrices [K, N].
-KERNELS = ("matmul", "transposed", "two_matmul", "swiglu", "swiglu_backward", "weight_gradient")
+# Kernels that multiply x [R, K] to [R, N] with matrices split by N; and the gradient of the matrices [K, N], of rows as they are or
+# with x's or dy's gathered.
+GRADIENTS = ("weight_gradient", "gathered_x_gradient", "gathered_dy_gradient")
+KERNELS = ("matmul", "transposed", "two_matmul", "swiglu", "swiglu_backward", *GRADIENTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,22 +28,29 @@ class Blocks:
 
     columns: blocks of the result's columns. size, join: tiles of a step (tiles.row_steps). gap: lanes between the rows of a matrix in
     VMEM: where a row is a multiple of 8 x 128 lanes, v6e loads it slower. cores: cores of a device, which share the steps.
-    only: for a probe, the kernel has the body of steps of that many tiles alone.
+    granule: a kernel has a body for each multiple of that many tiles, which also takes steps of a few tiles less; fewer are sooner
+    compiled. only: for a probe, the kernel has the body of steps of that many tiles alone.
     """
 
     columns: int
     size: int
     join: bool
+    granule: int
     gap: int
     cores: int
     vmem_bytes: int
     only: int | None = None
 
+    @property
+    def bodies(self) -> list[range]:
+        most = most_tiles(self.size, join=self.join)
+        return bodies_of_step(most, self.granule) if self.only is None else [range(self.only, self.only + 1)]
+
 
 @dataclasses.dataclass(frozen=True)
 class GradientBlocks:
     """How the gradient of a matrix is cut: blocks of its rows and columns, tiles of a step; chunk: rows of a product within;
-    gap: lanes between rows of dy in VMEM, as in Blocks.
+    granule, gap (between rows of dy): as in Blocks.
 
     only: for a probe, the kernel has the body of an expert's last step, of that many tiles, alone.
     """
@@ -49,9 +59,14 @@ class GradientBlocks:
     columns: int
     size: int
     chunk: int
+    granule: int
     gap: int
     vmem_bytes: int
     only: int | None = None
+
+    @property
+    def bodies(self) -> list[range]:
+        return bodies_of_step(self.size, self.granule) if self.only is None else [range(self.only, self.only + 1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +93,11 @@ def _shapes() -> dict[str, Shape]:
         plain = {"gate_up": (width, 2 * ffn), "down": (ffn, width)}
         for name, (k, n) in plain.items():
             out[f"{model} {name}"] = Shape(("matmul", k, n), ("transposed", n, k), ("weight_gradient", k, n), "bfloat16")
-        # What a layer runs: gathered rows, gate and up in one; the gradient of its rows; and that through down.
-        fused = ("swiglu", width, ffn), ("two_matmul", ffn, width), ("weight_gradient", width, ffn)
-        out[f"{model} swiglu"] = Shape(*fused, "bfloat16")
-        fused = ("swiglu", width, ffn), ("swiglu_backward", width, ffn), ("weight_gradient", ffn, width)
-        out[f"{model} swiglu backward"] = Shape(*fused, "bfloat16")
+        # What a layer runs, where rows are gathered by the kernels: gate, up and SwiGLU in one, then down.
+        products = ("swiglu", width, ffn), ("two_matmul", ffn, width), ("gathered_x_gradient", width, ffn)
+        out[f"{model} routed gate_up"] = Shape(*products, "bfloat16")
+        products = ("matmul", ffn, width), ("swiglu_backward", width, ffn), ("gathered_dy_gradient", ffn, width)
+        out[f"{model} routed down"] = Shape(*products, "bfloat16")
     return out
 
 
@@ -106,7 +121,7 @@ def blocks_for(kernel: str, depth: int, width: int, dtype) -> Blocks | GradientB
     Raises ValueError where not even 128 columns fit VMEM.
     """
     kind = target_kind()
-    make = GradientBlocks if kernel == "weight_gradient" else Blocks
+    make = GradientBlocks if kernel in GRADIENTS else Blocks
     if (tuned := _tuned(kernel, depth, width, jnp.dtype(dtype).name, kind)) is not None:
         return make(**tuned)
     capacity = pltpu.get_tpu_info().vmem_capacity_bytes if kind is not None else 64 * 2**20
@@ -120,50 +135,57 @@ def fitting(kernel: str, depth: int, width: int, dtype, kind: str | None, capaci
     wide = kind in WIDE_UNITS
     cores = 2 if kind in TWO_CORES else 1
     limit = capacity - capacity // 32
-    if kernel == "weight_gradient":
+    if kernel in GRADIENTS:
         cuts = [
-            GradientBlocks(rows, columns, size, chunk, _gap(kind, width // columns), limit)
-            for size in ((4, 2, 1) if wide else (2, 1))
+            GradientBlocks(rows, columns, size, chunk, 4 if wide else 2, _gap(kind, width // columns), limit)
+            for size in ((8, 4) if wide else (4, 2))
             for chunk in (256, 512)
-            for rows in _divisors(depth // LANES)
-            for columns in _divisors(width // LANES)
+            for rows in _divisors(depth)
+            for columns in _divisors(width)
         ]
-        cuts = [b for b in cuts if gradient_vmem(b, depth, width, dtype) <= limit]
+        cuts = [b for b in cuts if gradient_vmem(kernel, b, depth, width, dtype) <= limit]
         # The cores share the blocks; what is read again is rows times this.
         uneven = lambda b: b.rows * b.columns % cores  # noqa: E731
-        return sorted(cuts, key=lambda b: (uneven(b), -b.size, b.columns * depth + b.rows * width, b.chunk))
+        # Of rows that are unpacked between the products large pieces are sooner compiled.
+        large = wide and kernel != "weight_gradient"
+        return sorted(cuts, key=lambda b: (uneven(b), -b.size, b.columns * depth + b.rows * width, -b.chunk if large else b.chunk))
     cuts = []
-    for size, join in ((2, True), (2, False), (1, False)) if wide else ((1, False),):
-        for columns in _divisors(width // LANES):
+    # With SwiGLU in them joined steps are no faster, and bodies are long to compile.
+    plain = kernel in ("matmul", "transposed", "two_matmul")
+    for size, join in ((4, plain), (4, False), (2, False)) if wide else ((2, True), (2, False), (1, False)):
+        for columns in _divisors(width):
             gap = _gap(kind, width // columns) if kernel in ("matmul", "swiglu") else 0
-            cuts.append(Blocks(columns, size, join, gap, cores, limit))
+            cuts.append(Blocks(columns, size, join, 1 if plain or not wide else 2, gap, cores, limit))
     cuts = [b for b in cuts if vmem(kernel, b, depth, width, dtype) <= limit]
-    # Rows are read once a block of columns. Turning a matrix over takes a 256-wide unit as long as 180 rows keep it busy: steps of
-    # one tile then cost half as much again.
+    # Rows are read once a block of columns. Turning a matrix over takes a 256-wide unit as long as 180 rows keep it busy: short steps
+    # then cost half as much again.
     turned = wide and kernel not in ("matmul", "swiglu")
-    return sorted(cuts, key=lambda b: b.columns * (1.5 if turned and b.size == 1 else 1.1 if turned and not b.join else 1))
+    return sorted(cuts, key=lambda b: b.columns * (1.5 if turned and b.size < 4 else 1.1 if turned and plain and not b.join else 1))
 
 
 def vmem(kernel: str, blocks: Blocks, depth: int, width: int, dtype) -> int:
     """Bytes of the buffers of a sweep, and of what the compiler puts beside them, roughly."""
     matrices = {"two_matmul": 2, "swiglu": 2}.get(kernel, 1)
-    # Columns of rows, in units of K and of a block of N: two buffers each; gathered rows come in words, padded, and are unpacked.
+    # Columns of rows, in units of K and of a block of N: two buffers each; gathered rows come in words and are unpacked.
     deep, wide = {"matmul": (2, 2), "transposed": (2, 2), "two_matmul": (6, 2), "swiglu": (4, 6), "swiglu_backward": (4, 10)}[kernel]
-    rows, block = (blocks.size + blocks.join) * TILE, width // blocks.columns
+    rows, block = most_tiles(blocks.size, join=blocks.join) * TILE, width // blocks.columns
     numbers = 2 * matrices * depth * (block + blocks.gap) + rows * (deep * depth + wide * block)
     return numbers * jnp.dtype(dtype).itemsize + rows * 4096 + 2**21
 
 
-def gradient_vmem(blocks: GradientBlocks, depth: int, width: int, dtype) -> int:
+def gradient_vmem(kernel: str, blocks: GradientBlocks, depth: int, width: int, dtype) -> int:
     height, across, itemsize = depth // blocks.rows, width // blocks.columns, jnp.dtype(dtype).itemsize
-    return height * across * (4 + itemsize) + 2 * blocks.size * TILE * (height + across + blocks.gap) * itemsize + 2**21
+    buffers = 2 * height + (3 if kernel == "gathered_dy_gradient" else 2) * (across + blocks.gap)
+    return height * across * (4 + itemsize) + blocks.size * TILE * buffers * itemsize + 2**21
 
 
 def _gap(kind: str | None, width: int) -> int:
     return LANES if kind == "v6e" and width % (8 * LANES) == 0 else 0
 
 
-def _divisors(number: int) -> list[int]:
+def _divisors(width: int) -> list[int]:
+    """Numbers of equal blocks of a width: of multiples of 256, which a wide unit takes and a line of a row's words has, else of 128."""
+    number = width // (2 * LANES if width % (2 * LANES) == 0 else LANES)
     return [n for n in range(1, number + 1) if number % n == 0]
 
 

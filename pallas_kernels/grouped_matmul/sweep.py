@@ -16,8 +16,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
 from pallas_kernels.grouped_matmul.gather import Gathered, GatherStream
+from pallas_kernels.grouped_matmul.rows import row_shape
 from pallas_kernels.grouped_matmul.shapes import Blocks
-from pallas_kernels.grouped_matmul.tiles import RowTiles, Steps, counts_of_step, row_steps
+from pallas_kernels.grouped_matmul.tiles import RowTiles, Steps, row_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,27 +42,31 @@ class Matrices:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """[R, W], a block of columns at a time; or, by column blocks, one number a row in lanes: float32 [blocks, R / tile, 1, tile]."""
+    """[R, W], a block of columns at a time; words: as rows.row_shape has them; number: by column blocks, one number a row in lanes,
+    float32 [blocks, R / tile, 1, tile].
+    """
 
     width: int
     dtype: jnp.dtype
+    words: bool = False
     number: bool = False
 
 
 def sweep(compute, tiles: RowTiles, rows, matrices, results, *, blocks: Blocks, name: str):
     """Runs compute(rows, matrices, results, beside) for every step: refs of what is in VMEM, rows [n * tile, W or a block of it],
     matrices [A, B] with one axis divided by blocks.columns. It calls beside(part, parts) for each of the parts of its work, which
-    starts copies while that runs. rows: Rows or Gathered. Rows of results in tiles past the used ones are not written.
+    starts copies while that runs. What it computes for rows of tiles that the step does not have goes nowhere. rows: Rows or Gathered.
+    Rows of results in tiles past the used ones are not written.
     """
     steps, num_steps = row_steps(tiles, blocks.size, join=blocks.join, visit_empty=False)
-    counts = counts_of_step(blocks.size, join=blocks.join, visit_empty=False) if blocks.only is None else (blocks.only,)
+    bodies = blocks.bodies
     columns = blocks.columns
     per_core = -(-num_steps // blocks.cores)
-    tile, most = tiles.tile, max(counts)
+    tile, most = tiles.tile, bodies[-1][-1]
     scratch, inputs, specs = [], [], []
     for operand in rows:
         if isinstance(operand, Gathered):
-            arrays, operand_specs, buffers = operand.plan(tile, most, blocks.cores)
+            arrays, operand_specs, buffers = operand.plan(tile, most)
         else:
             arrays, operand_specs = [operand.array], [pl.BlockSpec(memory_space=pl.ANY)]
             width = operand.array.shape[1] // (columns if operand.split else 1)
@@ -75,11 +80,20 @@ def sweep(compute, tiles: RowTiles, rows, matrices, results, *, blocks: Blocks, 
         inputs.append([operand.array])
         specs.append([pl.BlockSpec(memory_space=pl.ANY)])
         scratch.append([pltpu.VMEM((2, height, width + blocks.gap), operand.array.dtype), pltpu.SemaphoreType.DMA((2,))])
+    shapes = []
     for result in results:
-        shape = (2, most, 1, tile) if result.number else (2, most * tile, result.width // columns)
-        scratch.append([pltpu.VMEM(shape, result.dtype), pltpu.SemaphoreType.DMA((2,))])
-    kernel = functools.partial(_kernel, compute, rows, matrices, results, counts, tile, blocks.gap, [len(i) for i in inputs])
-    shapes = [jax.ShapeDtypeStruct((columns, len(tiles.expert), 1, tile) if r.number else (tiles.rows, r.width), r.dtype) for r in results]
+        if result.words:
+            whole = row_shape(tiles.rows, result.width, result.dtype)
+            part = most * tile, 1, whole.shape[2] // columns
+        elif result.number:
+            whole = jax.ShapeDtypeStruct((columns, len(tiles.expert), 1, tile), result.dtype)
+            part = most, 1, tile
+        else:
+            whole = jax.ShapeDtypeStruct((tiles.rows, result.width), result.dtype)
+            part = most * tile, result.width // columns
+        shapes.append(whole)
+        scratch.append([pltpu.VMEM((2, *part), whole.dtype), pltpu.SemaphoreType.DMA((2,))])
+    kernel = functools.partial(_kernel, compute, rows, matrices, results, bodies, tile, blocks.gap, [len(i) for i in inputs])
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -100,7 +114,7 @@ def sweep(compute, tiles: RowTiles, rows, matrices, results, *, blocks: Blocks, 
     )(*steps, num_steps.reshape(1), *itertools.chain(*inputs))
 
 
-def _kernel(compute, rows, matrices, results, counts, tile, gap, num_refs, *refs):
+def _kernel(compute, rows, matrices, results, bodies, tile, gap, num_refs, *refs):
     steps, num_steps, refs = Steps(*refs[: len(Steps._fields)]), refs[len(Steps._fields)], list(refs[len(Steps._fields) + 1 :])
     inputs = [[refs.pop(0) for _ in range(n)] for n in num_refs]
     outputs = [refs.pop(0) for _ in results]
@@ -108,21 +122,23 @@ def _kernel(compute, rows, matrices, results, counts, tile, gap, num_refs, *refs
     loads, fetches, stores = [], [], []
     for operand, hbm, scratch in zip(rows, inputs, refs, strict=False):
         if isinstance(operand, Gathered):
-            loads.append(GatherStream(hbm[0], hbm[1:], *scratch, steps, tile))
+            loads.append(GatherStream(*hbm, *scratch[:4], steps, 0, tile, operand.dtype, *scratch[4:]))
         else:
             stream = NumberStream if operand.number else RowStream
             loads.append(stream(hbm[0], *scratch, steps, block if operand.split else 0, tile))
     for operand, hbm, scratch in zip(matrices, inputs[len(rows) :], refs[len(rows) :], strict=False):
         fetches.append(MatrixStream(hbm[0], *scratch, block, operand.axis, gap))
     for result, hbm, scratch in zip(results, outputs, refs[len(rows) + len(matrices) :], strict=True):
-        stores.append((NumberStream if result.number else RowStream)(hbm, *scratch, steps, block, tile))
+        stream = NumberStream if result.number else WordStream if result.words else RowStream
+        stores.append(stream(hbm, *scratch, steps, block, tile))
     step = pl.program_id(0) * pl.num_programs(2) + pl.program_id(2)
     end = jnp.minimum((pl.program_id(0) + 1) * pl.num_programs(2), num_steps[0])
-    pl.when(step < end)(functools.partial(_step, compute, steps, counts, loads, fetches, stores, step, end))
+    pl.when(step < end)(functools.partial(_step, compute, steps, bodies, loads, fetches, stores, step, end))
 
 
-def _step(compute, steps: Steps, counts, loads, fetches, stores, step, end):
+def _step(compute, steps: Steps, bodies, loads, fetches, stores, step, end):
     """One step of those of this core, which end before `end`."""
+    counts = [count for body in bodies for count in body]
     moving = [load for load in loads if isinstance(load, RowStream)]
     gathered = [load for load in loads if isinstance(load, GatherStream)]
     index, run = pl.program_id(2), steps.run[step]
@@ -132,7 +148,7 @@ def _step(compute, steps: Steps, counts, loads, fetches, stores, step, end):
         for load in moving:
             load.start(step, counts)
         for load in gathered:
-            load.start_first(step)
+            load.start_first(step, step % 2)
         for fetch in fetches:
             fetch.start(steps.expert[step], run % 2)
 
@@ -151,6 +167,8 @@ def _step(compute, steps: Steps, counts, loads, fetches, stores, step, end):
             for fetch in fetches:
                 fetch.start(steps.following[step], (run + 1) % 2)
 
+    for load in gathered:
+        load.turn(step, step % 2, step + 1 < end)
     for load in loads:
         load.wait(step, counts)
 
@@ -159,21 +177,22 @@ def _step(compute, steps: Steps, counts, loads, fetches, stores, step, end):
         for store in stores:
             store.wait_store(step - 2, counts)
 
-    def multiply(count):
+    def multiply(body):
         def beside(part, parts):
             for load in gathered:
-                load.ahead(step, count, part, parts)
+                load.ahead(step, step % 2, body, part, parts)
 
         compute(
-            [load.unpack(step, count) if isinstance(load, GatherStream) else load.view(step % 2, count) for load in loads],
+            [load.unpack(step, body) if isinstance(load, GatherStream) else load.view(step % 2, body[-1]) for load in loads],
             [fetch.view(run % 2) for fetch in fetches],
-            [store.view(step % 2, count) for store in stores],
+            [store.view(step % 2, body[-1]) for store in stores],
             beside,
         )
-        for store in stores:
-            store.copy(step, count, store=True).start()
 
-    for_count(steps, step, counts, multiply)
+    for body in bodies:
+        pl.when((steps.count[step] >= body[0]) & (steps.count[step] <= body[-1]))(functools.partial(multiply, body))
+    for store in stores:
+        for_count(steps, step, counts, lambda count, store=store: store.copy(step, count, store=True).start())
 
     @pl.when(step == end - 1)
     def _():
@@ -221,7 +240,25 @@ class RowStream:
     def view(self, slot, count: int):
         return self.buffer.at[slot, pl.ds(0, count * self.tile), pl.ds(0, self.buffer.shape[2] - self.gap)]
 
+    def clear(self, slot, n: int):
+        """Makes zeros of the n-th tile of a step."""
+        here = self.buffer.at[slot, pl.ds(n * self.tile, self.tile)]
+        here[...] = jnp.zeros(here.shape, here.dtype)
 
+
+class WordStream(RowStream):
+    """Rows as words, [R, 1, W], from two buffers [2, n * tile, 1, W or a block of it]."""
+
+    def copy(self, step, count: int, *, store: bool):
+        width = self.buffer.shape[3]
+        there = self.hbm.at[pl.ds(self.steps.tile[step] * self.tile, count * self.tile), :, pl.ds(self.block * width, width)]
+        return pltpu.make_async_copy(self.view(step % 2, count), there, self.semaphore.at[step % 2])
+
+    def view(self, slot, count: int):
+        return self.buffer.at[slot, pl.ds(0, count * self.tile)]
+
+
+@dataclasses.dataclass(frozen=True)
 class NumberStream(RowStream):
     """One number a row, [blocks, R / tile, 1, tile], from two buffers [2, n, 1, tile]."""
 

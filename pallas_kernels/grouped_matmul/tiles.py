@@ -62,13 +62,13 @@ def row_tiles(group_sizes_E: jax.Array, num_rows_buffer: int, tile: int) -> RowT
 def row_steps(tiles: RowTiles, size: int, *, join: bool, visit_empty: bool) -> tuple[Steps, jax.Array]:
     """Steps of `size` tiles and their number; an expert's last step has what is left.
 
-    join: a single tile that would be left over joins the step before (which has size + 1 then). visit_empty: experts without rows
-    get a step of 0 tiles.
+    join: tiles that are left over behind an expert's steps of `size` join the last of those. visit_empty: experts without rows get a
+    step of 0 tiles.
     """
     counts = -(-tiles.sizes // tiles.tile)
     steps = -(-counts // size)
     if join:
-        steps = jnp.where((counts % size == 1) & (counts > 1), steps - 1, steps)
+        steps = jnp.where(counts > size, counts // size, steps)
     if visit_empty:
         steps = jnp.maximum(steps, 1)
     ends = jnp.cumsum(steps, dtype=jnp.int32)
@@ -85,9 +85,14 @@ def row_steps(tiles: RowTiles, size: int, *, join: bool, visit_empty: bool) -> t
     return Steps(tiles.first[expert] + index * size, count, expert, run[expert], after[expert]), ends[-1]
 
 
-def counts_of_step(size: int, *, join: bool, visit_empty: bool) -> tuple[int, ...]:
-    """Numbers of tiles that a step of row_steps can have."""
-    return tuple(range(0 if visit_empty else 1, size + 1 + (join and size > 1)))
+def most_tiles(size: int, *, join: bool) -> int:
+    """Tiles that a step of row_steps has at most."""
+    return 2 * size - 1 if join else size
+
+
+def bodies_of_step(most: int, granule: int) -> list[range]:
+    """Numbers of tiles of a step, 1 to most, by the body of a kernel that takes them: one for each multiple of granule."""
+    return [range(max(last - granule, 0) + 1, last + 1) for last in range(granule, most + granule, granule)]
 
 
 def _owner(ends_E, num: int):

@@ -10,28 +10,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
-from pallas_kernels.moe_dispatch import rows
+from pallas_kernels.grouped_matmul import rows
 from pallas_kernels.moe_dispatch.shapes import Blocks
 
-PACKED_ROWS = 128  # of a step
 CORES = 2  # of a v4 or v5p chip; elsewhere one core takes both halves of the tokens, one after the other
-
-
-def pack(x_RD: jax.Array) -> jax.Array:
-    """rows.to_rows as a kernel that reads and writes once, where XLA goes over the array five times."""
-    (num_rows, width), dtype = x_RD.shape, x_RD.dtype
-    words = rows.row_shape(num_rows, width, dtype)
-    block = min(PACKED_ROWS, num_rows)
-    return pl.pallas_call(
-        rows.pack_rows,
-        grid=(pl.cdiv(num_rows, block),),
-        in_specs=[pl.BlockSpec((block, width), lambda step: (step, 0))],
-        out_specs=pl.BlockSpec((block, 1, words.shape[2]), lambda step: (step, 0, 0)),
-        out_shape=words,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=16 * PACKED_ROWS * width + (4 << 20)),
-        interpret=interpret.params(),
-        name="pack_rows",
-    )(x_RD)
 
 
 def combine(words_R1W: jax.Array, slot_TK: jax.Array, weights_TK: jax.Array | None, *, width: int, dtype, blocks: Blocks) -> jax.Array:

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import few_rows, few_rows_shapes, kernel
+from pallas_kernels.grouped_matmul.gather import gathered
 from pallas_kernels.grouped_matmul.shapes import TILE, blocks_for
 from pallas_kernels.grouped_matmul.tiles import row_tiles
 from pallas_kernels.grouped_matmul.weight_gradient import weight_gradient
-from pallas_kernels.moe_dispatch.sorting import Dispatch, gather_rows, sort_by_expert, source_tokens, sum_rows, take
+from pallas_kernels.moe_dispatch.sorting import Dispatch, gather_rows, sort_by_expert, source_tokens, sum_words, take
 
 FEW_ROWS = 512  # up to which reading matrices is all that costs
 
@@ -43,10 +44,10 @@ def _many(x_TD, expert_TK, weights_TK, gate_EDF, up_EDF, down_EFD, *, keep: bool
     num_experts, ffn, width = down_EFD.shape
     plan = _plan(expert_TK, num_experts, TILE)
     tiles = row_tiles(plan.group_sizes_E, len(plan.source_R), TILE)
-    blocks = blocks_for("swiglu", width, ffn, x_TD.dtype)
-    h_RF, *kept = kernel.swiglu(x_TD, gate_EDF, up_EDF, tiles, source_R=source_tokens(plan), keep=keep, blocks=blocks)
-    y_RD = kernel.matmul(h_RF, down_EFD, tiles, blocks=blocks_for("matmul", ffn, width, x_TD.dtype))
-    return sum_rows(y_RD, weights_TK, plan), (plan, *kept)
+    x_RD = gathered(x_TD, source_tokens(plan))
+    h_RF, *kept = kernel.swiglu(x_RD, gate_EDF, up_EDF, tiles, keep=keep, blocks=blocks_for("swiglu", width, ffn, x_TD.dtype))
+    y = kernel.matmul(h_RF, down_EFD, tiles, words=True, blocks=blocks_for("matmul", ffn, width, x_TD.dtype))
+    return sum_words(y, weights_TK, plan, width=width, dtype=x_TD.dtype), (plan, *kept)
 
 
 def _forward(x_TD, expert_TK, weights_TK, gate_EDF, up_EDF, down_EFD):
@@ -63,15 +64,14 @@ def _backward(residuals, dout_TD):
     gate_EDF, up_EDF, down_EFD = (w.astype(x_TD.dtype) for w in matrices)
     ffn, width = down_EFD.shape[1:]
     tiles, dtype = row_tiles(plan.group_sizes_E, len(plan.source_R), TILE), x_TD.dtype
-    tokens_R = source_tokens(plan)
+    x_RD, dout_RD = (gathered(a, source_tokens(plan)) for a in (x_TD, dout_TD))
     ones = jnp.ones(plan.slot_TK.shape, jnp.float32) if weights_TK is None else weights_TK.astype(jnp.float32)
     dgate_RF, dup_RF, hw_RF, dweights_R = kernel.swiglu_backward(
-        dout_TD, down_EFD, gate_RF, up_RF, take(ones.reshape(-1), plan.source_R), tiles, source_R=tokens_R,
+        dout_RD, down_EFD, gate_RF, up_RF, take(ones.reshape(-1), plan.source_R), tiles,
         blocks=blocks_for("swiglu_backward", width, ffn, dtype),
     )  # fmt: skip
-    dx_RD = kernel.two_matmul(dgate_RF, dup_RF, gate_EDF, up_EDF, tiles, blocks=blocks_for("two_matmul", ffn, width, dtype))
-    dx_TD = sum_rows(dx_RD, None, plan)
-    x_RD, dout_RD = gather_rows(x_TD, plan), gather_rows(dout_TD, plan)
+    dx = kernel.two_matmul(dgate_RF, dup_RF, gate_EDF, up_EDF, tiles, words=True, blocks=blocks_for("two_matmul", ffn, width, dtype))
+    dx_TD = sum_words(dx, None, plan, width=width, dtype=dtype)
     blocks = blocks_for("weight_gradient", width, ffn, dtype)
     dgate_EDF, dup_EDF = (weight_gradient(x_RD, d_RF, tiles, blocks=blocks) for d_RF in (dgate_RF, dup_RF))
     ddown_EFD = weight_gradient(hw_RF, dout_RD, tiles, blocks=blocks_for("weight_gradient", ffn, width, dtype))

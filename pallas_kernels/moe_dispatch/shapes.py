@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.grouped_matmul import costs
+from pallas_kernels.grouped_matmul.rows import row_shape
 from pallas_kernels.grouped_matmul.shapes import blocks_for as product_blocks
-from pallas_kernels.moe_dispatch.rows import row_shape
 
 FOLDER = pathlib.Path(__file__).parent
 SHAPES, PASSES = {}, ()
@@ -41,20 +41,19 @@ def blocks_for(per_token: int, width: int, dtype) -> Blocks:
 def layer_bytes(sizes_E: np.ndarray, width: int, ffn: int, per_token: int) -> dict[str, int]:
     """Bytes that the routed experts move forward and backward in bfloat16, by step, with the blocks of the current target."""
     experts, pairs = len(sizes_E), int(np.sum(sizes_E))
-    rows, tokens = costs.rows_computed(sizes_E), pairs // per_token
-    row, token = rows * width * 2, tokens * width * 2
-    way_back = 2 * row + pairs * width * 2 + token  # rows packed, fetched, and the sums
-    gathered = pairs * width * 2 + row
+    rows = costs.rows_computed(sizes_E)
+    token = pairs // per_token * width * 2
+    way_back = pairs * width * 2 + token  # rows fetched, and their sums
 
-    def product(kernel, depth, columns, tokens=None):
+    def product(kernel, depth, columns):
         blocks = product_blocks(kernel, depth, columns, jnp.bfloat16)
-        return costs.moved(kernel, blocks, depth, columns, rows, experts, jnp.bfloat16, tokens)
+        return costs.moved(kernel, blocks, depth, columns, rows, experts, jnp.bfloat16)
 
     return {
-        "swiglu": product("swiglu", width, ffn, tokens), "down": product("matmul", ffn, width), "way back": way_back,
-        "swiglu backward": product("swiglu_backward", width, ffn, tokens), "dx": product("two_matmul", ffn, width),
-        "way back of dx": way_back, "gathered x and dout": 2 * gathered,
-        "weight gradients": 2 * product("weight_gradient", width, ffn) + product("weight_gradient", ffn, width),
+        "tokens packed": 3 * 2 * token,  # x forward and backward, and dout
+        "swiglu": product("swiglu", width, ffn), "down": product("matmul", ffn, width), "way back": way_back,
+        "swiglu backward": product("swiglu_backward", width, ffn), "dx": product("two_matmul", ffn, width), "way back of dx": way_back,
+        "weight gradients": 2 * product("gathered_x_gradient", width, ffn) + product("gathered_dy_gradient", ffn, width),
     }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.grouped_matmul.rows import pack
 from pallas_kernels.grouped_matmul.tiles import buffer_rows
 from pallas_kernels.moe_dispatch import kernel
 from pallas_kernels.moe_dispatch.shapes import blocks_for
@@ -103,13 +104,17 @@ combine_rows.defvjp(_combine_rows, _combine_rows_backward)
 def sum_rows(y_RD, weights_TK, dispatch: Dispatch) -> jax.Array:
     """combine_rows without a gradient."""
     if dispatch.pallas:
-        width, dtype = y_RD.shape[1], y_RD.dtype
-        blocks = blocks_for(dispatch.slot_TK.shape[1], width, dtype)
-        return kernel.combine(kernel.pack(y_RD), dispatch.slot_TK, weights_TK, width=width, dtype=dtype, blocks=blocks)
+        return sum_words(pack(y_RD), weights_TK, dispatch, width=y_RD.shape[1], dtype=y_RD.dtype)
     y_TKD = _take(y_RD, dispatch.slot_TK, dispatch)
     if weights_TK is None:
         return jnp.sum(y_TKD, axis=1)
     return jnp.einsum("tk,tkd->td", weights_TK.astype(y_RD.dtype), y_TKD)
+
+
+def sum_words(words_R1W, weights_TK, dispatch: Dispatch, *, width: int, dtype) -> jax.Array:
+    """sum_rows of rows [R, width] in dtype that come as words (grouped_matmul/rows.py), by the TPU kernel."""
+    blocks = blocks_for(dispatch.slot_TK.shape[1], width, dtype)
+    return kernel.combine(words_R1W, dispatch.slot_TK, weights_TK, width=width, dtype=dtype, blocks=blocks)
 
 
 def take(x, index):

@@ -1,5 +1,6 @@
 """The TPU kernels, simulated with races detected and memory NaN until written, against float64 products an expert at a time."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,20 +11,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import interpret
-from pallas_kernels.grouped_matmul import kernel, reference
+from pallas_kernels.grouped_matmul import kernel, reference, rows
 from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.grouped_matmul.gather import gathered
 from pallas_kernels.grouped_matmul.shapes import Blocks, GradientBlocks
 from pallas_kernels.grouped_matmul.tiles import buffer_rows, row_steps, row_tiles
 from pallas_kernels.grouped_matmul.weight_gradient import weight_gradient
 
-D, F, E, TILE, ROWS = 384, 256, 4, 128, 600
+D, F, E, TILE, ROWS = 384, 256, 4, 64, 600
 KERNELS = ("matmul", "transposed", "swiglu", "two", "backward", "gradient")
 BUFFER = buffer_rows(ROWS, E, TILE)
 LIMIT = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
-# One step a tile, columns in blocks, steps over two cores; and steps of two or three tiles, with a gap in the matrices.
-BLOCKS = {"small": Blocks(2, 1, False, 0, 2, 2**26), "joined": Blocks(1, 2, True, 128, 1, 2**26)}
-GRADIENT_BLOCKS = {"small": GradientBlocks(3, 2, 2, 128, 0, 2**26), "joined": GradientBlocks(1, 1, 4, 256, 128, 2**26)}
-SIZES = ([130, 0, 300, 1], [0, 0, 600, 0], [0, 0, 0, 0], [128, 256, 1, 129], [0, 400, 0, 0], [1, 1, 1, 597])
+# One step a tile, columns in blocks, steps over two cores; steps of up to five tiles, with a gap in the matrices; bodies for two tiles
+# that also take one.
+BLOCKS = {
+    "small": Blocks(2, 1, False, 1, 0, 2, 2**26),
+    "joined": Blocks(1, 3, True, 1, 128, 1, 2**26),
+    "granules": Blocks(1, 4, False, 2, 0, 1, 2**26),
+}
+GRADIENT_BLOCKS = {
+    "small": GradientBlocks(3, 2, 2, 128, 1, 0, 2**26),
+    "joined": GradientBlocks(1, 1, 4, 256, 1, 128, 2**26),
+    "granules": GradientBlocks(1, 1, 8, 256, 4, 0, 2**26),
+}
+SIZES = ([130, 0, 300, 1], [0, 0, 600, 0], [0, 0, 0, 0], [128, 256, 1, 129])
 
 
 def simulated(function, *args):
@@ -72,7 +83,7 @@ def test_steps_take_every_tile_of_an_expert_once_and_in_order(sizes, size, join,
     steps, taken, visited = [np.asarray(s)[: int(num)] for s in steps], [], []
     for n, (tile, count, expert, run, following) in enumerate(zip(*steps, strict=True)):
         taken += [(tile + i, expert) for i in range(count)]
-        assert 0 <= count <= size + join
+        assert 0 <= count <= (2 * size - 1 if join else size)
         if not visited or visited[-1] != expert:
             visited.append(expert)
         assert run == len(visited) - 1
@@ -109,16 +120,16 @@ def products(request):
     return dtype, lambda *args: {which: simulated(program, *args) for which, program in programs.items()}
 
 
-@pytest.mark.parametrize("sizes", SIZES[:4], ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_every_kernel_equals_float64(products, sizes):
     """Rows past the used tiles come in as NaN and must not matter."""
     dtype, run = products
     limit = LIMIT[dtype]
     expert, used = place(sizes)
     x, gate, up, dy, down, weights = data(0, dtype, (BUFFER, D), (E, D, F), (E, D, F), (BUFFER, F), (E, F, D), (BUFFER,))
-    for rows in (x, dy):
-        rows[expert < 0] = 0
-        rows[used:] = np.nan
+    for array in (x, dy):
+        array[expert < 0] = 0
+        array[used:] = np.nan
     out = run(jnp.asarray(sizes, jnp.int32), x, gate, up, dy, down, weights)
     x, dy, weights, expert = x[:used].astype(np.float64), dy[:used].astype(np.float64), weights[:used, None], expert[:used]
     turn = lambda w: w.transpose(0, 2, 1)  # noqa: E731
@@ -143,27 +154,45 @@ def test_every_kernel_equals_float64(products, sizes):
 
 
 @pytest.mark.parametrize("dtype", LIMIT, ids=lambda d: d.__name__)
-@pytest.mark.parametrize(("name", "sizes"), [("small", [20, 0, 9, 1]), ("joined", [33, 2, 0, 5])])
-def test_gathered_rows_equal_rows_that_were_gathered_before(name, sizes, dtype):
-    """Tiles of 16 rows, because every row is a copy of its own here; the width is an odd number of 256 columns."""
+@pytest.mark.parametrize(
+    ("name", "sizes", "depth"), [("small", [20, 0, 9, 1], 384), ("joined", [43, 2, 0, 5], 512), ("granules", [33, 2, 0, 81], 512)]
+)
+def test_rows_that_are_fetched_by_index_equal_rows_that_were_gathered_before(name, sizes, depth, dtype):
+    """Tiles of 16 rows, because every row is a copy of its own here. 384 columns of bfloat16 do not share words, 512 do; in blocks, too."""
     tile, tokens = 16, 23
-    buffer = buffer_rows(64, E, tile)
+    buffer = buffer_rows(sum(sizes), E, tile)
     expert, used = place(sizes, tile, buffer)
-    x, gate, up, a, b, down, weights = data(1, dtype, (tokens, D), (E, D, F), (E, D, F), (buffer, F), (buffer, F), (E, F, D), (buffer,))
+    x, gate, up, a, b, down, weights = data(
+        1, dtype, (tokens, depth), (E, depth, F), (E, depth, F), (buffer, F), (buffer, F), (E, F, depth), (buffer,)
+    )
     a[expert < 0] = b[expert < 0] = 0
     source = np.where(expert >= 0, np.random.default_rng(2).integers(0, tokens, buffer), -1).astype(np.int32)
-    rows = np.where(source[:, None] >= 0, x[source], 0)
+    rows_RD = np.where(source[:, None] >= 0, x[source], 0)
+    cuts = dataclasses.replace(GRADIENT_BLOCKS[name], rows=depth // 256 if name == "joined" else 1, columns=1)
 
-    def run(x, source):
+    def run(which, x, source):
         tiles = row_tiles(jnp.asarray(sizes, jnp.int32), buffer, tile)
         cast = lambda *arrays: [jnp.asarray(array, dtype) for array in arrays]  # noqa: E731
         x, gate_, up_, a_, b_, down_ = cast(x, gate, up, a, b, down)
-        forward = kernel.swiglu(x, gate_, up_, tiles, source_R=source, keep=False, blocks=BLOCKS[name])
-        return *forward, *kernel.swiglu_backward(x, down_, a_, b_, weights, tiles, source_R=source, blocks=BLOCKS[name])
+        x = x if source is None else gathered(x, source)
+        words = dict(words=source is not None, blocks=dataclasses.replace(BLOCKS[name], columns=3 if name == "small" else 1))
+        return {
+            "swiglu": lambda: kernel.swiglu(x, gate_, up_, tiles, keep=False, blocks=BLOCKS[name]),
+            "backward": lambda: kernel.swiglu_backward(x, down_, a_, b_, weights, tiles, blocks=BLOCKS[name]),
+            "gradient of x": lambda: weight_gradient(x, a_, tiles, blocks=cuts),
+            "gradient of dy": lambda: weight_gradient(a_, x, tiles, blocks=dataclasses.replace(cuts, rows=1, columns=cuts.rows)),
+            "matmul": lambda: kernel.matmul(a_, down_, tiles, **words),
+            "two": lambda: kernel.two_matmul(a_, b_, gate_, up_, tiles, **words),
+        }[which]()
 
-    for gathered, plain in zip(simulated(run, x, source), simulated(lambda x: run(x, None), rows), strict=True):
-        assert relative(gathered[:used], plain[:used]) < 1e-6
-    assert np.any(simulated(run, x, source)[0][:used])
+    for which in ("swiglu", "backward", "gradient of x", "gradient of dy", "matmul", "two"):
+        ours = simulated(functools.partial(run, which), x, source)
+        plain = simulated(functools.partial(run, which, source=None), rows_RD)
+        if which in ("matmul", "two"):
+            ours = np.asarray(rows.from_rows(ours, dtype))
+        for value, wanted in zip(*([out] if isinstance(out, np.ndarray) else out for out in (ours, plain)), strict=True):
+            end = len(value) if which.startswith("gradient") else used
+            assert relative(value[:end], wanted[:end]) < 1e-6 and np.any(value[:end]), which
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,7 @@ def test_aligned_groups_equal_groups_without_gaps(implementation):
 @pytest.mark.parametrize(
     ("message", "rows", "dtype", "widths", "alignment"),
     [
-        ("alignment that is a multiple of 128, not 64; batched", 256, jnp.float32, (128, 128), 64),
+        ("alignment that is a multiple of 64, not 32; batched", 256, jnp.float32, (128, 128), 32),
         ("not F=200; batched", 256, jnp.float32, (128, 200), 128),
         ("not D=64; batched", 256, jnp.float32, (64, 128), 128),
         ("not float16 and float16; batched", 256, jnp.float16, (128, 128), 128),

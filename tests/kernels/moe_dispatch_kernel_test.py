@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from glm_jax.infer.quantize import quantize
 from pallas_kernels import compiler, interpret
-from pallas_kernels.moe_dispatch import api, kernel, routed, rows, shapes
+from pallas_kernels.grouped_matmul import rows
+from pallas_kernels.moe_dispatch import api, kernel, routed, shapes
 from tests.kernels.routed_oracle import draw, errors, oracle
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
@@ -27,7 +28,10 @@ def test_packed_rows_are_whole_rows_and_come_back(dtype, width):
     assert words.shape == rows.row_shape(150, width, dtype).shape and words.dtype == rows.row_shape(150, width, dtype).dtype
     np.testing.assert_array_equal(rows.from_rows(words, dtype), x)
     with simulated():
-        np.testing.assert_array_equal(jax.jit(kernel.pack)(x), words)
+        np.testing.assert_array_equal(jax.jit(rows.pack)(x), words)
+        ahead = jax.jit(functools.partial(rows.pack, zeros=150))(x)
+    np.testing.assert_array_equal(ahead[:150], words)
+    assert ahead.shape[0] == 300 and not np.any(ahead[150:])
 
 
 @functools.cache
@@ -104,7 +108,7 @@ def test_the_tpu_compiler_takes_the_way_back_at_glms_shapes(topology, width, num
 
     def way_back(y, slot, weights):
         blocks = shapes.blocks_for(8, width, jnp.bfloat16)
-        return kernel.combine(kernel.pack(y), slot, weights, width=width, dtype=jnp.bfloat16, blocks=blocks)
+        return kernel.combine(rows.pack(y), slot, weights, width=width, dtype=jnp.bfloat16, blocks=blocks)
 
     compiled = compiler.compile_kernel(way_back, (y, slot, weights), topology)
     # Beside the packed rows nothing of their size: no [T, K, D].

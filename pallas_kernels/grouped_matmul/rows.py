@@ -19,6 +19,7 @@ from pallas_kernels import interpret
 
 LANES = 128
 HIGH = 0xFFFF0000
+PACKED_ROWS = 128  # of a step
 
 
 def paired(width: int, dtype) -> bool:
@@ -50,6 +51,28 @@ def from_rows(words_R1W: jax.Array, dtype) -> jax.Array:
     words = words_R1W.reshape(num_rows, -1, 1, LANES)
     halves = jnp.concatenate([words, words >> 16], axis=2).astype(jnp.uint16)
     return jax.lax.bitcast_convert_type(halves, jnp.bfloat16).reshape(num_rows, -1).astype(dtype)
+
+
+def pack(x_RD: jax.Array, *, zeros: int = 0) -> jax.Array:
+    """to_rows as a kernel that reads and writes once, where XLA goes over the array five times; `zeros` rows of zeros behind."""
+    (num_rows, width), dtype = x_RD.shape, x_RD.dtype
+    words = row_shape(num_rows + zeros, width, dtype)
+    block = min(PACKED_ROWS, num_rows)
+    last = pl.cdiv(num_rows, block) - 1
+
+    def kernel(values, words):
+        pack_rows(values, words, num_rows - pl.program_id(0) * block if zeros else None)
+
+    return pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(num_rows + zeros, block),),
+        in_specs=[pl.BlockSpec((block, width), lambda step: (jnp.minimum(step, last), 0))],
+        out_specs=pl.BlockSpec((block, 1, words.shape[2]), lambda step: (step, 0, 0)),
+        out_shape=words,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=16 * PACKED_ROWS * width + (4 << 20)),
+        interpret=interpret.params(),
+        name="pack_rows",
+    )(x_RD)
 
 
 # --- inside of kernels ---
@@ -96,10 +119,34 @@ def unpack_rows(words_ref, out_ref):
             out_ref[:, start : start + LANES] = part.astype(out_ref.dtype)
 
 
-def pack_rows(values_ref, words_ref):
-    """The opposite of unpack_rows."""
-    num_lines = words_ref.shape[2] // LANES
-    columns = values_ref.shape[1] // (num_lines * LANES)
-    for line in range(num_lines):
-        starts = range(line * columns * LANES, (line + 1) * columns * LANES, LANES)
-        store_words(words_ref, 0, line, join([values_ref[:, s : s + LANES].astype(jnp.float32) for s in starts]))
+def pack_rows(values_ref, words_ref, live=None):
+    """The opposite of unpack_rows; live: number of rows behind which all are to be zeros."""
+    for line in range(words_ref.shape[2] // LANES):
+        size = LANES * per_word(words_ref)
+        values = values_ref[:, line * size : (line + 1) * size].astype(jnp.float32)
+        if live is not None:
+            values = jnp.where(jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) < live, values, 0.0)
+        store_columns(words_ref, line * size, values)
+
+
+def per_word(words_ref) -> int:
+    """Columns of a word."""
+    return 2 if words_ref.dtype == jnp.uint32 else 1
+
+
+def store_columns(ref, start: int, values):
+    """Float32 columns [n, C] to columns start, ... of rows in VMEM: values [n, D], or words [n, 1, W], there whole lines of them."""
+    if len(ref.shape) == 2:
+        ref[:, start : start + values.shape[1]] = values.astype(ref.dtype)
+        return
+    size = LANES * per_word(ref)
+    for first in range(0, values.shape[1], size):
+        columns = [values[:, i : i + LANES] for i in range(first, first + size, LANES)]
+        store_words(ref, 0, (start + first) // size, join(columns))
+
+
+def load_columns(words_ref, first, count: int, columns: slice, dtype) -> jax.Array:
+    """Columns (whole lines) of the rows first, ... of words [n, 1, W] in VMEM: [count, C]."""
+    size = LANES * per_word(words_ref)
+    parts = [halves(load_words(words_ref, first, count, line)) for line in range(columns.start // size, columns.stop // size)]
+    return jnp.concatenate([part.astype(dtype) for line in parts for part in line], axis=1)
