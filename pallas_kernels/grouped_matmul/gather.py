@@ -38,7 +38,7 @@ class Gathered:
         source = jnp.where((self.source_R < 0) | (self.source_R > zeros), zeros, self.source_R)
         source = jnp.pad(source, (0, 2 * most * tile), constant_values=zeros).reshape(num_tiles + 2 * most, 1, tile)
         scratch = [
-            pltpu.VMEM(((2 * most + 1) * tile, 1, width), self.words.dtype),
+            pltpu.VMEM(((2 * most + 1) * tile, 1, _pitch(width)), self.words.dtype),
             pltpu.SemaphoreType.DMA((2 * most,)),
             pltpu.SMEM((2, most, 1, tile), jnp.int32),
             pltpu.SemaphoreType.DMA((2,)),
@@ -46,6 +46,15 @@ class Gathered:
         if unpacked:
             scratch.append(pltpu.VMEM((most * tile, self.shape[1] // blocks), self.dtype))
         return [self.words, source], [pl.BlockSpec(memory_space=pl.ANY)] * 2, scratch
+
+    def stream(self, inputs, scratch, steps: Steps, tile: int, *, block=0, blocks: int = 1) -> GatherStream:
+        """What plan asked for, as refs inside of the kernel; block: the one of the columns that is fetched."""
+        return GatherStream(*inputs, *scratch[:4], steps, block, self.words.shape[2] // blocks, tile, self.dtype, *scratch[4:])
+
+
+def _pitch(width: int) -> int:
+    """Words from a row of the ring to the next: an odd number of lines, so that a load of one line of eight rows meets different banks."""
+    return (width // LANES | 1) * LANES
 
 
 def gathered(x_TD: jax.Array, source_R: jax.Array) -> Gathered:
@@ -55,8 +64,8 @@ def gathered(x_TD: jax.Array, source_R: jax.Array) -> Gathered:
 
 @dataclasses.dataclass(frozen=True)
 class GatherStream:
-    """Rows of a step, copied from words [T + 1, 1, W] into a ring of 2 * most tiles, [(2 * most + 1) * tile, 1, W or a block of it], behind
-    which lies one of zeros.
+    """Rows of a step, copied from words [T + 1, 1, W] into a ring of 2 * most tiles, [(2 * most + 1) * tile, 1, width or a little more],
+    behind which lies one of zeros; width: of a block of W.
 
     Used tiles follow each other in a buffer without gaps, whatever their experts. So a step of n tiles starts n others, `most`
     tiles ahead, from within its products: that many copies take as long to start as a fifth of a step, if nothing else runs.
@@ -71,6 +80,7 @@ class GatherStream:
     index_semaphore: jax.Ref
     steps: Steps
     block: jax.Array
+    width: int
     tile: int
     dtype: jnp.dtype
     rows: jax.Ref | None = None
@@ -106,9 +116,8 @@ class GatherStream:
         lax.fori_loop(0, self.tile, lambda row, _: self.start_row(tile, row, self.indices[half, n, 0, row]), None)
 
     def start_row(self, tile, row, source):
-        width = self.ring.shape[2]
-        there = self.words.at[source, :, pl.ds(self.block * width, width)]
-        here = self.ring.at[self.slot(tile) * self.tile + row]
+        there = self.words.at[source, :, pl.ds(self.block * self.width, self.width)]
+        here = self.ring.at[self.slot(tile) * self.tile + row, :, pl.ds(0, self.width)]
         pltpu.make_async_copy(there, here, self.semaphore.at[self.slot(tile)]).start()
 
     def ahead(self, step, half, counts: range, part: int, parts: int):
@@ -126,7 +135,7 @@ class GatherStream:
     def wait_tile(self, tile):
         """A copy's semaphore counts bytes: one wait for all rows of a tile."""
         slot = self.slot(tile)
-        arrived = self.ring.at[pl.ds(slot * self.tile, self.tile)]
+        arrived = self.ring.at[pl.ds(slot * self.tile, self.tile), :, pl.ds(0, self.width)]
         pltpu.make_async_copy(arrived, arrived, self.semaphore.at[slot]).wait()
 
     def wait(self, step, counts):

@@ -50,7 +50,7 @@ class Blocks:
 @dataclasses.dataclass(frozen=True)
 class GradientBlocks:
     """How the gradient of a matrix is cut: blocks of its rows and columns, tiles of a step; chunk: rows of a product within;
-    granule, gap (between rows of dy): as in Blocks.
+    granule: as in Blocks. gap: lanes between the rows of either operand, as there.
 
     only: for a probe, the kernel has the body of an expert's last step, of that many tiles, alone.
     """
@@ -137,7 +137,7 @@ def fitting(kernel: str, depth: int, width: int, dtype, kind: str | None, capaci
     limit = capacity - capacity // 32
     if kernel in GRADIENTS:
         cuts = [
-            GradientBlocks(rows, columns, size, chunk, 4 if wide else 2, _gap(kind, width // columns), limit)
+            GradientBlocks(rows, columns, size, chunk, 4 if wide else 2, LANES if kind == "v6e" else 0, limit)
             for size in ((8, 4) if wide else (4, 2))
             for chunk in (256, 512)
             for rows in _divisors(depth)
@@ -175,7 +175,7 @@ def vmem(kernel: str, blocks: Blocks, depth: int, width: int, dtype) -> int:
 
 def gradient_vmem(kernel: str, blocks: GradientBlocks, depth: int, width: int, dtype) -> int:
     height, across, itemsize = depth // blocks.rows, width // blocks.columns, jnp.dtype(dtype).itemsize
-    buffers = 2 * height + (3 if kernel == "gathered_dy_gradient" else 2) * (across + blocks.gap)
+    buffers = 2 * (height + blocks.gap) + (3 if kernel == "gathered_dy_gradient" else 2) * (across + blocks.gap)
     return height * across * (4 + itemsize) + blocks.size * TILE * buffers * itemsize + 2**21
 
 

@@ -122,7 +122,7 @@ def _kernel(compute, rows, matrices, results, bodies, tile, gap, num_refs, *refs
     loads, fetches, stores = [], [], []
     for operand, hbm, scratch in zip(rows, inputs, refs, strict=False):
         if isinstance(operand, Gathered):
-            loads.append(GatherStream(*hbm, *scratch[:4], steps, 0, tile, operand.dtype, *scratch[4:]))
+            loads.append(operand.stream(hbm, scratch, steps, tile))
         else:
             stream = NumberStream if operand.number else RowStream
             loads.append(stream(hbm[0], *scratch, steps, block if operand.split else 0, tile))

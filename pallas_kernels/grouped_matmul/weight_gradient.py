@@ -27,17 +27,17 @@ def weight_gradient(x_RK: jax.Array | Gathered, dy_RN: jax.Array | Gathered, til
     operands, tile = [x_RK, dy_RN], tiles.tile
     dtype, num_experts, most = x_RK.dtype, len(tiles.sizes), blocks.size
     steps, num_steps = row_steps(tiles, most, join=False, visit_empty=True)
-    cuts, gaps = (blocks.rows, blocks.columns), (0, blocks.gap)
+    cuts = blocks.rows, blocks.columns
     widths = [operand.shape[1] // cut for operand, cut in zip(operands, cuts, strict=True)]
     inputs, specs, scratch = [], [], []
-    for operand, cut, width, gap in zip(operands, cuts, widths, gaps, strict=True):
+    for operand, cut, width in zip(operands, cuts, widths, strict=True):
         if isinstance(operand, Gathered):
             arrays, operand_specs, buffers = operand.plan(tile, most, blocks=cut, unpacked=False)
             if operand is dy_RN:  # which is taken once for each part of x: unpacked for the first
-                buffers.append(pltpu.VMEM((most * tile, width + gap), dtype))
+                buffers.append(pltpu.VMEM((most * tile, width + blocks.gap), dtype))
         else:
             arrays, operand_specs = [operand], [pl.BlockSpec(memory_space=pl.ANY)]
-            buffers = [pltpu.VMEM((2, most * tile, width + gap), dtype), pltpu.SemaphoreType.DMA((2,))]
+            buffers = [pltpu.VMEM((2, most * tile, width + blocks.gap), dtype), pltpu.SemaphoreType.DMA((2,))]
         inputs.append(arrays)
         specs.append(operand_specs)
         scratch.append(buffers)
@@ -71,8 +71,14 @@ def _kernel(blocks, operands, tile, num_inputs, num_scratch, *refs):
     num_steps = pl.num_programs(1)
     bodies = blocks.bodies
     counts = [count for body in bodies for count in body]
-    parts = zip(operands, inputs, scratch, (row_block, column_block), (0, blocks.gap), strict=True)
-    loads = [_stream(operand, hbm, buffers, steps, part, tile, gap) for operand, hbm, buffers, part, gap in parts]
+    loads = []
+    for operand, hbm, buffers, part, cut in zip(
+        operands, inputs, scratch, (row_block, column_block), (blocks.rows, blocks.columns), strict=True
+    ):
+        if isinstance(operand, Gathered):
+            loads.append(operand.stream(hbm, buffers, steps, tile, block=part, blocks=cut))
+        else:
+            loads.append(RowStream(*hbm, *buffers, steps, part, tile, blocks.gap))
     moving = [load for load in loads if isinstance(load, RowStream)]
     gathered = [load for load in loads if isinstance(load, GatherStream)]
     height, width = sums.shape
@@ -139,12 +145,6 @@ def _kernel(blocks, operands, tile, num_inputs, num_scratch, *refs):
         store(0).wait()
         for load in gathered:
             load.wait_last(step)
-
-
-def _stream(operand, hbm, buffers, steps, block, tile, gap):
-    if isinstance(operand, Gathered):
-        return GatherStream(*hbm, *buffers[:4], steps, block, tile, operand.dtype, *buffers[4:])
-    return RowStream(*hbm, *buffers, steps, block, tile, gap)
 
 
 def _columns(load: RowStream | GatherStream, step, body: range, part: slice, *, again: bool = False):
