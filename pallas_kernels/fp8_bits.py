@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 PACK = 32  # float8 rows of a register
 SCALE = 2.0**-120  # of what comes out, over what went in
+LIFT = 2.0**64  # on what is multiplied by that, so that the products are no subnormal numbers
 CHIPS = ("v4", "v5e", "v5p", "v6e")  # kinds without a conversion of their own
 
 

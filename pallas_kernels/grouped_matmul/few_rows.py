@@ -19,7 +19,6 @@ from pallas_kernels import fp8_bits, interpret, tuning
 
 BLOCK = 128  # rows and columns of a matrix that share a scale
 ALIGNMENT = {"bfloat16": 16, "float32": 8}  # rows of a register
-LIFT = 2.0**64  # on rows, so that their products with fp8_bits' small numbers are no subnormal ones
 FP8 = jnp.float8_e4m3fn
 
 
@@ -99,7 +98,7 @@ def _call(name, join, x_RK, matrices, scales, group_sizes_E, alignment: int, blo
     _check(x_RK, matrices, scales, group_sizes_E, alignment, blocks)
     blocks = dataclasses.replace(blocks, bits=blocks.bits and scales[0] is not None and x_RK.dtype == jnp.bfloat16)
     if blocks.bits:
-        x_RK, scales = fp8_bits.in_order(x_RK * LIFT), [scale / LIFT / fp8_bits.SCALE for scale in scales]
+        x_RK, scales = fp8_bits.in_order(x_RK * fp8_bits.LIFT), [scale / fp8_bits.LIFT / fp8_bits.SCALE for scale in scales]
     columns = blocks.columns
     (rows, depth), width = x_RK.shape, matrices[0].shape[2]
     tiles_E = -(-group_sizes_E // alignment)

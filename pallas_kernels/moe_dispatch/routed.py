@@ -72,9 +72,9 @@ def _backward(residuals, dout_TD):
     )  # fmt: skip
     dx = kernel.two_matmul(dgate_RF, dup_RF, gate_EDF, up_EDF, tiles, words=True, blocks=blocks_for("two_matmul", ffn, width, dtype))
     dx_TD = sum_words(dx, None, plan, width=width, dtype=dtype)
-    blocks = blocks_for("weight_gradient", width, ffn, dtype)
+    blocks = blocks_for("gathered_x_gradient", width, ffn, dtype)
     dgate_EDF, dup_EDF = (weight_gradient(x_RD, d_RF, tiles, blocks=blocks) for d_RF in (dgate_RF, dup_RF))
-    ddown_EFD = weight_gradient(hw_RF, dout_RD, tiles, blocks=blocks_for("weight_gradient", ffn, width, dtype))
+    ddown_EFD = weight_gradient(hw_RF, dout_RD, tiles, blocks=blocks_for("gathered_dy_gradient", ffn, width, dtype))
     dweights_TK = None if weights_TK is None else take(dweights_R, plan.slot_TK).astype(weights_TK.dtype)
     gradients = (d.astype(w.dtype) for d, w in zip((dgate_EDF, dup_EDF, ddown_EFD), matrices, strict=True))
     return dx_TD, None, dweights_TK, *gradients
@@ -86,7 +86,7 @@ routed_ffn.defvjp(_forward, _backward)
 def _few(x_TD, expert_TK, weights_TK, gate, up, down):
     """Decoding: every chosen expert's matrices are read once, quantised ones as they are."""
     num_experts, ffn, width = down.shape
-    alignment = few_rows.ALIGNMENT[x_TD.dtype.name]
+    alignment = few_rows_shapes.alignment_for(expert_TK.size, num_experts, x_TD.dtype)
     plan = dataclasses.replace(_plan(expert_TK, num_experts, alignment), pallas=False)
     (gate, gate_scale), (up, up_scale), (down, down_scale) = (_values_and_scale(w, x_TD.dtype) for w in (gate, up, down))
     h_RF = few_rows.few_rows_swiglu(

@@ -20,7 +20,6 @@ from pallas_kernels import fp8_bits, interpret, tuning
 
 LANES = 128
 MASKED = -1e38
-LIFT = 2.0**64  # on queries or probabilities, so that their products with fp8_bits' small numbers are no subnormal ones
 
 
 def paged_attention(q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts_S, scale, blocks, cores: int) -> jax.Array:
@@ -36,7 +35,7 @@ def paged_attention(q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts
     q = q.reshape(rows, num_blocks, tokens, groups, per_group, size).swapaxes(2, 3).reshape(rows, num_blocks, groups, used, size)
     bits = blocks.bits and q.dtype == jnp.bfloat16
     if bits:
-        q, scale = fp8_bits.in_order(q * LIFT), scale / LIFT / fp8_bits.SCALE
+        q, scale = fp8_bits.in_order(q * fp8_bits.LIFT), scale / fp8_bits.LIFT / fp8_bits.SCALE
     q_SBGQH = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, q_rows - used), (0, 0)))
 
     heads = groups // cores if groups % cores == 0 else groups
@@ -179,12 +178,12 @@ def _kernel(
 
         def _values(exps, h):
             """[Q, H]."""
-            exps = (_in_order(exps) * LIFT if bits else exps).astype(dtype)
+            exps = (_in_order(exps) * fp8_bits.LIFT if bits else exps).astype(dtype)
             out = 0.0
             for j in range(0, pages, join):
                 v = jnp.concatenate([unpack(v_buf[slot, j + n, h]) for n in range(join)], axis=0)
                 out += dot(exps[:, j * page_size : (j + join) * page_size], v)
-            return out * (1 / LIFT / fp8_bits.SCALE) if bits else out
+            return out * (1 / fp8_bits.LIFT / fp8_bits.SCALE) if bits else out
 
         if turn == heads:
             some_heads(0)
