@@ -15,6 +15,7 @@ import dataclasses
 import importlib
 import json
 import pathlib
+import sys
 import tempfile
 
 import jax
@@ -46,7 +47,7 @@ class Line:
     vmem_bytes: int
     fills: int
     spills: int
-    message: str  # the compiler's, where it gave up
+    message: str  # the kernel's or the compiler's, where one of them refuses
 
     def cells(self) -> tuple[str, ...]:
         names = self.kernel, self.shape, self.pass_, self.implementation
@@ -66,11 +67,11 @@ HEADINGS = (
 
 
 def judge(where: tuple[str, str, str, str], blocks: dict, probe: compiler.Probe, topology: str, folder: pathlib.Path) -> Line:
-    """One line; where the compiler refuses, one that says so."""
+    """One line; where the kernel or the compiler refuses, one that says so."""
     counted = probe.hbm_bytes, probe.hbm_bytes_needed, 2 * probe.total_macs
     try:
         verdict = compiler.judge(probe, topology, folder)
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError, LookupError) as error:
         return Line(*where, blocks, 0.0, 0.0, "", *counted, 0, 0, 0, str(error).splitlines()[0])
     chip = compiler.chip(topology)
     rate = min(verdict.useful_rate.values())
@@ -120,7 +121,10 @@ def main():
             compiler.tpu_devices(args.topology)
         except ValueError as error:
             parser.error(str(error))
-        judged = list(lines(args.topology, folder, kernels, args.shape))
+        judged = []
+        for line in lines(args.topology, folder, kernels, args.shape):
+            print("  ".join(cell for cell in line.cells() if cell), file=sys.stderr)  # the table comes when all are judged
+            judged.append(line)
     print(f"{args.topology}: compiled and counted\n\n{table(HEADINGS, [line.cells() for line in judged])}")
     with jax.set_mesh(compiler.one_device(args.topology)):  # blocks by rule are those of the topology
         work = {kernel: importlib.import_module(KERNELS[kernel]).work_table() for kernel in kernels}

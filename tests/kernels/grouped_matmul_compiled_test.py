@@ -10,6 +10,8 @@ from pallas_kernels import compiler
 from pallas_kernels.grouped_matmul import costs, probes, shapes
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.grouped_matmul.tiles import row_tiles
+from pallas_kernels.moe_dispatch.api import routed_ffn
+from pallas_kernels.moe_dispatch.shapes import LAYERS
 
 V5P, V6E, TPU7X = "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"
 
@@ -49,6 +51,23 @@ def test_the_differentiable_product_compiles_at_a_width_that_no_one_tuned(topolo
     args = array((2048, 640), jnp.bfloat16), array((4, 640, 896), jnp.bfloat16), array((4,), jnp.int32)
     text = compiler.compile_kernel(gradients, args, topology).as_text()
     assert all(probes.NAMES[kernel] in text for kernel in ("matmul", "transposed", "weight_gradient"))
+
+
+def test_a_layer_moves_no_buffer_of_rows_outside_of_its_kernels():
+    def layer(dy, expert, *args):
+        x, weights, *matrices = args
+        y, pull = jax.vjp(lambda x, weights, *m: routed_ffn(x, expert, weights, *m, implementation="pallas"), x, weights, *matrices)
+        return y, pull(dy)
+
+    (width, ffn), experts, per_token = LAYERS["Air"], costs.EXPERTS, costs.PER_TOKEN
+    tokens = experts * probes.ROWS // per_token
+    array = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)  # noqa: E731
+    token, chosen, weights = (tokens, width), array(tokens, per_token, dtype=jnp.int32), array(tokens, per_token, dtype=jnp.float32)
+    matrices = array(experts, width, ffn), array(experts, width, ffn), array(experts, ffn, width)
+    compiled = compiler.compile_kernel(layer, (array(*token), chosen, array(*token), weights, *matrices), V5P)
+    # The compiler counts nothing inside of kernels. One buffer, written and read once, would be this much more than what it counts:
+    # tokens that it loads into VMEM before a kernel does, and indices.
+    assert compiled.cost_analysis()["bytes accessed"] < 2 * 2 * tokens * per_token * width
 
 
 @pytest.mark.parametrize("kernel", shapes.KERNELS)
