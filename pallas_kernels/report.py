@@ -98,6 +98,12 @@ def lines(topology: str, folder: pathlib.Path, kernels, shape_filter: str):
                     yield judge((kernel, name, pass_, public), {}, probe, topology, folder)
 
 
+def work_tables(topology: str, kernels) -> dict[str, list[dict]]:
+    """Work visited over work needed, by kernel; blocks by rule are those of the topology."""
+    with jax.set_mesh(compiler.one_device(topology)):
+        return {kernel: importlib.import_module(KERNELS[kernel]).work_table() for kernel in kernels}
+
+
 def table(headings, rows) -> str:
     widths = [max(len(str(row[n])) for row in [headings, *rows]) for n in range(len(headings))]
     return "\n".join(
@@ -126,8 +132,7 @@ def main():
             print("  ".join(cell for cell in line.cells() if cell), file=sys.stderr)  # the table comes when all are judged
             judged.append(line)
     print(f"{args.topology}: compiled and counted\n\n{table(HEADINGS, [line.cells() for line in judged])}")
-    with jax.set_mesh(compiler.one_device(args.topology)):  # blocks by rule are those of the topology
-        work = {kernel: importlib.import_module(KERNELS[kernel]).work_table() for kernel in kernels}
+    work = work_tables(args.topology, kernels)
     for kernel, rows in work.items():
         if rows:
             cells = [[f"{x:.3f}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]

@@ -5,6 +5,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -71,3 +72,13 @@ def test_every_kernel_offers_what_the_report_asks_for(module):
     for name in ("SHAPES", "PASSES", "FOLDER", "work_table", *judged):
         assert hasattr(shapes, name), f"{module} has no {name}"
     assert (shapes.FOLDER / "tuning.json").is_file()
+
+
+def test_work_is_counted_with_the_blocks_of_a_chip_that_is_not_here(monkeypatch):
+    from pallas_kernels.attention import shapes
+
+    monkeypatch.setattr(shapes, "document_rows", lambda length, kind: np.repeat([[1, 2]], 512, axis=1))
+    work = report.work_tables("v6e:2x2", report.KERNELS)
+    assert list(work) == list(report.KERNELS)
+    assert all(row["visited / with an allowed pair"] == 1.0 for row in work["attention"])
+    assert all(row["share"] < 0.6 for row in work["moe_dispatch"] if row["rows an expert"] == 1024)
