@@ -71,14 +71,8 @@ def _kernel(blocks, operands, tile, num_inputs, num_scratch, *refs):
     num_steps = pl.num_programs(1)
     bodies = blocks.bodies
     counts = [count for body in bodies for count in body]
-    loads = []
-    for operand, hbm, buffers, part, cut in zip(
-        operands, inputs, scratch, (row_block, column_block), (blocks.rows, blocks.columns), strict=True
-    ):
-        if isinstance(operand, Gathered):
-            loads.append(operand.stream(hbm, buffers, steps, tile, block=part, blocks=cut))
-        else:
-            loads.append(RowStream(*hbm, *buffers, steps, part, tile, blocks.gap))
+    parts = zip(operands, inputs, scratch, (row_block, column_block), (blocks.rows, blocks.columns), strict=True)
+    loads = [_stream(*part, steps, tile, blocks.gap) for part in parts]
     moving = [load for load in loads if isinstance(load, RowStream)]
     gathered = [load for load in loads if isinstance(load, GatherStream)]
     height, width = sums.shape
@@ -145,6 +139,13 @@ def _kernel(blocks, operands, tile, num_inputs, num_scratch, *refs):
         store(0).wait()
         for load in gathered:
             load.wait_last(step)
+
+
+def _stream(operand, hbm, buffers, block, cut: int, steps: Steps, tile: int, gap: int) -> RowStream | GatherStream:
+    """Rows of the block-th of `cut` parts of an operand's columns."""
+    if isinstance(operand, Gathered):
+        return operand.stream(hbm, buffers, steps, tile, block=block, blocks=cut)
+    return RowStream(*hbm, *buffers, steps, block, tile, gap)
 
 
 def _columns(load: RowStream | GatherStream, step, body: range, part: slice, *, again: bool = False):
