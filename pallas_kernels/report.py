@@ -71,7 +71,7 @@ def judge(where: tuple[str, str, str, str], blocks: dict, probe: compiler.Probe,
     counted = probe.hbm_bytes, probe.hbm_bytes_needed, 2 * probe.total_macs
     try:
         verdict = compiler.judge(probe, topology, folder)
-    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError, LookupError) as error:
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         return Line(*where, blocks, 0.0, 0.0, "", *counted, 0, 0, 0, str(error).splitlines()[0])
     chip = compiler.chip(topology)
     rate = min(verdict.useful_rate.values())

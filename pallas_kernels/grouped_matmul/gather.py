@@ -11,7 +11,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.grouped_matmul.rows import LANES, load_columns, pack, per_word
+from pallas_kernels.grouped_matmul.rows import load_columns, pack, per_word
+from pallas_kernels.grouped_matmul.shapes import LANES
 from pallas_kernels.grouped_matmul.tiles import Steps
 
 

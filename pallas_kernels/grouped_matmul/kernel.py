@@ -10,13 +10,12 @@ import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul.gather import Gathered
 from pallas_kernels.grouped_matmul.rows import store_columns
-from pallas_kernels.grouped_matmul.shapes import Blocks
+from pallas_kernels.grouped_matmul.shapes import LANES, Blocks
 from pallas_kernels.grouped_matmul.sweep import Matrices, Result, Rows, sweep
 from pallas_kernels.grouped_matmul.tiles import RowTiles, row_tiles
 
 __all__ = ["RowTiles", "matmul", "row_tiles", "swiglu", "swiglu_backward", "two_matmul"]
 
-LANES = 128
 CHUNK = 256  # columns of one product: what a 256-wide unit takes
 
 

@@ -16,8 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
+from pallas_kernels.grouped_matmul.shapes import LANES
 
-LANES = 128
 HIGH = 0xFFFF0000
 PACKED_ROWS = 128  # of a step
 
@@ -112,11 +112,10 @@ def store_words(ref, first: int, line: int, words):
 
 def unpack_rows(words_ref, out_ref):
     """From words [n, 1, W] to values [n, D] in VMEM."""
-    for line in range(words_ref.shape[2] // LANES):
-        columns = halves(load_words(words_ref, 0, words_ref.shape[0], line))
-        for i, part in enumerate(columns):
-            start = (line * len(columns) + i) * LANES
-            out_ref[:, start : start + LANES] = part.astype(out_ref.dtype)
+    size = LANES * per_word(words_ref)
+    for start in range(0, out_ref.shape[1], size):
+        line = slice(start, start + size)
+        out_ref[:, line] = load_columns(words_ref, 0, words_ref.shape[0], line, out_ref.dtype)
 
 
 def pack_rows(values_ref, words_ref, live=None):

@@ -11,11 +11,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
 from pallas_kernels.grouped_matmul.gather import Gathered, GatherStream
+from pallas_kernels.grouped_matmul.kernel import CHUNK, chunks, product
 from pallas_kernels.grouped_matmul.shapes import GradientBlocks
 from pallas_kernels.grouped_matmul.sweep import RowStream
 from pallas_kernels.grouped_matmul.tiles import RowTiles, Steps, row_steps
-
-ACROSS = 256  # columns of a product
 
 
 def weight_gradient(x_RK: jax.Array | Gathered, dy_RN: jax.Array | Gathered, tiles: RowTiles, *, blocks: GradientBlocks) -> jax.Array:
@@ -108,19 +107,13 @@ def _kernel(blocks, operands, tile, num_inputs, num_scratch, *refs):
         for load in moving:
             for n in range(body[0], body[-1]):
                 pl.when(count <= n)(functools.partial(load.clear, step % 2, n))
-        chunks = _chunks(height, blocks.chunk)
-        for n, down in enumerate(chunks):
+        parts = chunks(height, blocks.chunk)
+        for n, down in enumerate(parts):
             for load in gathered:
-                load.ahead(step, step % 2, body, n, len(chunks))
+                load.ahead(step, step % 2, body, n, len(parts))
             xt = _columns(x, step, body, down).T
-            for across in _chunks(width, ACROSS):
-                partial = jax.lax.dot_general(
-                    xt,
-                    _columns(dy, step, body, across, again=n > 0),
-                    (((1,), (0,)), ((), ())),
-                    precision=jax.lax.Precision.HIGHEST if xt.dtype == jnp.float32 else None,
-                    preferred_element_type=jnp.float32,
-                )
+            for across in chunks(width, CHUNK):
+                partial = product(xt, _columns(dy, step, body, across, again=n > 0), transposed=False)
                 target[down, across] = (jnp.where(first, 0.0, sums[down, across]) + partial).astype(target.dtype)
 
     for body in bodies:
@@ -157,7 +150,3 @@ def _columns(load: RowStream | GatherStream, step, body: range, part: slice, *, 
     if not again:
         load.rows[: body[-1] * load.tile, part] = load.columns(step, body, part)
     return load.rows[: body[-1] * load.tile, part]
-
-
-def _chunks(width: int, chunk: int):
-    return [slice(start, min(start + chunk, width)) for start in range(0, width, chunk)]

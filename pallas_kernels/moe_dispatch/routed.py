@@ -64,7 +64,8 @@ def _backward(residuals, dout_TD):
     gate_EDF, up_EDF, down_EFD = (w.astype(x_TD.dtype) for w in matrices)
     ffn, width = down_EFD.shape[1:]
     tiles, dtype = row_tiles(plan.group_sizes_E, len(plan.source_R), TILE), x_TD.dtype
-    x_RD, dout_RD = (gathered(a, source_tokens(plan)) for a in (x_TD, dout_TD))
+    tokens_R = source_tokens(plan)
+    x_RD, dout_RD = gathered(x_TD, tokens_R), gathered(dout_TD, tokens_R)
     ones = jnp.ones(plan.slot_TK.shape, jnp.float32) if weights_TK is None else weights_TK.astype(jnp.float32)
     dgate_RF, dup_RF, hw_RF, dweights_R = kernel.swiglu_backward(
         dout_RD, down_EFD, gate_RF, up_RF, take(ones.reshape(-1), plan.source_R), tiles,
