@@ -56,7 +56,7 @@ class Tokenizer:
         if not file.is_file():
             raise ValueError(f"no tokenizer at {str(file)!r}")
         try:
-            backend = tokenizers.Tokenizer.from_str(file.read_text("utf-8"))
+            backend = tokenizers.Tokenizer.from_str(file.read_text("utf-8-sig"))
         except Exception as error:  # the library raises bare Exception for a file that it cannot parse
             raise ValueError(f"{str(file)!r} is no tokenizer.json: {error}") from error
         return cls(backend)

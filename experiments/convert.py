@@ -32,7 +32,10 @@ FROM_HF = flags.DEFINE_string("from_hf", None, "Hugging Face folder to read.")
 TO_HF = flags.DEFINE_string("to_hf", None, "Hugging Face folder to write.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory: read with --to_hf, written with --from_hf.")
 STEP = flags.DEFINE_integer("step", None, "With --to_hf: the checkpoint's step; without it the newest.")
-DTYPE = flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "With --to_hf: type of the weights (correction biases stay float32).")
+DTYPE = flags.DEFINE_enum(
+    "dtype", "stored", hf.CHECKPOINT_TYPES,
+    "With --to_hf: type of the weights. 'stored' keeps the checkpoint's types, the others convert. Correction biases are float32.",
+)  # fmt: skip
 SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "With --to_hf: largest size of a file, in 10^9 bytes.", lower_bound=1e-6)
 RUNTIME = {  # with --from_hf: the model config's fields that no folder knows, see hf_config.RUNTIME_FIELDS
     "compute_dtype": flags.DEFINE_enum("compute_dtype", "bfloat16", DTYPES, "With --from_hf: type of matmul inputs."),
@@ -46,20 +49,20 @@ RUNTIME = {  # with --from_hf: the model config's fields that no folder knows, s
 
 
 def from_hf(source: pathlib.Path, workdir: pathlib.Path, runtime: dict):
-    """A new work directory with the folder's weights as checkpoint 0 (float32, no optimizer state), config and tokenizer.
+    """A new work directory with the folder's weights as checkpoint 0 (in their own types, no optimizer state), config and tokenizer.
 
     Raises ValueError where the folder does not fit or workdir is in use; nothing is written then.
     """
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise ValueError(f"{str(workdir)!r} exists and is not an empty folder: nothing was written")
-    config, state = hf.import_checkpoint(source, runtime)
+    config, state = hf.import_checkpoint(source, runtime, dtype="stored")
     params, router = (nnx.to_pure_dict(part) for part in nnx.split_state(state, nnx.Param, RouterBias))
     partial = workdir.parent / f".{workdir.name}.partial-{os.getpid()}"
     partial.mkdir(parents=True)
     try:
         (partial / "config.json").write_text(json.dumps({"model": dataclasses.asdict(config)}, indent=2) + "\n")
-        if (source / "tokenizer.json").is_file():
-            shutil.copyfile(source / "tokenizer.json", partial / "tokenizer.json")
+        if (source / "tokenizer.json").is_file():  # without the byte order mark that some editors begin a file with
+            (partial / "tokenizer.json").write_text((source / "tokenizer.json").read_text("utf-8-sig"), "utf-8", newline="")
         checkpoints = Checkpoints(partial, keep=1)
         weights = ocp.args.StandardSave({"params": params, "router": router})
         checkpoints.manager.save(0, args=ocp.args.Composite(state=weights), force=True)
@@ -70,14 +73,18 @@ def from_hf(source: pathlib.Path, workdir: pathlib.Path, runtime: dict):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def to_hf(workdir: pathlib.Path, target: pathlib.Path, *, step: int | None, dtype: str, max_shard_bytes: int):
-    """Writes a checkpoint's weights, config and tokenizer as a Hugging Face folder; errors as in hf.export_checkpoint."""
-    config, params, router = load_weights(workdir, step)
+def to_hf(workdir: pathlib.Path, target: pathlib.Path, *, step: int | None, dtype: str, max_shard_bytes: int) -> str:
+    """Writes a checkpoint's weights, config and tokenizer as a Hugging Face folder; errors as in hf.export_checkpoint.
+
+    Returns the type of most weights written.
+    """
+    config, params, router = load_weights(workdir, step, dtype=None)
     tokenizer = workdir / "tokenizer.json"
     state = nnx.state(build_model(config, params, router))
     hf.export_checkpoint(
         target, config, state, dtype=dtype, max_shard_bytes=max_shard_bytes, tokenizer=tokenizer if tokenizer.is_file() else None
     )
+    return hf.main_type(state, hf.export_types(state, dtype))
 
 
 def main(argv: list[str]):
@@ -91,8 +98,8 @@ def main(argv: list[str]):
         print(f"{workdir}: checkpoint 0 with the weights of {FROM_HF.value}")
     else:
         target, shard_bytes = pathlib.Path(TO_HF.value), int(SHARD_GB.value * 1e9)
-        to_hf(workdir, target, step=STEP.value, dtype=DTYPE.value, max_shard_bytes=shard_bytes)
-        print(f"{target}: {DTYPE.value} weights of {workdir}")
+        written = to_hf(workdir, target, step=STEP.value, dtype=DTYPE.value, max_shard_bytes=shard_bytes)
+        print(f"{target}: {written} weights of {workdir}{'' if DTYPE.value == 'stored' else ', as asked with --dtype'}")
 
 
 if __name__ == "__main__":

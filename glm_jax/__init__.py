@@ -35,7 +35,7 @@ def _config_keys(folder: pathlib.Path) -> set[str]:
     if not file.is_file():
         raise ValueError(f"{str(folder)!r} is neither a run's work directory nor a Hugging Face folder: it has no config.json")
     try:
-        return set(json.loads(file.read_text("utf-8")))
+        return set(json.loads(file.read_text("utf-8-sig")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{str(file)!r} is damaged: {error}") from error
 

@@ -32,8 +32,12 @@ from glm_jax.model.transformer import abstract_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 END_OF_TEXT = "<|endoftext|>"  # also what GLM-4.5 pads with
-DISK_TYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16)}
+DISK_TYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 FP8 = "F8_E4M3"
+CHECKPOINT_TYPES = (*DTYPES, "stored")
+ROUTER_BIAS = "e_score_correction_bias"  # float32 in our arrays and in what we write
+# Buffers that older versions of transformers saved; the present one ignores them, too.
+IGNORED = "rotary_emb.inv_freq"
 SCALES = ("weight_scale", "weight_scale_inv")  # beside an FP8 `weight`; both are multiplied with, whatever the second's name says
 Path = tuple[str, ...]
 
@@ -61,7 +65,7 @@ class Tensor:
     path: Path
     index: tuple[int, ...]  # () or (layer,), (expert,), (layer, expert) of the stacked array
     transposed: bool
-    float32: bool  # whatever the folder's type
+    float32: bool  # ours and what we write, whatever the others' type
     copy: bool  # of a tensor that stands in the table by itself
     layer: int  # only for the order in the folder
 
@@ -98,7 +102,7 @@ def _tensors_of(config: ModelConfig, path: Path, variable: nnx.Variable) -> Iter
         layer, expert = first_layer + at.get("layers", 0), at.get("experts")
         yield Tensor(
             name=name.format(layer=layer, expert=expert), shape=matrix[::-1] if transposed else matrix, path=path, index=index,
-            transposed=transposed, float32=path[-1] == "e_score_correction_bias", copy=False, layer=layer,
+            transposed=transposed, float32=path[-1] == ROUTER_BIAS, copy=False, layer=layer,
         )  # fmt: skip
 
 
@@ -153,6 +157,7 @@ class Folder:
             if name not in names[file]:
                 raise ValueError(f"{file} lacks {name!r}, which {INDEX} says is in it")
 
+        self.file_of = {name: file for name, file in self.file_of.items() if not name.endswith(IGNORED)}
         scales = {name.rpartition(".")[0] + ".weight": name for name in self.file_of if name.endswith(SCALES)}
         self.scale_of = {name: scale for name, scale in scales.items() if name in self.file_of}
 
@@ -161,11 +166,17 @@ class Folder:
         return self.files[self.file_of[name]].get_slice(name)
 
     def num_mtp_layers(self, config: ModelConfig) -> int:
-        """0 where config.json speaks of an MTP block that the weights lack (transformers' own save_pretrained drops it)."""
-        if config.num_mtp_layers and not any(name.startswith(f"model.layers.{config.num_layers}.") for name in self.file_of):
+        """0 where config.json or the weights have no MTP block (transformers' own save_pretrained drops its weights).
+
+        Weights of a block that config.json switches off (num_nextn_predict_layers=0) are ignored from here on.
+        """
+        block = {name for name in self.file_of if name.startswith(f"model.layers.{config.num_layers}.")}
+        if config.num_mtp_layers and not block:
             logging.warning("%s: config.json has num_nextn_predict_layers=1, but the weights have no MTP block", self.root)
-            return 0
-        return config.num_mtp_layers
+        if block and not config.num_mtp_layers:
+            logging.warning("%s: config.json has no MTP block (num_nextn_predict_layers=0): its weights are ignored", self.root)
+            self.file_of = {name: file for name, file in self.file_of.items() if name not in block}
+        return min(config.num_mtp_layers, len(block))
 
     def mtp_embeddings(self, config: ModelConfig) -> str:
         """'shared' where the MTP block has no embedding and head, 'copied' where they equal the trunk's, else 'own'."""
@@ -194,7 +205,7 @@ class Folder:
             wrong = [f"{what} {_few(names)}" for what, names in (("lacks", missing), ("has unexpected", unexpected)) if names]
             raise ValueError(f"{self.root} {' and '.join(wrong)}")
         for t in table:
-            tensor, valid = self.tensor(t.name), ("F32",) if t.float32 else tuple(DISK_TYPES)
+            tensor, valid = self.tensor(t.name), tuple(DISK_TYPES)
             if t.name in self.scale_of:
                 valid = (FP8,)
                 self.scale_block(t.name)
@@ -244,10 +255,11 @@ def import_checkpoint(
     """Reads a Hugging Face folder, one of our arrays at a time.
 
     Args:
-      folder: config.json, and model.safetensors or shards with their index, float32 or bfloat16; matrices also FP8 with scales
-        of rows (compressed-tensors, as released) or blocks, which are read as what they stand for.
+      folder: config.json, and model.safetensors or shards with their index; float32, bfloat16, float16 or a mixture of them; matrices
+        also FP8 with scales of rows (compressed-tensors, as released) or blocks, which are read as what they stand for.
       runtime: value of each of hf_config.RUNTIME_FIELDS, the fields of ModelConfig that no folder knows.
-      dtype: 'float32', 'bfloat16', or 'stored': each array as it is on disk (FP8: bfloat16). Router biases are float32 in any case.
+      dtype: 'float32', 'bfloat16', or 'stored': each array as it is on disk, without loss (FP8 with its scales, and an array whose
+        layers or experts have several types: float32). Router biases are float32 in any case.
       shardings: path -> jax.sharding.Sharding of every parameter. Each device's share is read straight from the files, so a
         host never holds more than its devices' shares. Without it the arrays are NumPy's.
 
@@ -257,7 +269,7 @@ def import_checkpoint(
     Raises:
       ValueError: naming the key, tensor or file that is missing, damaged, or does not fit.
     """
-    check_choice("dtype", dtype, (*DTYPES, "stored"))
+    check_choice("dtype", dtype, CHECKPOINT_TYPES)
     files = Folder(folder)
     config = config_from_hf(files.config, {**runtime, "mtp_embeddings": "shared"})
     config = dataclasses.replace(config, num_mtp_layers=files.num_mtp_layers(config))
@@ -271,7 +283,7 @@ def import_checkpoint(
     flat = []
     for path, variable in abstract_parameters(config).items():
         shape, disk = variable.get_value().shape, {files.tensor(t.name).get_dtype() for t in tensors[path]}
-        stored = DISK_TYPES["F32" if "F32" in disk else "BF16"]
+        stored = DISK_TYPES[disk.pop()] if len(disk) == 1 and disk < DISK_TYPES.keys() else np.dtype(np.float32)
         array_type = stored if dtype == "stored" or tensors[path][0].float32 else np.dtype(dtype)
 
         def read(part, path=path, shape=shape, array_type=array_type):
@@ -286,7 +298,7 @@ def _read_json(file: pathlib.Path) -> dict:
     if not file.is_file():
         raise ValueError(f"no {file.name} in {str(file.parent)!r}: not a Hugging Face folder")
     try:
-        return json.loads(file.read_text("utf-8"))
+        return json.loads(file.read_text("utf-8-sig"))  # some editors begin a file with a byte order mark
     except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
 
@@ -320,12 +332,25 @@ def _few(names, count: int = 4) -> str:
 def hf_tensors(config: ModelConfig, state: nnx.State, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     """Name and host array of every tensor, one at a time, in the folder's order; `state` may live on devices.
 
-    Also maps gradients, or anything else of the parameters' structure.
+    dtype: as of export_checkpoint. Also maps gradients, or anything else of the parameters' structure.
     """
     arrays = {path: _host_view(variable.get_value()) for path, variable in nnx.to_flat_state(state)}
+    types = export_types(state, dtype)
     for t in name_table(config):
         value = np.asarray(arrays[t.path][t.index])
-        yield t.name, np.ascontiguousarray(value.T if t.transposed else value, "float32" if t.float32 else dtype)
+        yield t.name, np.ascontiguousarray(value.T if t.transposed else value, types[t.path])
+
+
+def export_types(state: nnx.State, dtype: str) -> dict[Path, np.dtype]:
+    """Type on disk of each parameter, by its path. Raises ValueError for a type that no folder of ours has."""
+    check_choice("dtype", dtype, CHECKPOINT_TYPES)
+    types = {}
+    for path, variable in nnx.to_flat_state(state):
+        ours = np.dtype(variable.get_value().dtype)
+        if ours not in DISK_TYPES.values():
+            raise ValueError(f"parameter {'.'.join(path)} has type {ours}, not {' or '.join(map(str, DISK_TYPES.values()))}")
+        types[path] = np.dtype(np.float32) if path[-1] == ROUTER_BIAS else ours if dtype == "stored" else np.dtype(dtype)
+    return types
 
 
 def _host_view(array):
@@ -342,7 +367,7 @@ def export_checkpoint(
     Args:
       folder: must not exist, or be empty. It appears when it is complete.
       state: the model's, as nnx.state(GLM) gives it; arrays of JAX or NumPy.
-      dtype: 'float32' or 'bfloat16'; router biases are float32 in any case.
+      dtype: 'stored': the types that the arrays have; 'float32' or 'bfloat16' converts. Router biases are float32 in any case.
       max_shard_bytes: a larger tensor gets a shard for itself.
       tokenizer: a tokenizer.json to take along, or None.
 
@@ -350,13 +375,13 @@ def export_checkpoint(
       ValueError: for a folder that is not empty, or a state that does not fit the config. OSError where writing fails; then
         nothing is left behind.
     """
-    check_choice("dtype", dtype, DTYPES)
+    types = export_types(state, dtype)
     folder = pathlib.Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{str(folder)!r} exists and is not an empty folder: nothing was written")
-    settings = config_to_hf(config, dtype)
+    settings = config_to_hf(config, main_type(state, types))
     _check_state(config, state)
-    shards = plan_shards(name_table(config), dtype, max_shard_bytes)
+    shards = plan_shards(name_table(config), types, max_shard_bytes)
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     partial.mkdir(parents=True)
     try:
@@ -370,11 +395,19 @@ def export_checkpoint(
     return folder
 
 
-def plan_shards(table: list[Tensor], dtype: str, max_shard_bytes: int) -> list[dict[str, int]]:
+def main_type(state: nnx.State, types: Mapping[Path, np.dtype]) -> str:
+    """The type that most of the parameters have: config.json knows one alone."""
+    sizes = collections.Counter()
+    for path, variable in nnx.to_flat_state(state):
+        sizes[types[path].name] += math.prod(variable.get_value().shape)
+    return max(sizes, key=sizes.get)
+
+
+def plan_shards(table: list[Tensor], types: Mapping[Path, np.dtype], max_shard_bytes: int) -> list[dict[str, int]]:
     """Names and bytes of each shard's tensors, in the table's order."""
     shards = [{}]
     for t in table:
-        size = math.prod(t.shape) * np.dtype("float32" if t.float32 else dtype).itemsize
+        size = math.prod(t.shape) * types[t.path].itemsize
         if shards[-1] and sum(shards[-1].values()) + size > max_shard_bytes:
             shards.append({})
         shards[-1][t.name] = size

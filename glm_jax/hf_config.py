@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 
 from glm_jax.config import ModelConfig, check_choice, from_mapping
@@ -34,11 +35,37 @@ CONFIG_KEYS = {
     "init_std": "initializer_range",
 }
 ROPE_KEYS = {"rope_theta": "rope_theta", "rotary_fraction": "partial_rotary_factor"}
+# What transformers' Glm4MoeConfig takes for a key that config.json lacks, or where it is null; the same values here.
+DEFAULTS = {
+    "vocab_size": 151552,
+    "hidden_size": 4096,
+    "num_hidden_layers": 46,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 1,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "use_qk_norm": False,
+    "attention_bias": False,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "n_routed_experts": 128,
+    "num_experts_per_tok": 8,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "initializer_range": 0.02,
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+}
+ALIASES = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts"}  # transformers' second names
 # How the model is run, which is nothing that a folder says: the caller's to choose.
 RUNTIME_FIELDS = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name not in {*CONFIG_KEYS, *ROPE_KEYS, "mtp_embeddings"})
 # What config.json may say, but only so: this model has nothing else.
 CONFIG_CONSTANTS = {"hidden_act": "silu", "attention_dropout": 0.0, "tie_word_embeddings": False}
-CONFIG_ABSENT = ("rope_scaling",)
 
 
 def config_to_hf(config: ModelConfig, dtype: str) -> dict:
@@ -61,26 +88,27 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict:
 def config_from_hf(hf: Mapping, ours: Mapping) -> ModelConfig:
     """ModelConfig of a config.json; `ours`: RUNTIME_FIELDS and mtp_embeddings, which it does not know.
 
+    A key that is missing or null has transformers' default; a warning names them.
+
     Raises:
-      ValueError: for another model type, a missing key, or a feature that this model does not have, naming it.
+      ValueError: for another model type, or a feature that this model does not have, naming it.
     """
     if "model_type" not in hf:
         raise ValueError("config.json lacks model_type")
     check_choice("config.json: model_type", hf["model_type"], (MODEL_TYPE,))
-    allowed = {**CONFIG_CONSTANTS, **dict.fromkeys(CONFIG_ABSENT)}
-    for key, value in allowed.items():
+    hf = {key: value for key, value in hf.items() if value is not None}
+    for key, value in CONFIG_CONSTANTS.items():
         if key in hf and hf[key] != value:
             raise ValueError(f"config.json: {key}={hf[key]!r} is not supported, only {value!r}")
     check_quantization(hf.get("quantization_config"))
-    hf = dict(hf)
-    if "num_mtp_layers" in hf:  # transformers' other name for it
-        hf.setdefault("num_nextn_predict_layers", hf["num_mtp_layers"])
-    if not (hf.get("head_dim")) and "hidden_size" in hf and "num_attention_heads" in hf:  # as glm4_moe computes it
-        hf["head_dim"] = hf["hidden_size"] // hf["num_attention_heads"]
-    missing = [key for key in CONFIG_KEYS.values() if key not in hf]
-    if missing:
-        raise ValueError(f"config.json lacks {', '.join(missing)}")
-    fields = {name: hf[key] for name, key in CONFIG_KEYS.items()} | rope_from_hf(hf) | dict(ours)
+    hf = {ALIASES[key]: value for key, value in hf.items() if key in ALIASES} | hf
+    rope = rope_from_hf(hf)
+    absent = [key for key in CONFIG_KEYS.values() if key not in hf and key in DEFAULTS]
+    if absent:
+        logging.warning("config.json lacks %s: transformers' defaults are taken", ", ".join(f"{key} ({DEFAULTS[key]})" for key in absent))
+    hf = DEFAULTS | hf
+    hf.setdefault("head_dim", hf["hidden_size"] // hf["num_attention_heads"])  # as glm4_moe computes it
+    fields = {name: hf[key] for name, key in CONFIG_KEYS.items()} | rope | dict(ours)
     floats = [f.name for f in dataclasses.fields(ModelConfig) if f.type == "float"]
     return from_mapping(ModelConfig, fields | {name: float(fields[name]) for name in floats}, "model config")
 
@@ -100,14 +128,16 @@ def check_quantization(quantization: Mapping | None):
 
 
 def rope_from_hf(hf: Mapping) -> dict[str, float]:
-    """rope_theta and rotary_fraction, from `rope_parameters` (transformers 5) or from the top level (before it)."""
-    nested = hf["rope_parameters"] if hf.get("rope_parameters") else {}
-    if "rope_type" in nested and nested["rope_type"] != "default":
-        raise ValueError(f"config.json: rope_type={nested['rope_type']!r} is not supported, only 'default'")
+    """rope_theta and rotary_fraction, from `rope_parameters` (transformers 5), `rope_scaling` or the top level (before it)."""
+    place = next((key for key in ("rope_parameters", "rope_scaling") if hf.get(key)), None)
+    nested = hf[place] if place else {}
+    kind = nested.get("rope_type", nested.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"config.json: {place}={nested!r}: rope_type={kind!r} is not supported, only 'default'")
     found = {}
     for ours, key in ROPE_KEYS.items():
-        values = {float(place[key]) for place in (nested, hf) if key in place}
-        if len(values) != 1:
+        values = {float(where[key]) for where in (nested, hf) if where.get(key) is not None} or {DEFAULTS[key]}
+        if len(values) > 1:
             raise ValueError(f"config.json: {key} must be given, and only one value of it; found {sorted(values)}")
         found[ours] = values.pop()
     return found

@@ -90,10 +90,13 @@ def newest_step(workdir: str | pathlib.Path) -> int:
     return max(steps)
 
 
-def load_weights(workdir: str | pathlib.Path, step: int | None = None, shardings: dict | None = None) -> tuple[ModelConfig, dict, dict]:
+def load_weights(
+    workdir: str | pathlib.Path, step: int | None = None, shardings: dict | None = None, *, dtype: str | None = "float32"
+) -> tuple[ModelConfig, dict, dict]:
     """(config, params, router) of a run's newest checkpoint or the given step; no optimizer state.
 
-    shardings: trees of `params` and `router`; None: on the default device.
+    shardings: trees of `params` and `router`; None: on the default device. dtype: None keeps the types of the checkpoint, which
+    are those of the Hugging Face folder where it was imported from one.
     Raises ValueError where the directory holds no finished checkpoint.
     """
     config = from_mapping(ModelConfig, read_config(workdir)["model"], "model")
@@ -104,7 +107,7 @@ def load_weights(workdir: str | pathlib.Path, step: int | None = None, shardings
     params, router = logical_axes(config, stacked=False)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = shardings or jax.tree.map(lambda _: device, {"params": params, "router": router}, is_leaf=_is_axes)
-    marks = jax.tree.map(lambda sharding: ocp.ArrayRestoreArgs(sharding=sharding), shardings)
+    marks = jax.tree.map(lambda sharding: ocp.ArrayRestoreArgs(sharding=sharding, dtype=dtype), shardings)
     item = jax.tree.map(lambda _: 0, {"params": params, "router": router}, is_leaf=_is_axes)
     with ocp.PyTreeCheckpointer() as reader:
         weights = reader.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=marks, partial_restore=True))

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from glm_jax import hf
+from glm_jax import hf, hf_config
 from glm_jax.model.layers import axes_of
 from tests.model.oracle import RUNTIME, random_state, tiny_config
 
@@ -204,8 +204,8 @@ DAMAGES = {
     "missing tensor": (lambda f: rewrite(f, lambda t: t.pop(NAME)), f"lacks {NAME}"),
     "extra tensor": (lambda f: rewrite(f, lambda t: t.update(extra=t[NAME])), "unexpected extra"),
     "wrong shape": (lambda f: rewrite(f, lambda t: t.update({NAME: t[NAME][1:]})), rf"{NAME} has shape \(23, 32\).*\(24, 32\)"),
-    "wrong type": (lambda f: rewrite(f, lambda t: t.update({NAME: t[NAME].astype(np.float16)})), f"{NAME} has type F16"),
-    "bias type": (lambda f: rewrite(f, lambda t: t.update({BIAS: t[BIAS].astype(ml_dtypes.bfloat16)})), f"{BIAS} has type BF16, not F32"),
+    "wrong type": (lambda f: rewrite(f, lambda t: t.update({NAME: t[NAME].astype(np.int32)})), f"{NAME} has type I32"),
+    "bias type": (lambda f: rewrite(f, lambda t: t.update({BIAS: t[BIAS].astype(np.float64)})), f"{BIAS} has type F64, not F32 or"),
     "half of the copies": (lambda f: rewrite(f, lambda t: t.pop(f"{MTP}embed_tokens.weight")), f"lacks {MTP}embed_tokens.weight"),
     "truncated file": (lambda f: truncate(f / hf.WEIGHTS), f"{hf.WEIGHTS} is damaged"),
     "no weights": (lambda f: (f / hf.WEIGHTS).unlink(), f"no {hf.WEIGHTS}"),
@@ -214,10 +214,13 @@ DAMAGES = {
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
     "model type": (lambda f: rewrite_config(f, model_type="glm4moe"), "model_type='glm4moe' is not one of glm4_moe"),
-    "missing key": (lambda f: rewrite_config(f, n_group="absent"), "lacks n_group"),
+    "missing size": (lambda f: rewrite_config(f, hidden_size="absent"), r"has shape \(64, 32\), config.json makes it \(64, 4096\)"),
     "tied": (lambda f: rewrite_config(f, tie_word_embeddings=True), "tie_word_embeddings=True"),
     "dropout": (lambda f: rewrite_config(f, attention_dropout=0.1), "attention_dropout=0.1"),
-    "rope scaling": (lambda f: rewrite_config(f, rope_scaling={"type": "yarn"}), "rope_scaling="),
+    "rope scaling": (
+        lambda f: rewrite_config(f, rope_parameters="absent", rope_scaling={"type": "yarn"}),
+        "rope_scaling=.*rope_type='yarn'",
+    ),
     "rope type": (lambda f: rewrite_config(f, rope_parameters={"rope_type": "yarn"}), "rope_type='yarn'"),
     "two thetas": (lambda f: rewrite_config(f, rope_theta=5.0), "rope_theta must be given, and only one"),
     "quantised otherwise": (lambda f: rewrite_config(f, quantization_config={"quant_method": "gptq"}), "quant_method='gptq' is not one of"),
@@ -241,9 +244,97 @@ def test_import_names_what_does_not_fit(exported, damage):
         hf.import_checkpoint(exported, RUNTIME)
 
 
-def test_import_takes_rope_from_the_top_level_of_an_older_config(exported):
-    rewrite_config(exported, rope_parameters="absent", rope_theta=5000)
-    assert hf.import_checkpoint(exported, RUNTIME)[0].rope_theta == 5000.0
+ROPE_ABSENT = {"rope_parameters": "absent", "rope_theta": "absent", "partial_rotary_factor": "absent"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ROPE_ABSENT,
+        ROPE_ABSENT | {"rope_theta": 5000},
+        ROPE_ABSENT | {"partial_rotary_factor": 0.25, "rope_scaling": None},
+        ROPE_ABSENT | {"rope_theta": 5000, "rope_parameters": {"rope_type": "default"}},
+        ROPE_ABSENT | {"rope_scaling": {"type": "default"}, "rope_theta": 7},
+        ROPE_ABSENT | {"rope_scaling": {"rope_type": "default", "rope_theta": 7.0, "partial_rotary_factor": 0.25}},
+        ROPE_ABSENT | {"rope_parameters": {"rope_theta": 7.0, "partial_rotary_factor": 0.25}},
+        {"n_group": "absent", "topk_group": "absent", "norm_topk_prob": "absent", "initializer_range": "absent", "rms_norm_eps": "absent"},
+        {"num_nextn_predict_layers": None, "max_position_embeddings": "absent", "routed_scaling_factor": "absent"},
+        {"num_nextn_predict_layers": "absent", "num_mtp_layers": 0},
+        {"n_routed_experts": "absent", "num_local_experts": 8},
+    ],
+)
+def test_what_config_lacks_is_read_as_transformers_reads_it(exported, changes):
+    rewrite_config(exported, **changes)
+    theirs = transformers.AutoConfig.from_pretrained(exported)
+    config, _ = hf.import_checkpoint(exported, RUNTIME)
+    keys = {ours: key for ours, key in hf_config.CONFIG_KEYS.items() if key != "num_nextn_predict_layers"}
+    assert {ours: getattr(config, ours) for ours in keys} == {ours: getattr(theirs, key) for ours, key in keys.items()}
+    rope = theirs.rope_parameters
+    assert (config.rope_theta, config.rotary_fraction) == (rope["rope_theta"], rope["partial_rotary_factor"])
+    expected = getattr(theirs, "num_nextn_predict_layers", None)
+    assert config.num_mtp_layers == (1 if expected is None else expected)
+
+
+def test_our_defaults_are_those_of_transformers():
+    theirs = transformers.Glm4MoeConfig()
+    rope = theirs.rope_parameters
+    for key, value in hf_config.DEFAULTS.items():
+        found = rope[key] if key in rope else theirs.num_mtp_layers if key == "num_nextn_predict_layers" else getattr(theirs, key)
+        assert (type(value), value) == (type(found), found), key
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(exported):
+    expected = tensors_of(exported)
+    weight_map = {"weight_map": dict.fromkeys(expected, hf.WEIGHTS)}
+    for file, text in (("config.json", (exported / "config.json").read_text()), (hf.INDEX, json.dumps(weight_map))):
+        (exported / file).write_text(text, "utf-8-sig")
+    assert_same_bytes(expected, dict(hf.hf_tensors(*hf.import_checkpoint(exported, RUNTIME), "float32")))
+
+
+def test_buffers_that_transformers_ignores_are_ignored(exported):
+    expected = tensors_of(exported)
+    names = ["model.rotary_emb.inv_freq", *(f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(5))]
+    rewrite(exported, lambda t: t.update({name: np.ones(4, np.float32) for name in names}))
+    assert_same_bytes(expected, dict(hf.hf_tensors(*hf.import_checkpoint(exported, RUNTIME), "float32")))
+
+
+def test_an_mtp_block_that_config_switches_off_is_ignored(exported, caplog):
+    expected = {name: t for name, t in tensors_of(exported).items() if not name.startswith(MTP)}
+    rewrite_config(exported, num_nextn_predict_layers=0)
+    config, state = hf.import_checkpoint(exported, RUNTIME)
+    assert config.num_mtp_layers == 0 and "its weights are ignored" in caplog.text
+    assert_same_bytes(expected, dict(hf.hf_tensors(config, state, "float32")))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_folder_of_transformers_is_read_exactly(exported, tmp_path, dtype):
+    """`.to(dtype)` rounds everything, the correction bias and the router included."""
+    model = transformers.Glm4MoeForCausalLM.from_pretrained(exported).to(dtype)
+    model.save_pretrained(tmp_path / "theirs")
+    with safe_open(tmp_path / "theirs" / hf.WEIGHTS, framework="pt") as file:
+        theirs = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not iterable itself
+    assert {t.dtype for t in theirs.values()} == {dtype}
+    config, state = hf.import_checkpoint(tmp_path / "theirs", RUNTIME)
+    assert_same_bytes({name: t.float().numpy() for name, t in theirs.items()}, dict(hf.hf_tensors(config, state, "float32")))
+
+
+def test_stored_types_come_back_whatever_they_are(exported, tmp_path):
+    """Each array keeps its type; where layers or experts of one array differ, and for FP8, it is float32, which holds them all."""
+    half = {"q_proj.weight": np.float16, "norm.weight": ml_dtypes.bfloat16, "embed_tokens.weight": ml_dtypes.bfloat16, BIAS: np.float16}
+
+    def change(tensors):
+        for name, t in tensors.items():
+            tensors[name] = t.astype(next((kind for end, kind in half.items() if name.endswith(end)), t.dtype))
+        tensors[NAME] = tensors[NAME].astype(np.float16)
+
+    rewrite(exported, change)
+    rewrite_config(exported, dtype="float16")
+    theirs = tensors_of(exported)
+    config, state = hf.import_checkpoint(exported, RUNTIME, dtype="stored")
+    again = hf.export_checkpoint(tmp_path / "again", config, state, dtype="stored")
+    exact = {name: t.astype(np.float32) if name in (NAME, BIAS) else t for name, t in theirs.items()}
+    assert_same_bytes(exact, tensors_of(again))
+    assert json.loads((again / "config.json").read_text())["dtype"] == "float32"  # most of it is
 
 
 def test_export_refuses_a_folder_in_use_and_leaves_it_alone(tmp_path):
@@ -270,6 +361,15 @@ def test_export_names_a_parameter_that_does_not_fit_the_config(tmp_path):
         hf.export_checkpoint(tmp_path / "out", tiny_config(vocab_size=65), random_state(CONFIG), dtype="float32")
     with pytest.raises(ValueError, match="num_shared_experts=0"):
         hf.export_checkpoint(tmp_path / "out", tiny_config(num_shared_experts=0), random_state(CONFIG), dtype="float32")
+
+
+def test_export_names_a_type_that_no_folder_has(tmp_path):
+    state = jax.tree.map(lambda x: x.astype(np.float64), random_state(CONFIG))
+    with pytest.raises(ValueError, match="has type float64, not float32 or bfloat16 or float16"):
+        hf.export_checkpoint(tmp_path / "out", CONFIG, state, dtype="stored")
+    with pytest.raises(ValueError, match="dtype='fp32' is not one of float32, bfloat16, stored"):
+        hf.export_checkpoint(tmp_path / "out", CONFIG, random_state(CONFIG), dtype="fp32")
+    assert not any(tmp_path.iterdir())
 
 
 def test_export_is_bfloat16_but_for_the_correction_bias(tmp_path):
