@@ -19,7 +19,9 @@ from pallas_kernels import compiler
 jax.config.update("jax_num_cpu_devices", 8)
 # Programs of tests run for milliseconds: compiling them five times faster is worth more than running them faster. XLA reads the
 # variable before its first use, not when it is imported.
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *(f"--{name}={value}" for name, value in FAST_COMPILE.items())])
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), *(f"--{name}={str(value).lower()}" for name, value in FAST_COMPILE.items())]
+)
 
 SCHEDULES = tempfile.TemporaryDirectory()  # has to be known to the TPU compiler before its first use in this process
 compiler.dump_schedules(pathlib.Path(SCHEDULES.name))

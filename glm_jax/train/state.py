@@ -23,7 +23,7 @@ from glm_jax.optim.optimizer import OptimizerConfig, group_tree, make_optimizer
 # Compiler options for programs that run once: XLA:CPU compiles them several times faster than it would fast ones.
 FAST_COMPILE = {"xla_backend_optimization_level": "0"}
 if jax.version.__version_info__ < (0, 11, 1):  # later ones have no other emitters, and end the process at an unknown option
-    FAST_COMPILE["xla_cpu_use_fusion_emitters"] = "false"
+    FAST_COMPILE["xla_cpu_use_fusion_emitters"] = False
 
 
 @jax.tree_util.register_dataclass
