@@ -15,7 +15,6 @@ import os
 import pathlib
 import shutil
 
-import orbax.checkpoint as ocp
 from absl import flags
 from flax import nnx
 
@@ -64,8 +63,7 @@ def from_hf(source: pathlib.Path, workdir: pathlib.Path, runtime: dict):
         if (source / "tokenizer.json").is_file():  # without the byte order mark that some editors begin a file with
             (partial / "tokenizer.json").write_text((source / "tokenizer.json").read_text("utf-8-sig"), "utf-8", newline="")
         checkpoints = Checkpoints(partial, keep=1)
-        weights = ocp.args.StandardSave({"params": params, "router": router})
-        checkpoints.manager.save(0, args=ocp.args.Composite(state=weights), force=True)
+        checkpoints.save_weights(0, params, router)
         checkpoints.wait()
         checkpoints.close()
         partial.replace(workdir)

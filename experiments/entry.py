@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging as python_logging
 import pathlib
 import sys
+import threading
 from collections.abc import Callable, Mapping
 
 from absl import app, logging
@@ -32,6 +33,8 @@ PRETRAINING = {
 }
 
 
+BACKGROUND = "background"  # logger of what other libraries' threads raise
+ON_TERMINAL = ("glm_jax", "data", "pallas_kernels", "experiments", "root", "jax")  # loggers; those of other libraries go to log.txt
 SFT = {**PRETRAINING, "data": ConversationConfig}
 RL = {
     "model": ModelConfig,
@@ -84,9 +87,28 @@ def log_to(workdir: pathlib.Path):
 
 
 def run(main: Callable[[list[str]], None]):
-    """app.run, with expected failures as one line on stderr and exit code 1. The terminal gets warnings, log.txt everything."""
-    logging.get_absl_handler().setLevel("WARNING")
+    """app.run, with expected failures as one line on stderr and exit code 1. The terminal gets our warnings, log.txt everything."""
+    terminal = logging.get_absl_handler()
+    terminal.setLevel("WARNING")
+    terminal.addFilter(lambda record: record.name.partition(".")[0] in ON_TERMINAL)
+    python_logging.raiseExceptions = False  # a log.txt that cannot be written is no news beside the error that says so
+    log_background_errors()
     app.run(lambda argv: guarded(main, argv), flags_parser=parse_flags)
+
+
+def log_background_errors():
+    """What a library's own threads raise goes to log.txt: the call that waits for them raises it, too, and becomes the one line."""
+    log, of_main_thread = python_logging.getLogger(BACKGROUND), sys.excepthook
+
+    def on_exception(kind, error, trace):
+        if threading.current_thread() is threading.main_thread():
+            of_main_thread(kind, error, trace)
+        else:
+            log.error("in a background thread", exc_info=(kind, error, trace))
+
+    sys.excepthook = on_exception
+    threading.excepthook = lambda args: log.error("in a background thread", exc_info=args[:3])
+    sys.unraisablehook = lambda args: log.error("%s", args.err_msg, exc_info=(args.exc_type, args.exc_value, args.exc_traceback))
 
 
 def guarded(main, argv):

@@ -61,13 +61,4 @@ def start(corpus_folder, tmp_path_factory):
 
 @pytest.fixture
 def toy_config(corpus_folder):
-    """configs/tiny.py shrunk until a step compiles in seconds; a mesh of one device is up to the test."""
-    from configs import tiny
-
-    config = tiny.get_config()
-    config.model.update(toy.MODEL)
-    config.data.update(paths=(str(corpus_folder),), batch_size=8, virtual_shards=8, sequence_length=64)
-    config.schedule.update(total_tokens=6 * 512, decay_tokens=6 * 512, warmup_tokens=512)
-    config.loop.update(checkpoint_every=2, keep_checkpoints=2, eval_every=0, eval_batches=1, sample_every=0, sample_length=4,
-                       sample_prompts=("def f(",), fim_prompts=())  # fmt: skip
-    return config
+    return toy.small_config(corpus_folder)

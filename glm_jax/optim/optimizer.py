@@ -35,6 +35,15 @@ class OptimizerConfig:
         check_types(self)
         check_choice("optimizer.name", self.name, OPTIMIZERS)
         check_choice("optimizer.ns_dtype", self.ns_dtype, ("float32", "bfloat16"))
+        positive, fraction = (lambda x: x > 0), (lambda x: 0 <= x < 1)
+        valid = {  # a parameter whose gradient is 0 would be divided by adam_eps alone
+            "adam_eps": (positive, "positive"), "adam_b1": (fraction, "in [0, 1)"), "adam_b2": (fraction, "in [0, 1)"),
+            "momentum": (fraction, "in [0, 1)"), "ns_steps": (positive, "positive"), "update_rms": (positive, "positive"),
+            "weight_decay": (lambda x: x >= 0, "at least 0"), "max_grad_norm": (lambda x: x >= 0, "at least 0; 0 clips nothing"),
+        }  # fmt: skip
+        for field, (is_valid, meaning) in valid.items():
+            if not is_valid(getattr(self, field)):
+                raise ValueError(f"optimizer.{field}={getattr(self, field)} must be {meaning}")
 
 
 def group_of(path: tuple[str, ...], axes: tuple[str | None, ...]) -> str:

@@ -55,28 +55,41 @@ class Point:
 
 
 class Schedule:
-    """schedule[step] -> Point, for steps 0 .. num_steps - 1."""
+    """schedule[step] -> Point, for steps first_step .. num_steps - 1.
 
-    def __init__(self, config: ScheduleConfig, tokens_per_microbatch: int):
+    A run that was stopped goes on from the step and the tokens of its checkpoint: they are what it has seen, whatever another
+    schedule would have made of the same steps. Raises ValueError where total_tokens lies before them.
+    """
+
+    def __init__(self, config: ScheduleConfig, tokens_per_microbatch: int, first_step: int = 0, first_tokens: int = 0):
+        if config.total_tokens < first_tokens:
+            raise ValueError(f"schedule.total_tokens={config.total_tokens} is less than the {first_tokens} tokens that the run has seen")
         self.config = config
         self.tokens_per_microbatch = tokens_per_microbatch
-        self.tokens_before = [0]  # by step
-        while self.tokens_before[-1] < config.total_tokens:
-            seen = self.tokens_before[-1]
-            self.tokens_before.append(seen + self.microbatches(seen) * tokens_per_microbatch)
+        self.first_step = first_step
+        self._tokens = [first_tokens]  # seen before each step, from first_step on
+        while self._tokens[-1] < config.total_tokens:
+            seen = self._tokens[-1]
+            self._tokens.append(seen + self.microbatches(seen) * tokens_per_microbatch)
 
     @property
     def num_steps(self) -> int:
-        return len(self.tokens_before) - 1
+        return self.first_step + len(self._tokens) - 1
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens seen before a step; of num_steps: by the whole run."""
+        if not self.first_step <= step <= self.num_steps:
+            raise IndexError(f"step {step} is not one of {self.first_step}..{self.num_steps}")
+        return self._tokens[step - self.first_step]
 
     def __getitem__(self, step: int) -> Point:
-        tokens, config = self.tokens_before[step], self.config
+        tokens, config = self.tokens_before(step), self.config
         late = tokens >= config.switch_tokens
         return Point(
             step=step,
             tokens=tokens,
             microbatches=self.microbatches(tokens),
-            learning_rate=self.learning_rate(self.tokens_before[step + 1]),
+            learning_rate=self.learning_rate(self.tokens_before(step + 1)),
             mtp_weight=config.late_mtp_weight if late else config.mtp_weight,
             bias_rate=config.late_bias_rate if late else config.bias_rate,
         )

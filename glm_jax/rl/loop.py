@@ -33,8 +33,8 @@ from glm_jax.rl.step import PolicyKnobs, compile_policy_step, trainer_logprobs
 from glm_jax.rl.temperature import TemperatureControl
 from glm_jax.sharding import make_mesh, named
 from glm_jax.train.checkpoint import Checkpoints, finished_steps
-from glm_jax.train.loop import Stop, write_config
-from glm_jax.train.metrics import Recorder, load_statistics
+from glm_jax.train.loop import Stop, check_config, write_config
+from glm_jax.train.metrics import Recorder, check_finite, load_statistics
 from glm_jax.train.start import StartConfig, check_start, starting_state, starting_tokenizer
 from glm_jax.train.state import Trainee, TrainState, build_model
 
@@ -64,6 +64,7 @@ def open_run(config: RlConfig, start: StartConfig, workdir: pathlib.Path, *, con
     abstract = trainee.abstract_state(mesh)
     config.engine.check(config.model, mesh)
     named(mesh, ("batch", "length"), (config.grpo.rows, config.grpo.row_length), "grpo.rows x grpo.row_length")
+    check_config(workdir, config_json, FIXED)
     resuming = bool(finished_steps(workdir))
     if not resuming:
         if not start.workdir:
@@ -73,10 +74,10 @@ def open_run(config: RlConfig, start: StartConfig, workdir: pathlib.Path, *, con
     tasks = Tasks(config, tokenizer)
 
     # Everything that can be wrong was read; from here on the work directory is written.
-    write_config(workdir, config_json, FIXED)
+    write_config(workdir, config_json)
     if not resuming:
         (workdir / "tokenizer.json").write_text(tokenizer.to_json())
-    checkpoints = Checkpoints(workdir, keep=config.loop.keep_checkpoints, merge=lambda states: states[0])
+    checkpoints = Checkpoints(workdir, keep=config.loop.keep_checkpoints)
     first = checkpoints.latest()
     saved = None
     if first is None:
@@ -241,6 +242,9 @@ class Run:
                 knobs = PolicyKnobs(jnp.int32(used), jnp.float32(rate), jnp.float32(temperature))
                 self.state, metrics = self.update(self.state, batch, knobs)
                 updates.append(jax.device_get(metrics))
+                # Before the engine gets these weights, and before they are saved.
+                part = lambda batch=batch: batch  # noqa: E731
+                check_finite(updates[-1], step=self.step, workdir=self.workdir, batch=part, good=self.checkpoints.written)
         return {"updates": len(updates), **self.mean_metrics(updates)}
 
     def batch(self, groups: list[Group]) -> tuple[dict[str, np.ndarray], int]:
@@ -263,10 +267,6 @@ class Run:
         record |= {name: float(np.mean([u[name] for u in updates])) for name in updates[0]}
         # How far the trainer is from the engine, before any update has moved it.
         record |= {name: float(updates[0][name]) for name in ("difference", "difference_max")}
-        if not np.isfinite(record["loss"]):
-            raise FloatingPointError(
-                f"loss is {record['loss']} at step {self.step}; the last checkpoint is of step {self.checkpoints.latest()}"
-            )
         return record
 
     def evaluate(self) -> dict:

@@ -16,6 +16,8 @@ from glm_jax.sharding import constrain
 from glm_jax.train.state import Trainee, TrainState, build_model
 from glm_jax.train.step import LOSS_CHUNK, accumulate, jit_step, update
 
+# Log-ratios beyond it are taken as it: exp of 89 is infinite in float32, and infinity times 0 in a gradient is not a number.
+MAX_LOG_RATIO = 20.0
 SUMS = ("entropy", "clip_share", "importance", "importance_capped", "difference")  # of tokens, weighted as the loss is
 
 
@@ -43,13 +45,14 @@ def token_loss(grpo: GrpoConfig, logprobs, given):
 
 def ratios(grpo: GrpoConfig, logprobs, given):
     """pi / pi_old, and the truncated importance weight of pi_old over the engine's distribution (1 where it is off); no gradient
-    flows through the second. Both 1 where no token is learnt."""
+    flows through the second. Both 1 where no token is learnt. Their logarithms are clamped to +-MAX_LOG_RATIO."""
+    exp = lambda x: jnp.exp(jnp.clip(jnp.where(learnt, x, 0.0), -MAX_LOG_RATIO, MAX_LOG_RATIO))  # noqa: E731
     learnt = given["loss_weights"] > 0
     old = given["engine_logprobs"] if grpo.old_logprobs == "engine" else given.get("old_logprobs", jax.lax.stop_gradient(logprobs))
-    ratio = jnp.exp(jnp.where(learnt, logprobs - old, 0.0))
+    ratio = exp(logprobs - old)
     if grpo.importance_cap == 0:
         return ratio, jnp.ones_like(ratio)
-    weight = jnp.exp(jnp.where(learnt, old - given["engine_logprobs"], 0.0))
+    weight = exp(old - given["engine_logprobs"])
     return ratio, jax.lax.stop_gradient(jnp.minimum(weight, grpo.importance_cap))
 
 

@@ -6,7 +6,9 @@ previous checkpoint as the newest.
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import pathlib
 from collections.abc import Callable
 
@@ -15,46 +17,88 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from data.pipeline import merge_states
 from glm_jax.config import ModelConfig, from_mapping
 from glm_jax.train.state import TrainState, logical_axes
 
+logger = logging.getLogger(__name__)
+
 
 class Checkpoints:
-    """checkpoints/<step>/ of a work directory; `step` is the number of steps that the state has behind it."""
+    """checkpoints/<step>/ of a work directory; `step` is the number of steps that the state has behind it.
 
-    def __init__(self, workdir: str | pathlib.Path, *, keep: int, merge: Callable[[list[dict]], dict] = merge_states):
-        """merge: makes one position in the data of all processes' own."""
+    Folders of steps that are not finished are set aside as <step>.unfinished: they count neither as the newest nor among those kept.
+    """
+
+    def __init__(self, workdir: str | pathlib.Path, *, keep: int, merge: Callable[[list[dict]], dict] = lambda states: states[0]):
+        """merge: makes one progress of all processes' own."""
         self.merge = merge
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
+        if jax.process_index() == 0:
+            for unfinished in sorted(_step_folders(workdir) - _finished_folders(workdir)):
+                unfinished.replace(_unused(unfinished.with_name(f"{unfinished.name}.unfinished")))
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "data"))
 
     def latest(self) -> int | None:
-        return self.manager.latest_step()
+        """Step of the newest finished checkpoint."""
+        return max(finished_steps(self.folder.parent), default=None)
 
-    def save(self, step: int, state: TrainState, data_state: dict):
-        """Starts writing and returns; the arrays may be donated at once. `data_state` is this process's own part."""
-        merged = self.merge(_all_processes(data_state))
+    def save(self, step: int, state: TrainState, progress: dict):
+        """Starts writing and returns; the arrays may be donated at once. progress: this process's own part, as JSON has it.
+
+        Raises OSError, naming the folder, where this or the save before it cannot be written.
+        """
+        merged = self.merge(_all_processes(progress))
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(merged))
-        self.manager.save(step, args=args, force=True)
+        self._writing(lambda: self.manager.save(step, args=args, force=True))
+
+    def save_weights(self, step: int, params, router):
+        """Writes a checkpoint that holds weights alone, as an import has them."""
+        args = ocp.args.Composite(state=ocp.args.StandardSave({"params": params, "router": router}))
+        self._writing(lambda: self.manager.save(step, args=args, force=True))
 
     def restore(self, step: int, abstract_state: TrainState) -> tuple[TrainState, dict]:
-        """State with the shardings of abstract_state, and the data position of all processes."""
+        """State with the shardings of abstract_state, and the progress that was saved with it."""
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
-        try:
-            restored = self.manager.restore(step, args=args)
-        except Exception as error:  # Orbax raises bare Exception for an array that it cannot read
-            reason = (str(error).splitlines() or [""])[0][:200]
-            raise ValueError(f"checkpoint {self.folder / str(step)} does not fit this config or is damaged: {reason}") from error
+        restored = _reading(self.folder / str(step), lambda: self.manager.restore(step, args=args))
         return restored.state, restored.data
 
     def wait(self):
-        """Until what was saved is on disk; raises what went wrong there."""
-        self.manager.wait_until_finished()
+        """Until what was saved is on disk; raises OSError, naming the folder, where it cannot be written."""
+        self._writing(self.manager.wait_until_finished)
+
+    def written(self) -> int | None:
+        """Step of the newest checkpoint, once what is being saved is on disk."""
+        self.wait()
+        return self.latest()
 
     def close(self):
-        self.manager.close()
+        """Ends what runs in the background; a failure of it was raised by `save` or `wait`, or another error ends the run."""
+        try:
+            self.manager.close()
+        except (OSError, ValueError, RuntimeError) as error:
+            logger.warning("closing %s: %s", self.folder, _first_line(error))
+
+    def _writing(self, write: Callable[[], object]):
+        try:
+            write()
+        except (OSError, ValueError, RuntimeError) as error:  # tensorstore's errors are ValueErrors
+            raise OSError(f"cannot write a checkpoint to {self.folder}: {_first_line(error)}") from error
+
+
+def _reading(folder: pathlib.Path, read: Callable[[], object]):
+    try:
+        return read()
+    except Exception as error:  # Orbax raises bare Exception for an array that it cannot read
+        older = [step for step in finished_steps(folder.parent.parent) if step != int(folder.name)]
+        others = f"; there are also those of the steps {', '.join(map(str, older))}" if older else ""
+        raise ValueError(
+            f"checkpoint {folder} does not fit this config or is damaged: {_first_line(error.__cause__ or error)}{others}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:600]
 
 
 def _all_processes(state: dict) -> list[dict]:
@@ -78,8 +122,30 @@ def read_config(workdir: str | pathlib.Path) -> dict:
 
 
 def finished_steps(workdir: str | pathlib.Path) -> list[int]:
-    """Steps of the finished checkpoints."""
-    return [int(p.name) for p in (pathlib.Path(workdir) / "checkpoints").glob("*") if p.name.isdigit()]
+    """Steps of the finished checkpoints, in order. Those that are not are passed over, with a warning that names them."""
+    finished = _finished_folders(workdir)
+    for folder in sorted(_step_folders(workdir) - finished):
+        _warn_of(folder)
+    return sorted(int(folder.name) for folder in finished)
+
+
+def _step_folders(workdir: str | pathlib.Path) -> set[pathlib.Path]:
+    return {p for p in (pathlib.Path(workdir).absolute() / "checkpoints").glob("*") if p.name.isdigit()}
+
+
+def _finished_folders(workdir: str | pathlib.Path) -> set[pathlib.Path]:
+    """Those to which Orbax has written everything: its own mark of the folder, and the metadata of the state's arrays."""
+    marks = ("_CHECKPOINT_METADATA", "state/_METADATA")
+    return {folder for folder in _step_folders(workdir) if all((folder / mark).is_file() for mark in marks)}
+
+
+@functools.cache  # once a process
+def _warn_of(folder: pathlib.Path):
+    logger.warning("checkpoint %s is not finished: it is passed over", folder)
+
+
+def _unused(path: pathlib.Path) -> pathlib.Path:
+    return next(p for i in range(10**6) if not (p := path.with_name(path.name + f".{i}" * (i > 0))).exists())
 
 
 def newest_step(workdir: str | pathlib.Path) -> int:
@@ -102,15 +168,16 @@ def load_weights(
     config = from_mapping(ModelConfig, read_config(workdir)["model"], "model")
     step = newest_step(workdir) if step is None else step
     path = pathlib.Path(workdir).absolute() / "checkpoints" / str(step) / "state"
-    if not path.is_dir():
-        raise ValueError(f"{workdir} holds no checkpoint of step {step}")
+    if step not in (steps := finished_steps(workdir)):
+        raise ValueError(f"{workdir} holds no finished checkpoint of step {step}; it has {', '.join(map(str, steps)) or 'none'}")
     params, router = logical_axes(config, stacked=False)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = shardings or jax.tree.map(lambda _: device, {"params": params, "router": router}, is_leaf=_is_axes)
     marks = jax.tree.map(lambda sharding: ocp.ArrayRestoreArgs(sharding=sharding, dtype=dtype), shardings)
     item = jax.tree.map(lambda _: 0, {"params": params, "router": router}, is_leaf=_is_axes)
     with ocp.PyTreeCheckpointer() as reader:
-        weights = reader.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=marks, partial_restore=True))
+        args = ocp.args.PyTreeRestore(item=item, restore_args=marks, partial_restore=True)
+        weights = _reading(path.parent, lambda: reader.restore(path, args=args))
     return config, weights["params"], weights["router"]
 
 

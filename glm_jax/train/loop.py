@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from data.held_out import held_out_batches
-from data.pipeline import BatchIterator, DataConfig
+from data.pipeline import BatchIterator, DataConfig, merge_states
 from data.tokenizer import Tokenizer
 from glm_jax.config import ModelConfig, check_types
 from glm_jax.optim.optimizer import OptimizerConfig
@@ -24,7 +24,7 @@ from glm_jax.optim.schedules import Point, Schedule, ScheduleConfig
 from glm_jax.sharding import MeshConfig, make_mesh, named
 from glm_jax.train.checkpoint import Checkpoints, finished_steps
 from glm_jax.train.evaluation import Evaluator, Sampler
-from glm_jax.train.metrics import Recorder, flops_per_token, load_statistics, peak_flops
+from glm_jax.train.metrics import Recorder, check_finite, flops_per_token, load_statistics, peak_flops
 from glm_jax.train.start import CHANGEABLE, StartConfig, check_start, starting_state
 from glm_jax.train.state import Trainee, TrainState
 from glm_jax.train.step import Knobs, compile_step, map_routers
@@ -81,10 +81,6 @@ class Source:
 PRETRAINING = Source(BatchIterator, held_out_batches)
 
 
-class NonFiniteLoss(FloatingPointError):
-    """A loss that is not a number; the message names the step and where its batch was written."""
-
-
 class Batches:
     """Device batches [A, B, L] of a step's microbatches, and the data position behind them."""
 
@@ -130,29 +126,30 @@ class Stop:
 def train(config: RunConfig, workdir: pathlib.Path, *, config_json: str, progress: bool, source: Source = PRETRAINING) -> int:
     """Runs, or resumes, a run until schedule.total_tokens. Returns the number of steps behind it.
 
-    Raises ValueError for anything wrong with config, data or checkpoint before the first step, NonFiniteLoss during one.
+    Raises ValueError for anything wrong with config, data or checkpoint before the first step, metrics.NonFinite during one.
     """
     mesh = make_mesh(config.mesh)
     trainee = Trainee.create(config.model, config.optimizer)
     abstract = trainee.abstract_state(mesh)
-    schedule = Schedule(config.schedule, config.data.batch_size * config.data.sequence_length)
     batches = Batches(config, mesh, source)
     held_out = source.held_out(config.data, jax.process_index(), jax.process_count(), config.loop.eval_batches or None)
     tokenizer = batches.iterator.tokenizer
-    if not finished_steps(workdir):
+    check_config(workdir, config_json)
+    resuming = bool(finished_steps(workdir))
+    if resuming:
+        checkpoints = open_checkpoints(config, workdir)
+        first, tokens, state = resume(checkpoints, abstract, batches)
+    else:
         check_start(config.start, config.model, tokenizer)
+        first, tokens = 0, 0
+    schedule = Schedule(config.schedule, config.data.batch_size * config.data.sequence_length, first, tokens)
 
     # Everything that can be wrong was read; from here on the work directory is written.
     write_config(workdir, config_json)
     (workdir / "tokenizer.json").write_text(tokenizer.to_json())
-    checkpoints = Checkpoints(workdir, keep=config.loop.keep_checkpoints)
-    first = checkpoints.latest()
-    if first is None:
-        first, state = 0, starting_state(config.start, trainee, mesh, config.loop.seed)
-    else:
-        state, data_state = checkpoints.restore(first, abstract)
-        batches.iterator.set_state(data_state)
-        logger.info("resumed from step %d", first)
+    if not resuming:
+        checkpoints = open_checkpoints(config, workdir)
+        state = starting_state(config.start, trainee, mesh, config.loop.seed)
     run = _Run(config, workdir, mesh, trainee, schedule, checkpoints, tokenizer, first, progress, held_out)
     try:
         return run.loop(state, batches)
@@ -160,18 +157,46 @@ def train(config: RunConfig, workdir: pathlib.Path, *, config_json: str, progres
         run.close()
 
 
-def write_config(workdir: pathlib.Path, config_json: str, fixed: Sequence[str] = ("model", "data", "optimizer", "start")):
-    """Writes config.json; on resume raises ValueError where a section of `fixed` differs from the run's own."""
+def open_checkpoints(config: RunConfig, workdir: pathlib.Path) -> Checkpoints:
+    """The run's checkpoints; their progress is the position in the data and the tokens that the model has seen."""
+
+    def merge(states):
+        return {"data": merge_states([s["data"] for s in states]), "tokens": states[0]["tokens"]}
+
+    return Checkpoints(workdir, keep=config.loop.keep_checkpoints, merge=merge)
+
+
+def resume(checkpoints: Checkpoints, abstract: TrainState, batches: Batches) -> tuple[int, int, TrainState]:
+    """(step, tokens seen, state) of the newest checkpoint, with `batches` where they were."""
+    first = checkpoints.latest()
+    state, progress = checkpoints.restore(first, abstract)
+    if "tokens" not in progress:
+        raise ValueError(
+            f"checkpoint {checkpoints.folder / str(first)} does not say how many tokens it has seen: an older version wrote it"
+        )
+    batches.iterator.set_state(progress["data"])
+    logger.info("resumed from step %d, after %d tokens", first, progress["tokens"])
+    return first, progress["tokens"], state
+
+
+def check_config(workdir: pathlib.Path, config_json: str, fixed: Sequence[str] = ("model", "data", "optimizer", "start")):
+    """Raises ValueError where the run in workdir has another value in a section of `fixed`, or another seed."""
     path = workdir / "config.json"
-    if path.exists():
-        old, new = json.loads(path.read_text()), json.loads(config_json)
-        if old.keys() != new.keys():
-            raise ValueError(f"{workdir} holds a run of another kind: its config.json has {', '.join(old)}; use another --workdir")
-        for section in fixed:
-            for key in sorted(old[section].keys() | new[section].keys()):
-                before, now = old[section].get(key), new[section].get(key)
-                if before != now and (section, key) not in RESUME_CHANGEABLE:
-                    raise ValueError(f"{workdir} was started with {section}.{key}={before!r}, not {now!r}; use another --workdir")
+    if not path.exists():
+        return
+    old, new = json.loads(path.read_text()), json.loads(config_json)
+    if old.keys() != new.keys():
+        raise ValueError(f"{workdir} holds a run of another kind: its config.json has {', '.join(old)}; use another --workdir")
+    keys = [(section, key) for section in fixed for key in sorted(old[section].keys() | new[section].keys())]
+    for section, key in [*keys, ("loop", "seed")]:
+        before, now = old[section].get(key), new[section].get(key)
+        if before != now and (section, key) not in RESUME_CHANGEABLE:
+            raise ValueError(f"{workdir} was started with {section}.{key}={before!r}, not {now!r}; use another --workdir")
+
+
+def write_config(workdir: pathlib.Path, config_json: str):
+    """Writes config.json, all of it or nothing."""
+    path = workdir / "config.json"
     workdir.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(config_json)
@@ -229,10 +254,10 @@ class _Run:
                 continue
             with jax.set_mesh(self.mesh):
                 extra = self.evaluator(state) if evaluating else {}
-            mark = self.record(*pending, mark, extra | self.router_biases(state))  # a bad loss raises before it is saved
+            mark = self.record(*pending, mark, extra | self.router_biases(state))  # raises before a state that is not finite is saved
             pending = None
             if saving:
-                self.checkpoints.save(step, state, batches.iterator.get_state())
+                self.checkpoints.save(step, state, {"data": batches.iterator.get_state(), "tokens": self.schedule.tokens_before(step)})
             if sampling:
                 self.write_samples(step, state)
             mark = time.perf_counter() if evaluating or sampling else mark
@@ -245,10 +270,11 @@ class _Run:
         """Writes one step's line. Returns the time now, from which the next step is counted."""
         metrics = jax.device_get(metrics)
         now = time.perf_counter()
+        parts = lambda: {f"{name}_{i}": x for i, part in enumerate(host_batch) for name, x in part.items()}  # noqa: E731
+        observed = metrics | (extra or {})
+        check_finite(observed, step=point.step, workdir=self.workdir, batch=parts, good=self.checkpoints.written)
         loss = float(metrics["loss"])
-        if not np.isfinite(loss):
-            self.fail(point, host_batch, loss)
-        tokens = self.schedule.tokens_before[point.step + 1]
+        tokens = self.schedule.tokens_before(point.step + 1)
         speed = (tokens - point.tokens) / max(now - mark, 1e-9)
         record = {"step": point.step, "tokens": tokens, "learning_rate": point.learning_rate, "microbatches": point.microbatches}
         record |= {"mtp_weight": point.mtp_weight, "bias_rate": point.bias_rate, "tokens_per_second": speed}
@@ -263,15 +289,6 @@ class _Run:
         self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
         self.bar.update(1)
         return now
-
-    def fail(self, point: Point, host_batch, loss: float):
-        path = self.workdir / f"nonfinite_step_{point.step}_process_{jax.process_index()}.npz"
-        np.savez(path, **{f"{name}_{i}": x for i, part in enumerate(host_batch) for name, x in part.items()})
-        good = self.checkpoints.latest()
-        kept = f"the last good checkpoint is of step {good}" if good is not None else "there is no checkpoint yet"
-        raise NonFiniteLoss(
-            f"loss is {loss} at step {point.step} (learning rate {point.learning_rate:.3g}); its batch is in {path}; {kept}"
-        )
 
     def router_biases(self, state: TrainState) -> dict:
         """Every router's bias, for the record."""

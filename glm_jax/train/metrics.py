@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import time
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +76,28 @@ def load_statistics(expert_counts_RE: np.ndarray) -> tuple[list[float], list[flo
     return (share.max(-1) * counts.shape[-1] - 1).tolist(), entropy.tolist()
 
 
+class NonFinite(FloatingPointError):
+    """A step whose loss, gradients, update or new weights are not finite; the message names it and where its batch was written."""
+
+
+MUST_BE_FINITE = ("loss", "grad_norm", "param_norm", "held_out_loss", "grad_rms/", "update_rms/")  # names, and what names begin with
+
+
+def check_finite(metrics: Mapping, *, step: int, workdir: pathlib.Path, batch: Callable[[], Mapping[str, np.ndarray]], good: Callable):
+    """Raises NonFinite where a metric of MUST_BE_FINITE is not; to be called before the step's weights are used or saved.
+
+    batch: the step's, written to the work directory for whoever looks into it. good: gives the step of the newest checkpoint, or None.
+    """
+    bad = [name for name, value in metrics.items() if name.startswith(MUST_BE_FINITE) and not np.all(np.isfinite(value))]
+    if not bad:
+        return
+    path = workdir / f"nonfinite_step_{step}_process_{jax.process_index()}.npz"
+    np.savez(path, **batch())
+    kept = "there is no checkpoint yet" if (step_kept := good()) is None else f"the last good checkpoint is of step {step_kept}"
+    found = ", ".join(f"{name} is {float(np.asarray(metrics[name]).flat[0])}" for name in bad)
+    raise NonFinite(f"{found} at step {step}; its batch is in {path}; {kept}")
+
+
 class Recorder:
     """Writes metrics.jsonl (one object a step) and TensorBoard events; on resume drops what lies past the restored step."""
 
@@ -92,9 +116,12 @@ class Recorder:
         temporary.replace(self.path)
 
     def write(self, record: dict):
-        """record: `step` and scalars or lists of numbers; each list entry becomes a TensorBoard curve of its own."""
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        """record: `step` and scalars or lists of numbers; each list entry becomes a TensorBoard curve of its own. Raises OSError."""
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise OSError(f"cannot write {self.path}: {error.strerror}") from error
         for name, value in record.items():
             entries = {name: value} if not isinstance(value, list) else {f"{name}/{i}": v for i, v in enumerate(value)}
             for tag, number in entries.items():
@@ -105,8 +132,10 @@ class Recorder:
         self.board.add_text(name, text, step)
 
     def close(self):
-        self.file.close()
-        self.board.close()
+        """Never raises: what could not be written was raised by `write`, or another error ends the run."""
+        for opened in (self.file, self.board):
+            with contextlib.suppress(OSError):
+                opened.close()
 
 
 def _step_of(line: str) -> float:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from data.tokenizer import Tokenizer
 from glm_jax.config import ModelConfig, check_types, from_mapping
-from glm_jax.train.checkpoint import load_weights, newest_step, read_config
+from glm_jax.train.checkpoint import finished_steps, load_weights, newest_step, read_config
 from glm_jax.train.state import Trainee, TrainState
 
 # What a later stage may change of the model: how it computes, and how far it reaches; not what it is.
@@ -44,8 +44,8 @@ def check_start(start: StartConfig, model: ModelConfig, tokenizer: Tokenizer | N
         if before != now and field.name not in CHANGEABLE:
             raise ValueError(f"start.workdir={start.workdir!r} has model.{field.name}={before!r}, not {now!r}")
     step = newest_step(start.workdir) if start.step < 0 else start.step
-    if not (pathlib.Path(start.workdir) / "checkpoints" / str(step)).is_dir():
-        raise ValueError(f"start.step={start.step}: {start.workdir} holds no such checkpoint")
+    if step not in (steps := finished_steps(start.workdir)):
+        raise ValueError(f"start.step={start.step}: {start.workdir} holds no such finished checkpoint, but {', '.join(map(str, steps))}")
     if tokenizer is not None and starting_tokenizer(start).to_json() != tokenizer.to_json():
         raise ValueError(f"start.workdir={start.workdir!r} has another tokenizer than this run's data")
 

@@ -108,7 +108,8 @@ def train_step(trainee: Trainee, balance_weight: float, state: TrainState, batch
 def update(trainee: Trainee, state: TrainState, grads, expert_counts_RE, learning_rate, bias_rate) -> tuple[TrainState, dict]:
     """Clips and applies gradients, and moves the router biases (expert counts of None: a dense model).
 
-    Returns the new state and metrics: `grad_norm`, `grad_rms/<group>`, `update_rms/<group>` (learning rate included).
+    Returns the new state and metrics: `grad_norm`, `grad_rms/<group>`, `update_rms/<group>` (learning rate included), and
+    `param_norm` of the new parameters and router biases. Where one of them is not finite, the new state must not be used.
     """
     metrics = {"grad_norm": optax.tree.norm(grads)}
     metrics |= {f"grad_rms/{group}": rms for group, rms in group_rms(grads, trainee.groups).items()}
@@ -121,7 +122,9 @@ def update(trainee: Trainee, state: TrainState, grads, expert_counts_RE, learnin
     router = state.router
     if expert_counts_RE is not None:
         router = map_routers(lambda bias_RE: losses.update_router_bias(bias_RE, expert_counts_RE, bias_rate), router)
-    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), router, opt_state), metrics
+    params = optax.apply_updates(state.params, updates)
+    metrics["param_norm"] = optax.tree.norm((params, router))
+    return TrainState(state.step + 1, params, router, opt_state), metrics
 
 
 def map_routers(function, router):

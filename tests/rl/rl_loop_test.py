@@ -4,6 +4,7 @@ import json
 import shutil
 
 import jax
+import numpy as np
 import pytest
 import toy
 from toy import records
@@ -12,6 +13,7 @@ from experiments import entry
 from glm_jax.rl import collector as collecting
 from glm_jax.rl import loop
 from glm_jax.train.checkpoint import load_weights
+from glm_jax.train.metrics import NonFinite
 
 
 @pytest.fixture
@@ -53,6 +55,42 @@ def test_a_run_learns_writes_and_resumes_bit_for_bit(rl_config, tmp_path, easy):
     assert run(rl_config, killed) == 4
     assert records(killed) == found
     assert all((a == b).all() for a, b in zip(weights(killed), weights(whole), strict=True))
+
+
+def test_an_engine_that_is_far_off_does_not_break_the_weights(rl_config, tmp_path, easy, monkeypatch):
+    """One log-probability is 100 nats off: exp(100) is infinite in float32."""
+    rl_config.grpo.update(old_logprobs="engine", importance_cap=0.0)
+    original = loop.Run.batch
+
+    def far_off(self, groups):
+        batch, used = original(self, groups)
+        batch["engine_logprobs"][batch["loss_weights"] > 0] -= 100.0
+        return batch, used
+
+    monkeypatch.setattr(loop.Run, "batch", far_off)
+    assert run(rl_config, tmp_path / "run") == 4
+    assert all(np.isfinite(x).all() for x in weights(tmp_path / "run"))
+    assert all(np.isfinite(r["grad_norm"]) for r in records(tmp_path / "run") if "grad_norm" in r)
+
+
+def test_weights_that_are_not_finite_reach_neither_the_engine_nor_a_checkpoint(rl_config, tmp_path, easy, monkeypatch):
+    def broken(self, groups, original=loop.Run.batch):
+        batch, used = original(self, groups)
+        if self.step == 2:
+            batch["advantages"][batch["loss_weights"] > 0] = np.inf
+        return batch, used
+
+    swaps = []
+    monkeypatch.setattr(loop.Run, "batch", broken)
+    set_weights = collecting.Engine.set_weights
+    monkeypatch.setattr(collecting.Engine, "set_weights", lambda self, *a, **k: swaps.append(k["version"]) or set_weights(self, *a, **k))
+    rl_config.loop.update(checkpoint_every=1, keep_checkpoints=1)
+    with pytest.raises(
+        NonFinite, match=r"grad_norm is nan.* at step 2; its batch is in .*nonfinite_step_2.*last good checkpoint is of step 2"
+    ):
+        run(rl_config, tmp_path)
+    assert swaps == [1, 2] and all(np.isfinite(x).all() for x in weights(tmp_path))
+    assert np.load(tmp_path / "nonfinite_step_2_process_0.npz")["advantages"].size
 
 
 def test_on_policy_is_asserted(rl_config, tmp_path, easy, monkeypatch):

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+import json
 import os
 import pathlib
 import shutil
 import signal
+import subprocess
+import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 from toy import records
 
 from experiments.entry import run_config
+from glm_jax.sharding import make_mesh
 from glm_jax.train import loop
-from glm_jax.train.checkpoint import load_weights, newest_step
+from glm_jax.train.checkpoint import finished_steps, load_weights, newest_step
+from glm_jax.train.metrics import NonFinite, check_finite
+from glm_jax.train.state import Trainee
+from glm_jax.train.step import update
 
 
 def train(config, workdir: pathlib.Path) -> int:
@@ -23,11 +35,17 @@ def train(config, workdir: pathlib.Path) -> int:
     return loop.train(run_config(config), workdir, config_json=config.to_json(), progress=False)
 
 
-@pytest.fixture
-def undisturbed(toy_config, tmp_path):
-    workdir = tmp_path / "undisturbed"
-    assert train(toy_config, workdir) == 6
+@pytest.fixture(scope="module")
+def whole_run(corpus_folder, tmp_path_factory):
+    """One run of all six steps for all tests of this file."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    assert train(toy.small_config(corpus_folder), workdir) == 6
     return workdir
+
+
+@pytest.fixture
+def undisturbed(whole_run, tmp_path):
+    return shutil.copytree(whole_run, tmp_path / "undisturbed")
 
 
 def test_a_run_writes_what_the_design_says_and_resumes_bit_for_bit(toy_config, undisturbed, tmp_path, monkeypatch):
@@ -90,12 +108,106 @@ def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_good_check
         return dataclasses.replace(point(self, step), learning_rate=float("inf") if step == 2 else 1e-3)
 
     monkeypatch.setattr(loop.Schedule, "__getitem__", exploding)
-    with pytest.raises(loop.NonFiniteLoss, match=r"at step 3 .*its batch is in .*nonfinite_step_3.*last good checkpoint is of step 2"):
+    message = r"update_rms/.* is .* at step 2; its batch is in .*nonfinite_step_2.*last good checkpoint is of step 2"
+    with pytest.raises(NonFinite, match=message):
         train(toy_config, tmp_path)
     assert newest_step(tmp_path) == 2
-    batch = np.load(tmp_path / "nonfinite_step_3_process_0.npz")
+    batch = np.load(tmp_path / "nonfinite_step_2_process_0.npz")
     assert batch["tokens_0"].shape == (8, 64)
-    assert [r["step"] for r in records(tmp_path)] == [0, 1, 2]
+    assert [r["step"] for r in records(tmp_path)] == [0, 1]
+
+
+def test_an_update_that_overflows_is_never_saved(toy_config, tmp_path):
+    """The loss of the step is finite: it was computed before the update."""
+    toy_config.schedule.update(learning_rate=1e38, warmup_tokens=1)
+    toy_config.loop.update(checkpoint_every=1, keep_checkpoints=1)
+    with pytest.raises(NonFinite, match=r"is (inf|nan) at step 0; .*there is no checkpoint yet"):
+        train(toy_config, tmp_path)
+    assert finished_steps(tmp_path) == []
+
+
+def test_one_bad_element_of_a_gradient_is_seen_in_the_metrics(toy_config, tmp_path):
+    config = run_config(toy_config)
+    trainee = Trainee.create(config.model, config.optimizer)
+    state = jax.jit(trainee.initial_state)(jax.random.key(0))
+    with jax.set_mesh(make_mesh(dataclasses.replace(config.mesh, data=1), jax.devices()[:1])):
+        step = jax.jit(lambda grads: update(trainee, state, grads, None, 1e-3, 1e-3)[1])
+        good = jax.tree.map(lambda x: jnp.full(x.shape, 1e-3), state.params)
+        check = functools.partial(check_finite, step=0, workdir=tmp_path, batch=dict, good=lambda: None)
+        check(step(good))
+        for place, value in itertools.product(("embed_tokens", "lm_head", "norm", "moe_layers"), (np.inf, -np.inf, np.nan)):
+            leaves, treedef = jax.tree.flatten(good[place])
+            leaves[-1] = leaves[-1].at[(0,) * leaves[-1].ndim].set(value)
+            with pytest.raises(NonFinite, match="grad_norm is"):
+                check(step(good | {place: treedef.unflatten(leaves)}))
+
+
+def test_a_held_out_loss_that_is_not_finite_stops_before_the_save(toy_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.Evaluator, "__call__", lambda self, state: {"held_out_loss": float("nan")})
+    toy_config.loop.update(eval_every=4, checkpoint_every=2, keep_checkpoints=1)
+    with pytest.raises(NonFinite, match="held_out_loss is nan at step 3; .*last good checkpoint is of step 2"):
+        train(toy_config, tmp_path)
+    assert finished_steps(tmp_path) == [2]
+
+
+def test_a_run_that_goes_on_with_other_microbatches_counts_from_its_own_tokens(toy_config, tmp_path):
+    toy_config.schedule.update(total_tokens=2048)
+    assert train(toy_config, tmp_path) == 4
+    toy_config.schedule.update(total_tokens=4096, first_microbatches=2, last_microbatches=2)
+    assert train(toy_config, tmp_path) == 6
+    rows = records(tmp_path)
+    assert [r["tokens"] for r in rows] == [512, 1024, 1536, 2048, 3072, 4096]
+    assert [r["microbatches"] for r in rows] == [1, 1, 1, 1, 2, 2]
+    toy_config.schedule.update(total_tokens=4000)
+    with pytest.raises(ValueError, match="schedule.total_tokens=4000 is less than the 4096 tokens that the run has seen"):
+        train(toy_config, tmp_path)
+    toy_config.schedule.update(total_tokens=8192)
+    toy_config.loop.seed = 7
+    with pytest.raises(ValueError, match="was started with loop.seed=0, not 7"):
+        train(toy_config, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["schedule"]["total_tokens"] == 4096
+
+
+def test_steps_that_are_not_finished_are_passed_over_and_named(toy_config, undisturbed, caplog):
+    """Neither resuming nor reading takes them, and they do not push a good one out of those kept."""
+    for step, names in {"7": (), "9": ("_CHECKPOINT_METADATA",), "11": ("state/d/0", "data/metadata")}.items():
+        folder = undisturbed / "checkpoints" / step
+        folder.mkdir()
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("x")
+    assert newest_step(undisturbed) == 6
+    for step in (7, 9, 11):
+        assert f"checkpoints/{step} is not finished: it is passed over" in caplog.text
+        with pytest.raises(ValueError, match=f"holds no finished checkpoint of step {step}; it has 4, 6"):
+            load_weights(undisturbed, step)
+    toy_config.schedule.update(total_tokens=8 * 512)
+    assert train(toy_config, undisturbed) == 8
+    assert finished_steps(undisturbed) == [6, 8]
+    assert (undisturbed / "checkpoints" / "9.unfinished").is_dir()
+
+
+def test_what_other_libraries_log_or_raise_in_threads_is_not_for_the_terminal():
+    """A full disk made Orbax and TensorBoard print 1,500 lines around the one that said so."""
+    program = """if True:
+        import logging, threading
+        from absl import logging as absl_logging
+        from experiments import entry
+
+        def main(argv):
+            absl_logging.error("from Orbax")
+            logging.getLogger("asyncio").error("from asyncio")
+            logging.getLogger("glm_jax.train").warning("our warning")
+            thread = threading.Thread(target=lambda: 1 / 0)
+            thread.start()
+            thread.join()
+            raise OSError("cannot write /full/disk")
+
+        entry.run(main)
+    """
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=120)
+    first, last = done.stderr.splitlines()
+    assert done.returncode == 1 and "our warning" in first and last == "error: cannot write /full/disk"
 
 
 def test_a_batch_ramp_counts_its_microbatches_and_tokens(toy_config, tmp_path):
@@ -115,6 +227,9 @@ def test_a_batch_ramp_counts_its_microbatches_and_tokens(toy_config, tmp_path):
         ({"data.batch_size": 80000, "data.virtual_shards": 80000}, "80000|80,000"),
         ({"model.remat": "fulll"}, "remat='fulll' is not one of none, full, dots, context. Did you mean 'full'"),
         ({"schedule.learning_rate": "fast"}, "learning_rate='fast'"),
+        ({"optimizer.adam_eps": 0.0}, "optimizer.adam_eps=0.0 must be positive"),
+        ({"optimizer.adam_b2": 1.0}, r"optimizer.adam_b2=1.0 must be in \[0, 1\)"),
+        ({"optimizer.max_grad_norm": -1.0}, "optimizer.max_grad_norm=-1.0 must be at least 0"),
         ({"data.sequence_length": 128}, "exceeds model.max_length=64"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else None,
