@@ -15,7 +15,7 @@ NOTES = {
     "training": "MFU counts useful FLOPs (glm_jax.train.metrics) over the data sheet's dense bfloat16 peak. Rows are packed with documents "
     "of 1,024 tokens. `program_gib`: what the compiler planned; `ready_s`: making the weights and compiling.",
     "decoding": "While all rows decode; greedy, random weights and prompts, no drafts. `prefill_and_compile_s` is mostly compiling.",
-    "attention": "96 query heads, 8 key-value heads of 128, one row; work as for the causal half of a whole row, also where rows are packed.",
+    "attention": "96 query heads, 8 key-value heads of 128, one row; work as for the causal half of a row, packed or not.",
     "grouped": "Differences are from one product a group, which knows the sizes when it is compiled.",
 }
 

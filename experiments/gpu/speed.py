@@ -26,7 +26,7 @@ DOCUMENT = 1024  # tokens of each of a packed row's documents
 def model_config(section: Section, **changes) -> ModelConfig:
     fields = gpu_1b.get_config().model.to_dict() | changes
     if section.rehearse:
-        fields |= TOY | {"compute_dtype": "float32", "attention": "xla"}
+        fields |= TOY | {"compute_dtype": "float32", "attention": "xla", "num_mtp_layers": 0}
     return from_mapping(ModelConfig, fields, "model")
 
 

@@ -91,9 +91,7 @@ def _check_pallas(q, k, v):
 def _cudnn(q, k, v, segment_ids, scale, *, whole: bool, with_lse: bool):
     """Packed rows by a mask [B, 1, L, L], which cuDNN reads in every block: it costs memory and time, but no scores are stored."""
     if not whole or with_lse:
-        raise ValueError(
-            "attention='cudnn' takes neither offsets nor ids of keys and gives no log-sum-exp; 'pallas' and 'reference' do"
-        )
+        raise ValueError("attention='cudnn' takes neither offsets nor ids of keys and gives no log-sum-exp; 'pallas' and 'reference' do")
     if target_platform() != "gpu":
         raise ValueError(f"attention='cudnn': the program is for {target_platform()}, no GPU; 'xla' takes it")
     run = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")

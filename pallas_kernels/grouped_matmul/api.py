@@ -22,8 +22,8 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, 
       w_EDF: one matrix a group, [E, D, F].
       group_sizes_E: int32, rows of each group; any sizes that fit R, zeros included.
       implementation: `pallas` for TPUs; `batched` for CPUs; `ragged_dot` (XLA's own) for GPUs, on a CPU one dense product a group;
-        `mosaic_gpu` for NVIDIA's Hopper; `reference`; `auto`: by what the trace is for, batched on a CPU, ragged_dot on a GPU, and on a TPU pallas for rows that are
-        aligned as it wants, else ragged_dot.
+        `mosaic_gpu` for NVIDIA's Hopper; `reference`; `auto`: by what the trace is for, batched on a CPU, ragged_dot on a GPU, and
+        on a TPU pallas for rows that are aligned as it wants, else ragged_dot.
       alignment: a group's first row is the sum of the sizes before, each rounded up to this; R is a multiple of it. pallas wants a
         multiple of 64.
 
