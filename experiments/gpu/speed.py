@@ -90,7 +90,7 @@ def decoding(section: Section):
             num_pages=sizes["rows"] * sizes["context"] // page_size, prefill_chunk=chunk, min_chunk=chunk, decode_steps=steps,
             draft_tokens=0, weights=weights, cache_dtype="compute", keep_experts=False,
         ))  # fmt: skip
-        for rows in (1, sizes["rows"]):
+        for rows in (sizes["rows"],) if section.rehearse else (1, sizes["rows"]):
             fields = {"weights": config.compute_dtype if weights == "compute" else weights, "batch": rows, "prompt": sizes["prompt"]}
             section.attempt(lambda engine=engine, rows=rows: _decode(engine, rows, sizes["prompt"], steps), **fields)
         del engine
