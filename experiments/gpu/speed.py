@@ -70,7 +70,7 @@ def _train(section: Section, changes: dict[str, str]):
     section.record(
         **fields, ms_per_step=round(rows * length / speed * 1e3, 1), tokens_per_s=round(speed), tflops=round(useful * speed / 1e12, 1),
         mfu=None if peak is None else round(useful * speed / peak, 4), peak_gib=peak_gib(),
-        program_gib=round((memory.temp_size_in_bytes + memory.argument_size_in_bytes) / GIB, 2),
+        program_gib=memory and round((memory.temp_size_in_bytes + memory.argument_size_in_bytes) / GIB, 2),
         loss=f"{losses[0]:.3f} to {losses[-1]:.3f}",
     )  # fmt: skip
 
