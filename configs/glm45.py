@@ -41,7 +41,7 @@ def _model() -> ConfigDict:
     model.scan_layers = True  # False compiles longer and runs faster on a CPU
     model.remat = "full"  # none, full, dots, context
     model.attention = "auto"  # auto (pallas on a TPU, else xla), reference, xla, pallas, cudnn
-    model.grouped_matmul = "auto"  # auto (pallas on a TPU, batched on a CPU, else ragged_dot), reference, batched, ragged_dot, pallas
+    model.grouped_matmul = "auto"  # auto (pallas: TPU, batched: CPU, else ragged_dot), reference, batched, ragged_dot, pallas, mosaic_gpu
     model.expert_exchange = "ragged_all_to_all"  # all_gather, all_to_all; on a CPU one of these two
     model.expert_buffer = 1.25  # rows of an exchange's buffers over the rows a device sends
     return model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -27,7 +29,7 @@ def attention(
       segment_ids_BL: int32, not negative. Equal ids see each other; padding (0) sees nothing and is not seen. None: one segment.
       scale: factor on the scores.
       implementation: `pallas`, the TPU kernel, whose work follows the documents; `xla` skips the key blocks that causality forbids;
-        `cudnn` for GPUs and rows of one segment; `reference`; `auto`: pallas where the trace is for a TPU, else xla.
+        `cudnn` for GPUs, fastest without segment ids; `reference`; `auto`: pallas where the trace is for a TPU, else xla.
       kv_segment_ids_BM: those of the keys; None: segment_ids_BL.
       q_offset, kv_offset: where query 0 and key 0 stand in the row, ints or int32 scalars.
       with_lse: return the log-sum-exp, too.
@@ -87,11 +89,14 @@ def _check_pallas(q, k, v):
 
 
 def _cudnn(q, k, v, segment_ids, scale, *, whole: bool, with_lse: bool):
-    if segment_ids is not None or not whole or with_lse:
-        raise ValueError(
-            "attention='cudnn' takes rows of one segment (segment_ids_BL=None), no offsets, and gives no log-sum-exp; 'xla' takes "
-            "packed rows, 'reference' all of it"
-        )
+    """Packed rows by a mask [B, 1, L, L], which cuDNN reads in every block: it costs memory and time, but no scores are stored."""
+    if not whole or with_lse:
+        raise ValueError("attention='cudnn' takes neither offsets nor ids of keys and gives no log-sum-exp; 'pallas' and 'reference' do")
     if target_platform() != "gpu":
         raise ValueError(f"attention='cudnn': the program is for {target_platform()}, no GPU; 'xla' takes it")
-    return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
+    run = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
+    if segment_ids is None:
+        return run(q, k, v, is_causal=True)
+    place = jnp.arange(q.shape[1])
+    out = run(q, k, v, mask=reference.allowed_pairs(segment_ids, segment_ids, place, place)[:, None])
+    return jnp.where(segment_ids[..., None, None] > 0, out, 0)  # padding sees nothing

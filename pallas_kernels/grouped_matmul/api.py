@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import interpret
-from pallas_kernels.grouped_matmul import batched, differentiable, reference
+from pallas_kernels.grouped_matmul import batched, differentiable, mosaic_gpu, reference
 from pallas_kernels.grouped_matmul.shapes import LANES, TILE
 from pallas_kernels.target import target_platform
 
-IMPLEMENTATIONS = ("auto", "reference", "batched", "ragged_dot", "pallas")
+IMPLEMENTATIONS = ("auto", "reference", "batched", "ragged_dot", "pallas", "mosaic_gpu")
 
 
 def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, *, implementation: str, alignment: int = 1) -> jax.Array:
@@ -22,8 +22,8 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, 
       w_EDF: one matrix a group, [E, D, F].
       group_sizes_E: int32, rows of each group; any sizes that fit R, zeros included.
       implementation: `pallas` for TPUs; `batched` for CPUs; `ragged_dot` (XLA's own) for GPUs, on a CPU one dense product a group;
-        `reference`; `auto`: by what the trace is for, batched on a CPU, ragged_dot on a GPU, and on a TPU pallas for rows that are
-        aligned as it wants, else ragged_dot.
+        `mosaic_gpu` for NVIDIA's Hopper; `reference`; `auto`: by what the trace is for, batched on a CPU, ragged_dot on a GPU, and
+        on a TPU pallas for rows that are aligned as it wants, else ragged_dot.
       alignment: a group's first row is the sum of the sizes before, each rounded up to this; R is a multiple of it. pallas wants a
         multiple of 64.
 
@@ -44,7 +44,12 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, 
     if implementation == "pallas":
         _check_pallas(x_RD, w_EDF, alignment)
         return differentiable.grouped_matmul(x_RD, w_EDF, group_sizes_E, alignment)
-    run = {"batched": batched.grouped_matmul, "ragged_dot": lax.ragged_dot, "reference": reference.grouped_matmul}[implementation]
+    if implementation == "mosaic_gpu":
+        _check_mosaic_gpu(x_RD, w_EDF)
+    run = {
+        "batched": batched.grouped_matmul, "ragged_dot": lax.ragged_dot, "mosaic_gpu": mosaic_gpu.grouped_matmul,
+        "reference": reference.grouped_matmul,
+    }[implementation]  # fmt: skip
     if alignment == 1:
         return run(x_RD, w_EDF, group_sizes_E)
     live_R1 = reference.live_rows(group_sizes_E, x_RD.shape[0], alignment)[:, None]
@@ -70,3 +75,14 @@ def _check_pallas(x_RD, w_EDF, alignment: int):
             raise ValueError(f"grouped_matmul='pallas' takes widths that are multiples of {LANES}, not {name}={width}; {others}")
     if not interpret.available():
         raise ValueError("grouped_matmul='pallas' runs on TPUs; on this backend batched, ragged_dot and reference do, or interpret.on()")
+
+
+def _check_mosaic_gpu(x_RD, w_EDF):
+    others = "batched, ragged_dot and reference take it"
+    if x_RD.dtype != w_EDF.dtype or x_RD.dtype not in mosaic_gpu.DTYPES:
+        raise ValueError(f"grouped_matmul='mosaic_gpu' takes bfloat16 or float16 for both, not {x_RD.dtype} and {w_EDF.dtype}; {others}")
+    for name, width in zip("DF", w_EDF.shape[1:], strict=True):
+        if width % mosaic_gpu.BLOCK:
+            raise ValueError(f"grouped_matmul='mosaic_gpu' takes multiples of {mosaic_gpu.BLOCK}, not {name}={width}; {others}")
+    if target_platform() != "gpu":
+        raise ValueError(f"grouped_matmul='mosaic_gpu': the program is for {target_platform()}, no GPU; {others}")

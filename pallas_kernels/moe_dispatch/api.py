@@ -16,7 +16,7 @@ from pallas_kernels.target import target_platform
 
 __all__ = ["IMPLEMENTATIONS", "Dispatch", "Quantized", "combine_rows", "gather_rows", "routed_ffn", "sort_by_expert"]
 
-IMPLEMENTATIONS = ("auto", "reference", "batched", "ragged_dot", "pallas")
+IMPLEMENTATIONS = ("auto", "reference", "batched", "ragged_dot", "pallas", "mosaic_gpu")
 MANY_ROWS = 64  # an expert, from which on one product for gate and up pays for writing their matrices side by side
 
 
@@ -51,7 +51,8 @@ def routed_ffn(
       implementation: `pallas` for TPU: bfloat16 or float32, D and F multiples of 128. Without a gradient to come, up to
         routed.FEW_ROWS rows (T * K) go through kernels that read each chosen matrix once, FP8 in 128 x 128 blocks as it is;
         other quantised matrices, and all where rows are more, are turned into x's type first, as every other implementation does.
-        `batched` for CPUs, `ragged_dot` for GPUs, `reference`; `auto`: pallas on a TPU, batched on a CPU, else ragged_dot.
+        `batched` for CPUs, `ragged_dot` for GPUs, `mosaic_gpu` for Hopper GPUs, `reference`; `auto`: pallas on a TPU,
+        batched on a CPU, else ragged_dot.
 
     Returns:
       [T, D] in x's type. Differentiable in x, weights and matrices; their gradients come in their own types.

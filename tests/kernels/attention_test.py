@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.attention import api
 from pallas_kernels.attention.api import attention
 
 BATCH, LENGTH, HEADS, GROUPS, SIZE = 2, 300, 4, 2, 8
@@ -39,6 +40,19 @@ def test_values_and_gradients_equal_a_loop_over_queries(implementation, inputs):
     expected += oracle.gradients(q, k, v, segments, segments, SCALE, dout, np.zeros(dout.shape[:3]))
     for mine, theirs in zip(found, expected, strict=True):
         assert oracle.relative(mine, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_cudnn_is_given_the_segments(packed, inputs, monkeypatch):
+    """JAX's own XLA path stands in for cuDNN, with the same arguments."""
+    theirs = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, **more: theirs(*args, **(more | {"implementation": "xla"})))
+    monkeypatch.setattr(api, "target_platform", lambda: "gpu")
+    q, k, v, segments, dout = inputs
+    found = run("cudnn", q, k, v, segments if packed else None, dout)
+    expected = run("reference", q, k, v, segments if packed else None, dout)
+    for mine, plain in zip(found, expected, strict=True):
+        assert oracle.relative(np.asarray(mine), np.asarray(plain)) < 1e-5
 
 
 def test_padding_sees_nothing_and_is_not_seen(inputs):
@@ -84,9 +98,9 @@ def test_what_an_implementation_does_not_take_is_named_with_one_that_does(inputs
         call("pallas", long, long, long, np.ones((BATCH, 128), np.int32))
     with pytest.raises(ValueError, match="'xla' takes neither offsets.*'pallas' and 'reference' do"):
         call("xla", q_offset=4)
-    with pytest.raises(ValueError, match="'cudnn' takes rows of one segment.*'xla' takes packed rows"):
-        call("cudnn")
+    with pytest.raises(ValueError, match="'cudnn' takes neither offsets.*'pallas' and 'reference' do"):
+        call("cudnn", q_offset=4)
     with pytest.raises(ValueError, match="'cudnn': the program is for cpu, no GPU; 'xla' takes it"):
-        call("cudnn", segments=None)
+        call("cudnn")
     with pytest.raises(ValueError, match=r"segment ids \(2, 7\) of queries \(2, 300, 4, 8\)"):
         call("xla", segments=segments[:, :7])

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import lax
 
-from pallas_kernels.grouped_matmul import batched
+from pallas_kernels.grouped_matmul import batched, mosaic_gpu
 from pallas_kernels.grouped_matmul.api import IMPLEMENTATIONS, grouped_matmul
 
 ROWS, WIDTH, OUT, GROUPS = 320, 6, 10, 4
@@ -33,7 +34,7 @@ def oracle_gradients(x, w, sizes, dy):
     return dx, dw
 
 
-@pytest.fixture(scope="module", params=[name for name in IMPLEMENTATIONS if name not in ("auto", "pallas")])
+@pytest.fixture(scope="module", params=[name for name in IMPLEMENTATIONS if name not in ("auto", "pallas", "mosaic_gpu")])
 def value_and_gradients(request):
     def run(x, w, sizes, dy):
         y, pullback = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, implementation=request.param), x, w)
@@ -127,3 +128,43 @@ def test_unknown_implementation_and_wrong_shapes_are_named():
         grouped_matmul(x, w, sizes, implementation="megablox")
     with pytest.raises(ValueError, match=r"\(4, 4\)"):
         grouped_matmul(jnp.ones((4, 4)), w, sizes, implementation="batched")
+
+
+def test_mosaic_gpu_puts_its_two_kernels_together(monkeypatch):
+    """Plain products stand in for the kernels, and leave NaN where those leave whatever memory held."""
+
+    def product(x, w, sizes, *, transposed):
+        y = lax.ragged_dot(x, w.swapaxes(1, 2) if transposed else w, sizes)
+        return jnp.where(jnp.arange(len(x))[:, None] < jnp.sum(sizes), y, jnp.nan)
+
+    def weight_gradient(x, dy, sizes):
+        assert jnp.all(jnp.isfinite(x)) and jnp.all(jnp.isfinite(dy))
+        starts = np.cumsum(sizes) - sizes
+        return jnp.stack([x[a : a + n].T @ dy[a : a + n] for a, n in zip(starts, sizes, strict=True)])
+
+    monkeypatch.setattr(mosaic_gpu, "product", product)
+    monkeypatch.setattr(mosaic_gpu, "weight_gradient", weight_gradient)
+    rng, sizes = np.random.default_rng(0), np.asarray([9, 0, 16, 3], np.int32)
+    x, w = rng.normal(size=(40, WIDTH)).astype(np.float32), rng.normal(size=(GROUPS, WIDTH, OUT)).astype(np.float32)
+    dy = rng.normal(size=(40, OUT)).astype(np.float32)
+    x[28:] = dy[28:] = np.nan
+    y, pullback = jax.vjp(lambda x, w: mosaic_gpu.grouped_matmul(x, w, jnp.asarray(sizes)), x, w)
+    dx, dw = pullback(jnp.asarray(dy))
+    expected_dx, expected_dw = oracle_gradients(x[:28], w, sizes, dy[:28])
+    np.testing.assert_allclose(y, np.pad(oracle(x[:28], w, sizes), ((0, 12), (0, 0))), atol=1e-4)
+    np.testing.assert_allclose(dx, np.pad(expected_dx, ((0, 12), (0, 0))), atol=1e-4)
+    np.testing.assert_allclose(dw, expected_dw, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("message", "dtype", "width"),
+    [
+        ("bfloat16 or float16 for both, not float32", jnp.float32, 128),
+        ("multiples of 128, not F=96", jnp.bfloat16, 96),
+        ("the program is for cpu, no GPU", jnp.bfloat16, 128),
+    ],
+)
+def test_what_mosaic_gpu_does_not_take_is_named(message, dtype, width):
+    x, w, sizes = jnp.ones((64, 128), dtype), jnp.ones((2, 128, width), dtype), jnp.asarray([40, 20])
+    with pytest.raises(ValueError, match=f"{message}.*batched, ragged_dot and reference take it"):
+        grouped_matmul(x, w, sizes, implementation="mosaic_gpu")
