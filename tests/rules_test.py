@@ -56,7 +56,12 @@ DEV_ALLOWED = {
     "glm_jax/sandbox.py",
 }  # fmt: skip
 # Libraries that raise bare Exception, and what runs untrusted code inside the sandbox.
-BROAD_EXCEPT_ALLOWED = {"data/tokenizer.py", "glm_jax/train/checkpoint.py", "glm_jax/rewards/code_guest.py"}
+BROAD_EXCEPT_ALLOWED = {
+    "data/tokenizer.py",
+    "glm_jax/train/checkpoint.py",
+    "glm_jax/rewards/code_guest.py",
+    "glm_jax/rewards/code_tester.py",
+}
 DISTRIBUTION_OF = {"absl": "absl-py", "orbax": "orbax-checkpoint"}
 
 

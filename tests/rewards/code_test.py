@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import time
 
 import pytest
 
@@ -186,7 +187,7 @@ def test_a_test_may_use_all_that_is_plain():
         "    else: assert False\n"
         "    value = [2, 1]\n"
         "    candidate(value)\n"
-        "    assert value == [2, 1] and f is candidate\n"
+        "    assert value == [1, 2] and f is candidate\n"
     )
     answer = {"entry_point": "f", "prompt": "def f(x): ...\n", "test": test}
     assert (
@@ -204,7 +205,8 @@ def test_a_test_that_fails_by_itself_is_nobodys_fault(body):
     broken = {**BY_TEST, "test": f"def check(candidate):\n    {body}\n"}
     after = {**BY_TEST, "test": f"def check(candidate):\n    candidate(1, 2)\n    {body}\n"}
     assert judge(broken, HONEST, SHORT).verdict is Verdict.ENVIRONMENT
-    assert judge(after, HONEST, SHORT).verdict is Verdict.WRONG
+    crosses = "print" not in body  # what cannot go to the solution is never its fault
+    assert judge(after, HONEST, SHORT).verdict is (Verdict.WRONG if crosses else Verdict.ENVIRONMENT)
 
 
 def test_environment_errors_are_no_rewards(monkeypatch):
@@ -227,11 +229,24 @@ def test_without_a_sandbox_no_task_is_taken(monkeypatch):
 # --- answers, code, values ---
 
 
+def nested(depth: int, wrap):
+    tree = {"$frozenset": []}
+    for _ in range(depth):
+        tree = wrap(tree)
+    return tree
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
         ("x", "must be an object, not str"),
-        ({"entry_point": "f"}, "has neither test nor cases"),
+        ({"entry_point": "f"}, "has neither test nor cases nor stdio"),
+        ({"stdio": []}, "stdio must be a list, and not empty"),
+        ({"stdio": [{"input": "1"}]}, "case 0 of stdio must have input and output, both text"),
+        ({"stdio": [{"input": "1", "output": 2}]}, "case 0 of stdio must have input and output, both text"),
+        ({"stdio": [{"input": "1", "output": "2"}], "tolerance": 2}, "tolerance=2 must be a number"),
+        ({"stdio": [{"input": "1", "output": "2"}], "entry_point": "f"}, "answer with stdio has the fields"),
+        ({**BY_CASES, "cases": [{"expected": nested(300, lambda t: [t])}]}, "more than 200 containers"),
         ({"entry_point": "f", "test": ""}, "answer with test has the fields entry_point, test; must have entry_point, prompt, test"),
         ({**BY_TEST, "more": 1}, "answer with test has the fields"),
         ({**BY_TEST, "entry_point": "f()"}, r"entry_point='f\(\)' is no name"),
@@ -247,6 +262,7 @@ def test_without_a_sandbox_no_task_is_taken(monkeypatch):
 )
 def test_unusable_answers_are_named(answer, message, monkeypatch):
     monkeypatch.setattr(sandbox, "check", lambda: None)
+    monkeypatch.setattr(code, "check_test", lambda *_: None)
     CodeVerifier().check([task(BY_TEST), task(BY_CASES)])
     with pytest.raises(ValueError, match=f"task 'bad': .*{message}"):
         CodeVerifier().check([task(BY_TEST), task(answer, "bad")])
@@ -259,13 +275,79 @@ def test_unusable_answers_are_named(answer, message, monkeypatch):
         (None, ""),
         ("```python\nx\n```\n```python\ny\n```\n", "y\n"),
         ("```py\nx\n```\n```\ny\n```", "x\n"),
-        ("```\nx\n```", "```\nx\n```"),
+        ("```\nx\n```", "x\n"),
         ("```python\nx = '''\n  ```\n'''\n```", "x = '''\n  ```\n'''\n"),
-        ("```python\nx", "```python\nx"),
+        ("```python\nx", "x\n"),
+        ("```python\nx\n", "x\n"),
+        ("~~~\nx\n~~~", "x\n"),
+        ("````py\nx\n```\n````", "x\n```\n"),
+        ("```python3.11\r\nx\r\n```\r\n", "x\n"),
+        ("``` python\nx\n```", "x\n"),
+        ('```python title="a"\nx\n```', "x\n"),
+        ('``` title="a b"\nx\n```', "x\n"),
+        ("```{.python .numberLines}\nx\n```", "x\n"),
+        ("```Python\nx\n```\n```bash\ny\n```", "x\n"),
+        ("1. So:\n   ```py\n   if x:\n     y\n   ```\n", "if x:\n  y\n"),
+        ("- ```py\n  x\n  ```\n", "x\n"),
+        ("> ```py\n> x\n>\n> y\n> ```\n", "x\n\ny\n"),
+        ("\t```py\n\tx\n\t```", "x\n"),
+        ("`x` ```y``` z", "`x` ```y``` z"),
+        ("```javascript\nx\n```", "```javascript\nx\n```"),
     ],
 )
 def test_code_is_the_last_python_block(content, found):
     assert extract_code(content) == found
+
+
+FENCE = "```"
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (f"{FENCE}py\n{HONEST}{FENCE}\n{FENCE}py\nprint(add(1, 2))\n{FENCE}", HONEST),
+        (f"{FENCE}\n{HONEST}{FENCE}\n{FENCE}py\nassert add(1, 2) == 3\n{FENCE}", HONEST),
+        (f"{FENCE}py\ndef add(a, b): ...\n{FENCE}\n{FENCE}py\n{HONEST}{FENCE}\n{FENCE}\n3\n{FENCE}", HONEST),
+        (f"{FENCE}py\nimport math\n{FENCE}\n{FENCE}py\ndef add(a, b): return math.fsum([a, b])\n{FENCE}",
+         "import math\ndef add(a, b): return math.fsum([a, b])\n"),
+        (f"{FENCE}py\ndef one(): return 1\n{FENCE}\n{FENCE}py\ndef two(): return one() * 2\n{FENCE}\n{FENCE}py\nadd = lambda a, b: a + two()\n{FENCE}",
+         "def one(): return 1\ndef two(): return one() * 2\nadd = lambda a, b: a + two()\n"),
+        (f"{FENCE}py\nclass add: pass\n{FENCE}\n{FENCE}py\nadd()\n{FENCE}", "class add: pass\n"),
+        (f"{FENCE}py\ndef add(a, b):\n    return a +\n{FENCE}\n{FENCE}py\nadd(1, 2)\n{FENCE}", "def add(a, b):\n    return a +\n"),
+        (f"{FENCE}py\nx = 1\n{FENCE}\n{FENCE}py\ny = 2\n{FENCE}", "y = 2\n"),
+    ],
+)  # fmt: skip
+def test_of_several_blocks_the_last_that_defines_the_entry_point_is_taken(content, found):
+    assert extract_code(content, "add") == found
+
+
+def test_comparing_takes_time_in_proportion_to_an_answer():
+    """A key or member of a set was a text in a text: each level doubled its backslashes."""
+    for wrap in (lambda t: {"$frozenset": [t]}, lambda t: {"$dict": [[1, t]]}, lambda t: {"$set": [1, t, t]}, lambda t: {"$tuple": [t]}):
+        shared = nested(100, wrap)
+        started = time.perf_counter()
+        assert code.same(nested(15, wrap), nested(15, wrap)) and not code.same(nested(14, wrap), nested(15, wrap))
+        if "$set" not in wrap(0):
+            assert code.same(shared, nested(100, wrap)) and not code.same(nested(5000, wrap), shared)
+        assert time.perf_counter() - started < 2
+
+
+@pytest.mark.parametrize(
+    "tree", [{"$int": 5}, {"$int": "z"}, {"$set": 5}, {"$dict": [1]}, {"$dict": [[1]]}, {"$deque": None}, {"$x": {"$y": object}}]
+)
+def test_a_tree_that_nobody_writes_equals_nothing(tree):
+    assert not code.same(tree, 5)
+
+
+@needs_sandbox
+@pytest.mark.parametrize("depth", [34, 900])
+@pytest.mark.parametrize("wrap", ["frozenset([x])", "{1: x}", "{1: x, 2: x}", "[x]"])
+def test_a_nested_answer_is_wrong_and_costs_nothing(depth, wrap):
+    if wrap == "{1: x, 2: x}":
+        depth = 9  # two to the power of it values
+    body = f"x = frozenset()\nfor _ in range({depth}): x = {wrap}\nreturn x"
+    assert judge(BY_CASES, function(body), STANDARD).verdict is Verdict.WRONG
+    assert judge(BY_TEST, function(body), STANDARD).verdict is Verdict.WRONG
 
 
 def test_values_are_compared_with_their_types():
