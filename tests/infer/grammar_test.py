@@ -67,7 +67,7 @@ def call(name: str, *arguments: tuple[str, str]) -> str:
     return f"\n<tool_call>{name}\n{inner}</tool_call>"
 
 
-WEATHER = (("city", "a\n\"b\" </arg"), ("unit", "C"), ("level", "null"))
+WEATHER = (("city", 'a\n"b" </arg'), ("unit", "C"), ("level", "null"))
 
 
 @pytest.mark.parametrize(("text", "right"), [
