@@ -96,6 +96,6 @@ def abstract_rows(engine: EngineConfig, mesh: Mesh):
     size, whole = engine.num_rows, NamedSharding(mesh, PartitionSpec())
     array = lambda dtype, *shape: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=whole)  # noqa: E731
     ints, floats = array(jnp.int32), array(jnp.float32)
-    params = RowParams(floats, ints, floats, array(jnp.uint32), array(jnp.int32, MAX_STOP_TOKENS), floats)
+    params = RowParams(floats, ints, floats, floats, array(jnp.uint32, 3), array(jnp.int32, MAX_STOP_TOKENS), floats)
     width = -(-(engine.context + engine.draft_tokens) // engine.page_size)
     return Rows(ints, ints, ints, params), ints, array(jnp.int32, width)

@@ -11,6 +11,7 @@ import collections
 import contextlib
 import dataclasses
 import itertools
+import logging
 import math
 from collections.abc import Callable, Sequence
 
@@ -22,14 +23,19 @@ from jax.sharding import Mesh
 from glm_jax.config import ModelConfig, check_choice
 from glm_jax.infer import quantize
 from glm_jax.infer.pages import NO_KEY, PagePool, page_key
-from glm_jax.infer.sampling import MAX_STOP_TOKENS, RowParams, SamplingParams
-from glm_jax.infer.steps import Rows, decode, experts_of, prefill
+from glm_jax.infer.request import Request, best_of
+from glm_jax.infer.rows import Batch
+from glm_jax.infer.sampling import SamplingParams
+from glm_jax.infer.steps import Drawn, Rows, decode, experts_of, prefill
 from glm_jax.model.cache import empty_pages
 from glm_jax.model.transformer import GLM, per_layer
 from glm_jax.sharding import BATCH_AXES
 
 MIN_TABLE = 4  # pages
+# Tokens drawn in one call for the other rows, where one has a constraint: that one gets a single token a call.
+STEPS_BESIDE_CONSTRAINT = 4
 DecodeText = Callable[[Sequence[int]], str]  # of token ids
+logger = logging.getLogger(__name__)
 CACHE_DTYPES = ("compute", "float32", "bfloat16", "float8_e4m3fn")
 
 
@@ -84,44 +90,6 @@ def num_shards(mesh: Mesh | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-@dataclasses.dataclass(eq=False)
-class Request:
-    """One prompt and what became of it. `tokens` end with the stop token that ended them; the other lists run along."""
-
-    id: int
-    prompt: list[int]
-    params: SamplingParams
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    versions: list[int] = dataclasses.field(default_factory=list)  # of the weights that each token was drawn with
-    passes: int = 0  # of the trunk in which tokens were drawn, prefill aside
-    accepted: int = 0  # drafts among the tokens
-    # With keep_experts, once finished: what each token of `sequence` but the last was routed to, int16 [tokens, MoE layers, K];
-    # the MTP block's behind them where it drafts.
-    experts: np.ndarray | None = None
-    status: str = "waiting"  # waiting, running, paused, finished
-    finish_reason: str | None = None  # stop, length, abort
-    shard: int = 0  # of the mesh's rows and pages
-    pages: list[int] = dataclasses.field(default_factory=list)
-    keys: list[bytes] = dataclasses.field(default_factory=list)  # of the full pages of prompt and tokens
-    stored: int = 0  # tokens of prompt and tokens in the cache
-    stale: bool = False  # holds pages of older weights: not to be shared
-
-    @property
-    def sequence(self) -> list[int]:
-        return self.prompt + self.tokens
-
-    @property
-    def text_tokens(self) -> list[int]:
-        """The tokens without the one that stopped them."""
-        return self.tokens[:-1] if self.tokens and self.tokens[-1] in self.params.stop_tokens else self.tokens
-
-    @property
-    def missing(self) -> int:
-        """Tokens to compute before the next can be drawn; 1 where only the last one drawn is missing."""
-        return len(self.prompt) + len(self.tokens) - self.stored
-
-
 class Engine:
     """Not thread-safe: one thread submits and steps.
 
@@ -148,7 +116,7 @@ class Engine:
         self.ids = itertools.count()
 
     def submit(self, prompt: Sequence[int], params: SamplingParams) -> Request:
-        """Queues a prompt. Raises ValueError for one that is empty, too long or not of the vocabulary."""
+        """Queues a prompt. Raises ValueError for one that is empty, too long or not of the vocabulary, and what its constraint raises."""
         vocab, context = self.model_config.vocab_size, self.config.context
         if not 1 <= len(prompt) < context:
             raise ValueError(f"prompt of {len(prompt)} tokens: must be 1..{context - 1}, the context less one")
@@ -156,7 +124,11 @@ class Engine:
             raise ValueError(f"prompt holds token {max(prompt) if max(prompt) >= vocab else min(prompt)}, valid are 0..{vocab - 1}")
         if params.stop_strings and self.decode_text is None:
             raise ValueError("stop_strings need an engine with decode_text")
+        for token, _ in params.logit_bias:
+            if not 0 <= token < vocab:
+                raise ValueError(f"logit_bias holds token {token}, valid are 0..{vocab - 1}")
         request = Request(next(self.ids), list(map(int, prompt)), params)
+        request.start_constraint()
         self.waiting.append(request)
         return request
 
@@ -243,10 +215,12 @@ class Engine:
             self._complete_keys(request, (len(request.sequence) - 1) // self.config.page_size)
             request.shard, known = self._choose_shard(request)
             pool = self.pools[request.shard]
-            if known < len(request.keys) and request.keys[known] in coming:
+            if request.unscored:  # what others computed of its prompt has no log-probabilities
+                known = 0
+            elif known < len(request.keys) and request.keys[known] in coming:
                 later.append(request)
                 continue
-            shared = pool.share(request.keys)
+            shared = pool.share(request.keys[:known])
             more = pool.allocate(self._pages_for(len(request.sequence)) - len(shared))
             if more is None:
                 pool.release(shared)
@@ -283,21 +257,24 @@ class Engine:
         rows = [r for r in self.running if r.missing > 1 or not r.tokens]
         if not rows:
             return
-        seats, places = self._seats(rows)
         counts = [min(r.missing, self.config.prefill_chunk) for r in rows]
+        batch = self._batch(rows)
         length = min(self.config.min_chunk * _bucket(-(-max(counts) // self.config.min_chunk), 4), self.config.prefill_chunk)
-        tokens, next_tokens = np.zeros((seats, length), np.int32), np.zeros((seats, length), np.int32)
-        for place, request, count in zip(places, rows, counts, strict=True):
+        tokens, next_tokens = np.zeros((batch.size, length), np.int32), np.zeros((batch.size, length), np.int32)
+        for place, request, count in zip(batch.places, rows, counts, strict=True):
             chunk = [*request.sequence[request.stored : request.stored + count + 1], -1]
             tokens[place, :count], next_tokens[place, :count] = chunk[:count], chunk[1 : count + 1]
-        token_S, logprob_S, self.pages = prefill(
-            self.graphdef, self.state, self.pages, self._rows(rows, counts), tokens, next_tokens, self._tables(rows, counts),
-            self.config.draft_tokens > 0,
+        drawn, scores, self.pages = prefill(
+            self.graphdef, self.state, self.pages, self._rows(batch, counts), tokens, next_tokens, self._tables(batch, counts),
+            self.config.draft_tokens > 0, _with_top(rows), any(r.unscored for r in rows),
         )  # fmt: skip
-        token_S, logprob_S = np.asarray(token_S), np.asarray(logprob_S)
-        for place, request, count in zip(places, rows, counts, strict=True):
+        drawn, scores = jax.device_get((drawn, scores))
+        for place, request, count in zip(batch.places, rows, counts, strict=True):
+            if request.unscored:
+                logprobs, (top_tokens, top_logprobs) = scores
+                request.add_scores(logprobs[place, :count], top_tokens[place], top_logprobs[place])
             if request.missing == count:
-                self._extend(request, [token_S[place]], [logprob_S[place]])
+                self._extend(request, drawn, place, 1)
             self._store(request, count)
 
     def _decode(self):
@@ -311,30 +288,33 @@ class Engine:
         rows = [r for r in rows if r.status == "running"]  # a later one's growth may have sent them back
         if not rows:
             return
-        seats, places = self._seats(rows)
-        budgets = [min(steps, self._room(r)) for r in rows]
-        last = np.zeros(seats, np.int32)
-        last[places] = [r.tokens[-1] for r in rows]
-        tables = self._tables(rows, [b + ahead for b in budgets], self._pages_for(self.config.context + ahead))
-        drawn, self.pages = decode(self.graphdef, self.state, self.pages, self._rows(rows, budgets), last, tables, steps, ahead)
+        most = min(steps, STEPS_BESIDE_CONSTRAINT) if any(r.params.constraint for r in rows) else steps
+        budgets = [1 if r.params.constraint else min(most, self._room(r)) for r in rows]
+        batch = self._batch(rows)
+        last = np.zeros(batch.size, np.int32)
+        last[batch.places] = [r.tokens[-1] for r in rows]
+        tables = self._tables(batch, [b + ahead for b in budgets], self._pages_for(self.config.context + ahead))
+        drawn, self.pages = decode(
+            self.graphdef, self.state, self.pages, self._rows(batch, budgets), last, tables, steps, ahead, _with_top(rows)
+        )
         drawn = jax.device_get(drawn)
-        for place, request in zip(places, rows, strict=True):
+        for place, request in zip(batch.places, rows, strict=True):
             count, before = drawn.count_S[place], len(request.tokens)
             request.passes += int(drawn.passes_S[place])
             request.accepted += int(drawn.accepted_S[place])
-            self._extend(request, drawn.tokens[place, :count], drawn.logprobs[place, :count])
+            self._extend(request, drawn, place, count)
             # Stored are the token from before and those drawn but the last.
             self._store(request, len(request.tokens) - before)
 
-    def _seats(self, requests: list[Request]) -> tuple[int, list[int]]:
-        """Rows of the batch, and each request's row: shard after shard, as many rows each."""
+    def _batch(self, requests: list[Request]) -> Batch:
+        """The requests in their rows: shard after shard, as many rows each."""
         taken, order = collections.Counter(), []
         for request in requests:
             order.append((request.shard, taken[request.shard]))
             taken[request.shard] += 1
         smallest = -(-self.config.min_rows // self.shards)
         rows = min(_bucket(max(smallest, *taken.values())), self.config.num_rows // self.shards)
-        return rows * self.shards, [shard * rows + place for shard, place in order]
+        return Batch(requests, rows * self.shards, [shard * rows + place for shard, place in order])
 
     def _room(self, request: Request) -> int:
         """Tokens that the request may still draw."""
@@ -363,6 +343,8 @@ class Engine:
             self.running.remove(request)
         self.pools[request.shard].release(request.pages)
         request.pages, request.stored = [], 0
+        if request.unscored:
+            request.prompt_logprobs, request.prompt_top_logprobs = [], []
 
     def _finish(self, request: Request, reason: str):
         if self.config.keep_experts:
@@ -391,14 +373,21 @@ class Engine:
         for index in range(before // size, request.stored // size):
             self.pools[request.shard].publish(request.pages[index], request.keys[index])
 
-    def _extend(self, request: Request, tokens, logprobs):
-        """Appends drawn tokens, and ends the request where it stops."""
-        for token, logprob in zip(tokens, logprobs, strict=True):
-            request.tokens.append(int(token))
-            request.logprobs.append(float(logprob))
+    def _extend(self, request: Request, drawn: Drawn, place: int, count: int):
+        """Appends the first `count` tokens drawn in the row at `place`, and ends the request where it stops."""
+        for number in range(count):
+            token = int(drawn.tokens[place, number])
+            request.tokens.append(token)
+            request.logprobs.append(float(drawn.logprobs[place, number]))
             request.versions.append(self.version)
-            if int(token) in request.params.stop_tokens or self._text_stops(request):
-                return self._finish(request, "stop")
+            if request.params.top_logprobs:
+                request.top_logprobs.append(best_of(request.params.top_logprobs, *(x[place, number] for x in drawn.top)))
+            try:
+                if token in request.params.stop_tokens or request.accept(token) or self._text_stops(request):
+                    return self._finish(request, "stop")
+            except ValueError as error:  # the grammar grew beyond its library's limits
+                logger.warning("request %d ends: %s", request.id, error)
+                return self._finish(request, "abort")
         if self._room(request) <= 0:
             self._finish(request, "length")
 
@@ -409,39 +398,17 @@ class Engine:
         text = self.decode_text(request.tokens[-4 * longest - 8 :])  # a token is rarely under a quarter of a character
         return any(stop in text for stop in request.params.stop_strings)
 
-    def _rows(self, requests: list[Request], counts: list[int]) -> Rows:
-        """Device arrays of the rows, the others with count 0."""
-        seats, places = self._seats(requests)
+    def _rows(self, batch: Batch, counts: list[int]) -> Rows:
+        return batch.rows(counts, self.model_config.vocab_size, self.config.context)
 
-        def column(values, dtype, fill=0):
-            out = np.full((seats, *np.shape(values)[1:]), fill, dtype)
-            out[places] = values
-            return out
-
-        params = [r.params for r in requests]
-        stops = [list(p.stop_tokens) + [-1] * (MAX_STOP_TOKENS - len(p.stop_tokens)) for p in params]
-        return Rows(
-            stored_S=column([r.stored for r in requests], np.int32),
-            counts_S=column(counts, np.int32),
-            drawn_S=column([len(r.tokens) for r in requests], np.int32),
-            params=RowParams(
-                temperature=column([p.temperature for p in params], np.float32),
-                top_k=column([p.top_k for p in params], np.int32),
-                top_p=column([p.top_p for p in params], np.float32, 1),
-                seed=column([p.seed for p in params], np.uint32),
-                stop_tokens=column(stops, np.int32, -1),
-                logprob_temperature=column([p.logprob_temperature for p in params], np.float32, 1),
-            ),
-        )
-
-    def _tables(self, requests: list[Request], counts: list[int], width: int | None = None) -> np.ndarray:
+    def _tables(self, batch: Batch, counts: list[int], width: int | None = None) -> np.ndarray:
         """Page tables up to each row's end after `counts` more tokens, padded to `width` or a power of two."""
-        pages = [r.pages[: self._pages_for(r.stored + count)] for r, count in zip(requests, counts, strict=True)]
-        seats, places = self._seats(requests)
-        tables = np.zeros((seats, width or _bucket(max(MIN_TABLE, *map(len, pages)))), np.int32)
-        for place, own in zip(places, pages, strict=True):
-            tables[place, : len(own)] = own
-        return tables
+        pages = [r.pages[: self._pages_for(r.stored + count)] for r, count in zip(batch.requests, counts, strict=True)]
+        return batch.tables(pages, width or _bucket(max(MIN_TABLE, *map(len, pages))))
+
+
+def _with_top(requests: list[Request]) -> bool:
+    return any(r.params.top_logprobs for r in requests)
 
 
 def _bucket(count: int, base: int = 2) -> int:

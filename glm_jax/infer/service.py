@@ -46,13 +46,24 @@ class ServiceConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Scores:
+    """Of a prompt's tokens, each given those before it (None for the first): log-probabilities, and the most likely tokens with
+    theirs, best first."""
+
+    logprobs: list[float | None]
+    top_logprobs: list[list[tuple[int, float]] | None]
+
+
+@dataclasses.dataclass(frozen=True)
 class Piece:
     """What came of one sample since its last piece."""
 
     index: int  # of the sample in its submission
     tokens: list[Token]  # without the stop token, and without what belongs to a stop string
     num_drawn: int  # tokens drawn, those included
-    finish_reason: str | None  # stop or length in the last piece
+    finish_reason: str | None  # stop, length or (a constraint that could not go on) abort in the last piece
+    top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)  # where asked for, of each of `tokens`
+    prompt: Scores | None = None  # in the first piece, where asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +88,10 @@ class _Drawn:
     index: int
     ids: list[int]
     logprobs: list[float]
+    top_logprobs: list[list[tuple[int, float]]]
     num_drawn: int
     finish_reason: str | None
+    prompt: Scores | None
 
 
 class Stream:
@@ -98,6 +111,7 @@ class Stream:
         self._seconds = seconds
         self._events: asyncio.Queue[_Drawn | Exception] = asyncio.Queue()
         self._texts = [TextStream(service.decode_text, p.stop_strings) for p in params]
+        self._tops = [collections.deque() for _ in params]  # of the tokens that the texts hold back
         self._open = set(range(len(params)))
 
     def __aiter__(self) -> Stream:
@@ -137,6 +151,7 @@ class Stream:
 
     def _piece(self, event: _Drawn) -> Piece:
         text, tokens, reason = self._texts[event.index], [], event.finish_reason
+        self._tops[event.index].extend(event.top_logprobs)
         for token, logprob in zip(event.ids, event.logprobs, strict=True):
             tokens += text.push(token, logprob)
         if reason:
@@ -147,7 +162,8 @@ class Stream:
             self._open.discard(event.index)
             if not self._open:
                 self.close()
-        return Piece(event.index, tokens, event.num_drawn, reason)
+        tops = self._tops[event.index]
+        return Piece(event.index, tokens, event.num_drawn, reason, [tops.popleft() for _ in tokens if tops], event.prompt)
 
 
 @dataclasses.dataclass(eq=False)
@@ -298,7 +314,11 @@ class Service:
                     continue
                 shown = request.text_tokens
                 start, end = job.sent[index], len(shown)
-                drawn = _Drawn(index, shown[start:], request.logprobs[start:end], num_drawn, request.finish_reason)
+                scored = request.params.prompt_logprobs and start == 0
+                drawn = _Drawn(
+                    index, shown[start:], request.logprobs[start:end], request.top_logprobs[start:end], num_drawn,
+                    request.finish_reason, Scores(request.prompt_logprobs, request.prompt_top_logprobs) if scored else None,
+                )  # fmt: skip
                 job.sent[index] += num_drawn
                 if done:
                     del job.requests[index]

@@ -10,31 +10,41 @@ import jax.numpy as jnp
 from flax import nnx
 
 from glm_jax.infer import speculative
-from glm_jax.infer.sampling import RowParams, model_logprobs, sample
+from glm_jax.infer.sampling import MAX_TOP_LOGPROBS, LogitChanges, RowParams, choose, count_tokens, model_logprobs, top_logprobs
 from glm_jax.model.cache import Cache
+
+SCORED_AT_A_TIME = 16  # positions of a prompt whose logits exist at a time
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Rows:
-    """Where each row stands: tokens stored; tokens to compute (prefill) or to draw at most (decode); tokens drawn before."""
+    """Where each row stands: tokens stored; tokens to compute (prefill) or to draw at most (decode); tokens drawn before.
+
+    changes: None where no row of the batch changes its logits.
+    """
 
     stored_S: jax.Array
     counts_S: jax.Array
     drawn_S: jax.Array
     params: RowParams
+    changes: LogitChanges | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Drawn:
-    """What a decode call drew: tokens and log-probabilities [S, steps], their number, and how many passes and accepted drafts."""
+    """What a decode call drew: tokens and log-probabilities [S, steps], their number, and how many passes and accepted drafts.
+
+    top: where asked for, the most likely tokens at each place and their log-probabilities, both [S, steps, T].
+    """
 
     tokens: jax.Array
     logprobs: jax.Array
     count_S: jax.Array
     passes_S: jax.Array
     accepted_S: jax.Array
+    top: tuple[jax.Array, jax.Array] | None = None
 
 
 def trunk(model, pages, tokens_SL, tables_SP, stored_S, counts_S):
@@ -68,30 +78,59 @@ def experts_of(expert_pages, pages_P) -> jax.Array:
     return blocks.reshape(len(blocks), -1, blocks.shape[-1]).swapaxes(0, 1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 7), donate_argnums=2)
-def prefill(graphdef, state, pages, rows: Rows, tokens_SL, next_tokens_SL, tables_SP, drafting: bool):
-    """Stores counts_S tokens of each row; returns the token drawn behind them, its log-probability [S], and the pages.
+@functools.partial(jax.jit, static_argnums=(0, 7, 8, 9), donate_argnums=2)
+def prefill(
+    graphdef, state, pages, rows: Rows, tokens_SL, next_tokens_SL, tables_SP, drafting: bool, with_top: bool, scoring: bool
+) -> tuple[Drawn, tuple | None, tuple]:
+    """Stores counts_S tokens of each row; returns the token drawn after them, the scores of the next tokens, and the pages.
 
-    next_tokens_SL: the token behind each; -1 behind the row's last, where the drawn one takes its place. Read if `drafting`:
-    then the MTP block's keys and values are stored, too.
+    next_tokens_SL: the token after each; -1 after the row's last, where the drawn one takes its place. Read if `drafting`:
+    then the MTP block's keys and values are stored, too; and if `scoring`: then the scores are their log-probabilities [S, L]
+    and the most likely tokens with theirs [S, L, T], else None.
     """
-    model = nnx.merge(graphdef, state)
+    model, params = nnx.merge(graphdef, state), rows.params
     h_SLD, pages = trunk(model, pages, tokens_SL, tables_SP, rows.stored_S, rows.counts_S)
     logits_SV = model.logits(at(h_SLD, jnp.maximum(rows.counts_S - 1, 0))[:, None])[:, 0]
-    token_S, logprob_S = sample(logits_SV, rows.params, rows.drawn_S)
+    changed_SV = logits_SV
+    if rows.changes is not None:
+        counts_SV = rows.changes.counts(model.config.vocab_size)
+        changed_SV = rows.changes.apply(logits_SV[:, None], counts_SV[:, None])[:, 0]
+    token_S = choose(changed_SV, params, rows.drawn_S)
+    scores = _scores(model, h_SLD, next_tokens_SL, params.logprob_temperature) if scoring else None
     if drafting:
         next_tokens_SL = jnp.where(next_tokens_SL < 0, token_S[:, None], next_tokens_SL)
         _, pages = mtp(model, pages, h_SLD, next_tokens_SL, tables_SP, rows.stored_S, rows.counts_S)
-    return token_S, logprob_S, pages
+    logprob_S = model_logprobs(logits_SV, token_S, params.logprob_temperature)
+    top = top_logprobs(logits_SV, params.logprob_temperature) if with_top else None
+    ones = jnp.ones_like(token_S)
+    drawn = Drawn(token_S[:, None], logprob_S[:, None], ones, ones, 0 * ones, jax.tree.map(lambda x: x[:, None], top))
+    return drawn, scores, pages
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6, 7), donate_argnums=2)
-def decode(graphdef, state, pages, rows: Rows, token_S, tables_SP, steps: int, num_drafts: int) -> tuple[Drawn, tuple]:
+def _scores(model, h_SLD, next_tokens_SL, temperature_S):
+    """Log-probabilities [S, L] of the next tokens, and the most likely tokens with theirs [S, L, T]; logits of a few positions exist
+    at a time."""
+
+    def score(position):
+        h_SD, token_S = position
+        logits_SV = model.logits(h_SD[:, None])[:, 0]
+        return model_logprobs(logits_SV, jnp.maximum(token_S, 0), temperature_S), top_logprobs(logits_SV, temperature_S)
+
+    scores = jax.lax.map(score, (h_SLD.swapaxes(0, 1), next_tokens_SL.T), batch_size=min(SCORED_AT_A_TIME, h_SLD.shape[1]))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1), scores)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6, 7, 8), donate_argnums=2)
+def decode(
+    graphdef, state, pages, rows: Rows, token_S, tables_SP, steps: int, num_drafts: int, with_top: bool = False
+) -> tuple[Drawn, tuple]:
     """Draws up to counts_S tokens a row, at most `steps`, until its stop token; num_drafts of them are guessed by the MTP block
     and verified in one pass (0: none). token_S: each row's last token, not stored yet. Returns what was drawn, and the pages.
+
+    A row's first pass is without drafts: one with a constraint, whose mask is for one token, has a count of 1.
     """
     model = nnx.merge(graphdef, state)
-    size, params = len(token_S), rows.params
+    size, params, changes, vocab = len(token_S), rows.params, rows.changes, model.config.vocab_size
     row = jnp.arange(size)[:, None]
 
     def unfinished(carry):
@@ -104,8 +143,14 @@ def decode(graphdef, state, pages, rows: Rows, token_S, tables_SP, steps: int, n
         tokens_SL = jnp.concatenate([carry["token"][:, None], drafts.tokens], axis=1)
         h_SLD, pages = trunk(model, pages, tokens_SL, tables_SP, stored_S, jnp.where(live, 1 + drafts.count_S, 0))
         logits_SLV = model.logits(h_SLD)
-        new_SL, accepted_S = speculative.verify(logits_SLV, drafts, params, index_S)
-        # Of the accepted drafts and the token behind them, a row takes those up to its stop token or its limit.
+        counts_SV, changed_SLV = carry["counts"], logits_SLV
+        if changes is not None:
+            # Each draft counts for the positions after it.
+            before = jnp.cumsum(jax.nn.one_hot(drafts.tokens, vocab, dtype=jnp.int32), axis=1)
+            counts_SLV = counts_SV[:, None] + jnp.concatenate([jnp.zeros_like(counts_SV)[:, None], before], axis=1)
+            changed_SLV = changes.apply(logits_SLV, counts_SLV)
+        new_SL, accepted_S = speculative.verify(changed_SLV, drafts, params, index_S)
+        # Of the accepted drafts and the token after them, a row takes those up to its stop token or its limit.
         is_stop = jnp.any(new_SL[..., None] == params.stop_tokens[:, None], axis=-1)
         place = jnp.arange(new_SL.shape[1])
         last_S = jnp.minimum(accepted_S, rows.counts_S - drawn.count_S - 1)
@@ -114,24 +159,43 @@ def decode(graphdef, state, pages, rows: Rows, token_S, tables_SP, steps: int, n
         taken_S = last_S + 1
         to = jnp.where(place < taken_S[:, None], drawn.count_S[:, None] + place, steps)
         logprobs_SL = jax.vmap(model_logprobs, in_axes=(1, 1, None), out_axes=1)(logits_SLV, new_SL, params.logprob_temperature)
+        top = None
+        if with_top:
+            new_top = jax.vmap(top_logprobs, in_axes=(1, None), out_axes=1)(logits_SLV, params.logprob_temperature)
+            top = jax.tree.map(lambda all_, new: all_.at[row, to].set(new, mode="drop"), drawn.top, new_top)
         drawn = Drawn(
             tokens=drawn.tokens.at[row, to].set(new_SL, mode="drop"),
             logprobs=drawn.logprobs.at[row, to].set(logprobs_SL, mode="drop"),
             count_S=drawn.count_S + taken_S,
             passes_S=drawn.passes_S + live,
             accepted_S=drawn.accepted_S + jnp.where(live, jnp.minimum(accepted_S, taken_S), 0),
+            top=top,
         )
+        if changes is not None:
+            counts_SV = count_tokens(counts_SV, jnp.where(place < taken_S[:, None], new_SL, vocab))
         token_S = jnp.take_along_axis(new_SL, jnp.maximum(last_S, 0)[:, None], axis=1)[:, 0]
         live = live & (stop_S > last_S) & (drawn.count_S < rows.counts_S)
         if num_drafts:
             block = functools.partial(mtp, model, tables_SP=tables_SP)
-            head = lambda x_SD: model.logits(x_SD[:, None], model.mtp_head)[:, 0]  # noqa: E731
-            drafts, pages = speculative.draft(block, head, pages, h_SLD, new_SL, stored_S, taken_S, num_drafts, params, index_S)
-        return {"drawn": drawn, "live": live, "token": token_S, "drafts": drafts, "pages": pages}
 
-    zeros = jnp.zeros(size, jnp.int32)
-    drawn = Drawn(jnp.zeros((size, steps), jnp.int32), jnp.zeros((size, steps), jnp.float32), zeros, zeros, zeros)
-    drafts = speculative.no_drafts(size, num_drafts, model.config.vocab_size)
-    start = {"drawn": drawn, "live": rows.counts_S > 0, "token": token_S, "drafts": drafts, "pages": pages}
+            def head(x_SD):
+                logits_S1V = model.logits(x_SD[:, None], model.mtp_head)
+                return (logits_S1V if changes is None else changes.apply(logits_S1V, counts_SV[:, None]))[:, 0]
+
+            drafts, pages = speculative.draft(block, head, pages, h_SLD, new_SL, stored_S, taken_S, num_drafts, params, index_S)
+        return {"drawn": drawn, "live": live, "token": token_S, "drafts": drafts, "counts": counts_SV, "pages": pages}
+
+    start = {
+        "drawn": _nothing_drawn(size, steps, min(MAX_TOP_LOGPROBS, vocab) if with_top else None),
+        "live": rows.counts_S > 0, "token": token_S, "drafts": speculative.no_drafts(size, num_drafts),
+        "counts": None if changes is None else changes.counts(vocab), "pages": pages,
+    }  # fmt: skip
     end = jax.lax.while_loop(unfinished, body, start)
     return end["drawn"], end["pages"]
+
+
+def _nothing_drawn(size: int, steps: int, num_top: int | None) -> Drawn:
+    zeros = jnp.zeros(size, jnp.int32)
+    tokens, logprobs = jnp.zeros((size, steps), jnp.int32), jnp.zeros((size, steps), jnp.float32)
+    top = None if num_top is None else tuple(jnp.zeros((size, steps, num_top), x.dtype) for x in (tokens, logprobs))
+    return Drawn(tokens, logprobs, zeros, zeros, zeros, top)
