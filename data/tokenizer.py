@@ -30,6 +30,16 @@ _SPLIT = (
 _NUM_BYTES = 256
 
 
+def _byte_of_character() -> dict[str, int]:
+    """Byte-level BPE spells bytes as characters: printable ones of Latin-1 as themselves, the others by those from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(_NUM_BYTES) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + number): byte for number, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_of_character()
+
+
 class Tokenizer:
     """Text <-> token ids, lossless for any text.
 
@@ -81,6 +91,17 @@ class Tokenizer:
         decode to nothing.
         """
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def token_bytes(self, index: int) -> bytes:
+        """The bytes of text that an id stands for, be they whole characters or not; a special token's are those of its name."""
+        if not 0 <= index < self.vocab_size:
+            return b""
+        token = self._backend.id_to_token(index)
+        if token is None:
+            return b""
+        if index in self._backend.get_added_tokens_decoder():
+            return token.encode()
+        return bytes(_BYTE_OF[character] for character in token)
 
     def special(self, name: str) -> int:
         """The id of a special token, or ValueError with the valid names."""

@@ -7,14 +7,18 @@ import contextlib
 import dataclasses
 import functools
 import hmac
+import ipaddress
 import json
+import logging
 import secrets
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -23,11 +27,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from data import chat_output, chat_template
 from data.tokenizer import Tokenizer
 from glm_jax.infer.answers import Answer, ChatAnswer, CompletionAnswer
+from glm_jax.infer.connections import Connections, OnceAMinute, connection_limits, on_loop_error
 from glm_jax.infer.protocol import ApiError, ChatRequest, CompletionRequest, read_request
 from glm_jax.infer.server_metrics import ServerMetrics
 from glm_jax.infer.service import QueueFull, Service, ServiceDown, Stream, TimedOut
 
-BACKLOG = 2048  # connections that the kernel holds until they are accepted
+HEAD_SECONDS = 15  # for a client to send a request's head
 BODY_SECONDS = 60  # for a client to send its body
 SEND_SECONDS = 60  # for a client to take what is sent to it
 FAREWELL_SECONDS = 5  # for the answers to those whose requests did not end before the server shut down
@@ -43,6 +48,7 @@ class ServerConfig:
     max_new_tokens: int  # most that a request may ask for; the context limits it, too
     max_body_bytes: int
     max_requests: int  # in work at a time, whatever they ask for; more get 503
+    cors_origins: tuple[str, ...] = ()  # of web pages that may use the server, as http://localhost:3000; '*': of all
 
     def __post_init__(self):
         for name in ("max_new_tokens", "max_body_bytes", "max_requests"):
@@ -61,12 +67,16 @@ def create_app(service: Service, tokenizer: Tokenizer, config: ServerConfig) -> 
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/completions", api.completions, methods=["POST"]),
         Route("/v1/models", api.models),
+        Route("/v1/models/{name}", api.model),
         Route("/health", api.health),
         Route("/metrics", api.metrics),
     ]
     handlers = {ApiError: _api_error, HTTPException: _http_error, ClientDisconnect: _client_gone, Exception: _unexpected}
     app = Starlette(routes=routes, exception_handlers=handlers)
-    return _Gate(app, config.max_requests, [route.path for route in routes], api.count)
+    gate = _Gate(_Guard(app, config), config.max_requests, [route.path for route in routes], api.count)
+    if not config.cors_origins:
+        return gate
+    return CORSMiddleware(gate, allow_origins=config.cors_origins, allow_methods=("GET", "POST"), allow_headers=("*",))
 
 
 class _Api:
@@ -91,8 +101,21 @@ class _Api:
 
     async def models(self, request: Request) -> Response:
         self._check_key(request)
-        model = {"id": self._config.model_name, "object": "model", "created": 0, "owned_by": "glm_jax", "context": self._service.context}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [self._model]})
+
+    async def model(self, request: Request) -> Response:
+        self._check_key(request)
+        self._check_model(request.path_params["name"])
+        return JSONResponse(self._model)
+
+    @property
+    def _model(self) -> dict:
+        return {"id": self._config.model_name, "object": "model", "created": 0, "owned_by": "glm_jax", "context": self._service.context}
+
+    def _check_model(self, name: str):
+        if name != self._config.model_name:
+            message = f"model: {name!r:.100} is not served here; valid: {self._config.model_name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
 
     async def completions(self, request: Request) -> Response:
         body = await self._read(request, CompletionRequest)
@@ -116,22 +139,25 @@ class _Api:
             )  # fmt: skip
         except chat_template.TemplateError as error:
             raise ApiError(400, str(error), param=error.field) from None
-        answer = functools.partial(ChatAnswer, logprobs=body.logprobs, tools=body.offered_tools, control=self._control)
+        answer = functools.partial(
+            ChatAnswer, logprobs=body.logprobs, tools=body.offered_tools, control=self._control, token_bytes=self._tokenizer.token_bytes
+        )  # fmt: skip
         return await self._answer(request, body, "messages", [prompt], answer)
 
     def _check_key(self, request: Request):
         key = self._config.api_key
-        given = request.headers.get("authorization", "")
-        if key is not None and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if key is not None and not (scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), key.encode())):
             raise ApiError(401, "the API key is missing or wrong: send it as Authorization: Bearer KEY", code="invalid_api_key")
 
     async def _read(self, request: Request, kind: type):
         """The request in the body. Raises ApiError."""
         self._check_key(request)
+        kind_of_body = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind_of_body != "application/json":  # what a web page may send elsewhere without asking is anything but this
+            raise ApiError(415, f"Content-Type: must be application/json, not {kind_of_body!r:.100}")
         body = read_request(kind, await _read_body(request, self._config.max_body_bytes))
-        if body.model != self._config.model_name:
-            message = f"model: {body.model!r:.100} is not served here; valid: {self._config.model_name!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+        self._check_model(body.model)
         return body
 
     async def _answer(self, request: Request, body, field: str, prompts: list[list[int]], new_answer: Callable[..., Answer]) -> Response:
@@ -142,8 +168,9 @@ class _Api:
         requests = []
         for prompt in prompts:
             length = body.length(len(prompt), self._service.context, self._config.max_new_tokens, field)
-            seed = secrets.randbits(32) if body.seed is None else body.seed
-            requests += [(prompt, body.sampling(length, self._stop_tokens, seed + i)) for i in range(body.n)]
+            seed = secrets.randbits(63) if body.seed is None else body.seed
+            params = body.sampling(length, self._stop_tokens, seed)
+            requests += [(prompt, dataclasses.replace(params, sample_index=i)) for i in range(body.n)]
         answer = new_answer(self._config.model_name, [len(p) for p in prompts], len(requests))
         try:
             stream = self._service.submit(requests)
@@ -283,6 +310,44 @@ def _client_gone(request: Request, error: ClientDisconnect | None) -> Response:
     return Response(status_code=CLIENT_GONE)
 
 
+class _Guard:
+    """Turns web pages away from a server that asks for no key: only its own machine's programs may use it then.
+
+    A page cannot hide its Origin; and one whose host name now stands for this machine (DNS rebinding) shows that name as Host.
+    """
+
+    def __init__(self, app: ASGIApp, config: ServerConfig):
+        self._app, self._config = app, config
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send):
+        refusal = self._refusal(scope) if scope["type"] == "http" and self._config.api_key is None else None
+        if refusal is None:
+            return await self._app(scope, receive, send)
+        await JSONResponse(ApiError(403, refusal).body, 403)(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> str | None:
+        headers = Headers(scope=scope)
+        host, origin, allowed = headers.get("host", ""), headers.get("origin"), self._config.cors_origins
+        local_host = (scope.get("server") or ("",))[0]
+        if _is_loopback(local_host) and host and not _is_loopback(_host_name(host)) and scope["path"] != "/health":
+            return f"Host {host!r:.100} is none of this machine's own names, and the server asks for no key: use localhost, or set a key"
+        if origin is not None and "*" not in allowed and origin not in allowed and origin.partition("://")[2] != host:
+            return f"Origin {origin!r:.100} is not allowed; allowed: {', '.join(allowed) or 'none, see --cors_origins'}"
+        return None
+
+
+def _host_name(host: str) -> str:
+    """Without the port; IPv6 addresses stand in brackets."""
+    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+
+
+def _is_loopback(name: str) -> bool:
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name.lower().rstrip(".") == "localhost" or name.lower().endswith(".localhost")
+
+
 class _Gate:
     """In front of the application: turns requests away while too many are in work, and counts every answer."""
 
@@ -292,7 +357,7 @@ class _Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        path = scope["path"] if scope["path"] in self._paths else "other"
+        path = scope["path"] if scope["path"] in self._paths else "other"  # names of models are not told apart
 
         async def counting(message: Message):
             if message["type"] == "http.response.start":
@@ -323,13 +388,19 @@ def bound_socket(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """`run` answers until SIGTERM or `should_exit`, then ends what it has begun, and the service."""
 
-    def __init__(self, app: ASGIApp, service: Service, bound: socket.socket, drain_seconds: float, when_ready: Callable[[str], None]):
-        """service: the app's. drain_seconds: requests have to end in at shutdown. when_ready: gets the address once it answers."""
+    def __init__(
+        self, app: ASGIApp, service: Service, bound: socket.socket, drain_seconds: float, when_ready: Callable[[str], None],
+        head_seconds: float = HEAD_SECONDS,
+    ):  # fmt: skip
+        """service: the app's. drain_seconds: requests have to end in at shutdown. when_ready: gets the address once it answers.
+        head_seconds: for a client to send a request's head. As many connections as the process may have open files are kept."""
         self._service, self._socket, self._drain_seconds, self._when_ready = service, bound, drain_seconds, when_ready
+        most, backlog = connection_limits()
+        self.connections = Connections(most, head_seconds)
         super().__init__(
             uvicorn.Config(
-                app, http="h11", loop="asyncio", ws="none", lifespan="off", backlog=BACKLOG, log_level="warning", access_log=False,
-                server_header=False, timeout_graceful_shutdown=drain_seconds + FAREWELL_SECONDS,
+                app, http=self.connections.protocol, loop="asyncio", ws="none", lifespan="off", backlog=backlog, log_config=None,
+                log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=drain_seconds + FAREWELL_SECONDS,
             )
         )  # fmt: skip
 
@@ -337,6 +408,9 @@ class Server(uvicorn.Server):
         super().run(sockets or [self._socket])
 
     async def startup(self, sockets: list[socket.socket] | None = None):
+        asyncio.get_running_loop().set_exception_handler(on_loop_error)
+        for name in ("uvicorn.error", "glm_jax.infer.connections"):
+            logging.getLogger(name).addFilter(OnceAMinute())
         await super().startup(sockets)
         host, port = self._socket.getsockname()[:2]
         self._when_ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
