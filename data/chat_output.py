@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 
 from data.chat_template import STOP_TOKENS, TemplateError, check_tools, from_json, split, to_json
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
+MAX_SCHEMA_DEPTH = 64  # a deeper schema of an argument says nothing about its type
 # Where a special token leads from one part of the turn into the next.
 _NEXT = {
     ("opening", "<think>"): "reasoning",
@@ -170,7 +173,7 @@ def _tool_call(pieces: list[tuple[str, bool]], tools: dict[str, Mapping] | None,
     name = texts[0].strip()
     if not name or (tools is not None and name not in tools):
         raise MalformedOutput(f"{where}.name", f"{name!r} is none of the tools" + (f": {', '.join(tools)}" if tools else ""))
-    properties = ((tools or {}).get(name) or {}).get("properties") or {}
+    schema = (tools or {}).get(name) or {}
     arguments = {}
     for start in range(1, len(tags) - 1, len(_ARGUMENT)):
         found = tuple(tags[start : start + len(_ARGUMENT)])
@@ -182,7 +185,7 @@ def _tool_call(pieces: list[tuple[str, bool]], tools: dict[str, Mapping] | None,
             raise MalformedOutput(f"{where}.arguments.{key}", "is given twice")
         if (between + behind).strip():
             raise MalformedOutput(f"{where}.arguments.{key}", f"{(between + behind).strip()!r} between the tags")
-        arguments[key] = _value(text, properties.get(key), f"{where}.arguments.{key}")
+        arguments[key] = _value(text, _types(_property(schema, key), schema, {}), f"{where}.arguments.{key}")
     try:
         return {"type": "function", "function": {"name": name, "arguments": to_json(arguments, "arguments")}}
     except TemplateError as error:
@@ -201,9 +204,8 @@ def _by_tag(pieces: list[tuple[str, bool]]) -> tuple[list[str], list[str]]:
     return tags, texts
 
 
-def _value(text: str, schema, where: str):
-    """An argument: JSON of one of the schema's types; else, where a string will do, the text as it is."""
-    types = _types(schema)
+def _value(text: str, types: set[str] | None, where: str):
+    """An argument: JSON of one of the types (None: any); else, where a string will do, the text as it is."""
     string_will_do = types is None or "string" in types
     try:
         value = from_json(text)
@@ -216,21 +218,73 @@ def _value(text: str, schema, where: str):
     return value if wanted and not (string_will_do and isinstance(value, str)) else text
 
 
-def _types(schema) -> set[str] | None:
-    """Names of the JSON types that a schema lets through; None: any, as far as can be told."""
-    if not isinstance(schema, Mapping):
+def _property(root: Mapping, key: str) -> dict:
+    """The schema of an argument: all that the parameters' schema, what it refers to and its `allOf` say about it."""
+    found, todo, seen = [], [root], []
+    while todo:
+        schema = todo.pop()
+        if not isinstance(schema, Mapping) or any(schema is one for one in seen):
+            continue
+        seen.append(schema)
+        properties = schema.get("properties")
+        if isinstance(properties, Mapping) and key in properties:
+            found.append(properties[key])
+        todo += schema["allOf"] if isinstance(schema.get("allOf"), list) else []
+        todo.append(_referred(root, schema.get("$ref")))
+    return {"allOf": found}
+
+
+def _referred(root: Mapping, reference):
+    """What a local reference (`#/$defs/Size`) points at in the parameters' schema; None where it points at nothing there."""
+    if not isinstance(reference, str) or not reference.startswith("#"):
         return None
-    if isinstance(schema.get("type"), str):
-        return {schema["type"]}
-    if isinstance(schema.get("type"), list):
-        return {t for t in schema["type"] if isinstance(t, str)} or None
+    found = root
+    for escaped in urllib.parse.unquote(reference[1:]).split("/")[1:]:
+        part = escaped.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, Mapping) and part in found:
+            found = found[part]
+        elif isinstance(found, list) and part.isascii() and part.isdigit() and int(part[:9]) < len(found):
+            found = found[int(part[:9])]
+        else:
+            return None
+    return found
+
+
+def _types(schema, root: Mapping, known: dict[str, set[str] | None], depth: int = 0) -> set[str] | None:
+    """Names of the JSON types that a schema lets through; None: any, as far as can be told.
+
+    known: the types of the references met so far, so that each is followed once; one that leads back to itself says nothing.
+    """
+    if not isinstance(schema, Mapping) or depth > MAX_SCHEMA_DEPTH:
+        return None
+    demands = []
+    if isinstance(schema.get("type"), (str, list)):
+        names = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
+        demands.append({name for name in names if isinstance(name, str)} or None)
     if isinstance(schema.get("enum"), list):
-        return set().union(*map(_type_of, schema["enum"])) or None
+        demands.append(set().union(*map(_type_of, schema["enum"])) or None)
+    if "const" in schema:
+        demands.append(_type_of(schema["const"]))
+    if isinstance(schema.get("$ref"), str):
+        reference = schema["$ref"]
+        if reference not in known:
+            known[reference] = None
+            known[reference] = _types(_referred(root, reference), root, known, depth + 1)
+        demands.append(known[reference])
+    if isinstance(schema.get("allOf"), list):
+        demands += [_types(one, root, known, depth + 1) for one in schema["allOf"]]
     for key in ("anyOf", "oneOf"):
         if isinstance(schema.get(key), list):
-            several = [_types(s) for s in schema[key]]
-            return None if None in several else set().union(*several) or None
-    return None
+            several = [_types(one, root, known, depth + 1) for one in schema[key]]
+            demands.append(None if None in several else set().union(*several) or None)
+    demands = [demand for demand in demands if demand is not None]
+    return functools.reduce(_both, demands) or None if demands else None
+
+
+def _both(one: set[str], other: set[str]) -> set[str]:
+    """The types in both sets; an integer is a number."""
+    integers = {"integer"} if {"integer", "number"} & one and {"integer", "number"} & other and "integer" in one | other else set()
+    return (one & other) | integers
 
 
 def _type_of(value) -> set[str]:

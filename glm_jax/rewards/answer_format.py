@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from data.chat_output import MalformedOutput, OutputReader, parse_tokens, split_tokens
@@ -9,20 +10,46 @@ from data.chat_template import STOP_TOKENS
 from data.tokenizer import Tokenizer
 
 _BOX = "\\boxed{"
+# Marks around a whole answer that say nothing: what opens and what closes them.
+_MARKS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("*", "*"), ("`", "`"))
+_WORDS = re.compile(r"\\(?:text|textbf|textit|textrm|textsf|texttt|mathrm|mathbf|mathsf|mathtt)\s*\{")
 
 
 def boxed_answer(content: str) -> str | None:
     r"""What stands in the last `\boxed{...}`; None where there is none, its braces do not close, or it is empty.
 
-    `\{` and `\}` are characters of the answer and match nothing.
+    Without the marks around the whole of it: see `unwrapped`. `\{` and `\}` are characters of the answer and match nothing.
     """
     _, found, rest = content.rpartition(_BOX)
+    place = _closing(rest) if found else None
+    return None if place is None else unwrapped(rest[:place]) or None
+
+
+def unwrapped(answer: str) -> str:
+    r"""An answer without what is around the whole of it: `\text{}` and its like, dollars, Markdown's marks, a final full stop."""
+    before = None
+    while answer != before:
+        before, answer = answer, answer.strip()
+        if re.search(r"(?<!\\right)(?<!\\left)(?<![.\\])(?<=.)\.$", answer):
+            answer = answer[:-1]
+        words = _WORDS.match(answer)
+        if words and _closing(answer[words.end() :]) == len(answer) - words.end() - 1:
+            answer = answer[words.end() : -1]
+        for opening, closing in _MARKS:
+            inside = answer[len(opening) : -len(closing)]
+            if answer == opening + inside + closing and inside.strip() and opening not in inside and closing not in inside:
+                answer = inside
+    return answer
+
+
+def _closing(text: str) -> int | None:
+    """Place of the brace that closes one opened before the text; None where there is none."""
     depth, escaped = 1, False
-    for place, character in enumerate(rest if found else ""):
+    for place, character in enumerate(text):
         if not escaped:
             depth += {"{": 1, "}": -1}.get(character, 0)
         if depth == 0:
-            return rest[:place].strip() or None
+            return place
         escaped = character == "\\" and not escaped
     return None
 

@@ -13,8 +13,8 @@ from glm_jax.rewards.answer_format import boxed_answer
 from glm_jax.rewards.task import Reward, Task
 
 MAX_OPTIONS = len(string.ascii_uppercase)
-# B, (B), B. or B), also as text: \text{(B)}. Nothing else beside the letter.
-_LETTER = re.compile(r"(?P<text>\\(?:text|textbf|mathrm|mathbf)\{)?\s*(?:\((?P<inside>[A-Z])\)|(?P<bare>[A-Z])[.)]?)\s*(?(text)\})")
+# B, (B) or B). Nothing else beside the letter; marks around the answer and a final full stop are gone by then.
+_LETTER = re.compile(r"\((?P<inside>[A-Z])\)|(?P<bare>[A-Z])\)?")
 
 
 def check(tasks: Sequence[Task]) -> None:

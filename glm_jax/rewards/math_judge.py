@@ -12,10 +12,12 @@ import gc
 import json
 import logging
 import os
+import re
 import resource
 import signal
 import sys
 
+import sympy
 from math_verify import LatexExtractionConfig, parse, verify
 
 CPU_SECONDS = 3
@@ -31,14 +33,49 @@ WARM_UP = (
     ("\\text{even}", "odd"), ("1{,}000", "1,000"), ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\binom{2}{1}"),
     ("\\sin(\\theta)", "\\infty"), ("3 + 4i", "4i + 3"),
 )  # fmt: skip
+RELATIVE_ERROR = 1e-5
+_BASE = re.compile(r"(?<=\d)_\{?(\d+)\}?")
+_UNIT = re.compile(r"\d[\s~]*\\(?:text|mathrm)\{\s*([^{}]*?)\s*\}(\^\{?-?\d+\}?)?\s*$")
+_SCIENTIFIC = re.compile(r"(\d)[eE]([+-]?\d+)\b")
+_VARIABLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]")
 TARGETS = (LatexExtractionConfig(boxed_match_priority=0),)
 
 
 def is_same(reference: str, answer: str) -> bool:
-    """Both are LaTeX. False where math-verify cannot read one of them."""
+    """Both are LaTeX. False where math-verify cannot read one of them.
+
+    math-verify drops units and bases, takes the last member of a chain and compares numbers absolutely. So beyond its verdict, the
+    bases must be equal; a reference with a unit needs that unit; a number in percent is not the bare one; a chain of numbers needs
+    equal members; and two numbers must agree to RELATIVE_ERROR, however small they are.
+    """
+    reference, answer = (_SCIENTIFIC.sub(r"\1 \\cdot 10^{\2}", text) for text in (reference, answer))
+    if _BASE.findall(reference) != _BASE.findall(answer):
+        return False
+    unit = _UNIT.search(reference)
+    if unit and (not (found := _UNIT.search(answer)) or found.groups() != unit.groups()):
+        return False
+    if ("\\%" in reference) != ("\\%" in answer) and is_same(reference.replace("\\%", ""), answer.replace("\\%", "")):
+        return False
+    members = answer.split("=")
+    numbers = not any(_VARIABLE.search(member) for member in members)
+    if numbers and not all(is_same(members[-1], member) for member in members[:-1]):
+        return False
     # Without limits of its own, which are signals of Python's and stop no C code.
     read = [parse(f"\\boxed{{{text}}}", TARGETS, fallback_mode="no_fallback", parsing_timeout=None) for text in (reference, answer)]
-    return verify(*read, timeout_seconds=None)
+    return verify(*read, timeout_seconds=None) and _agree(*read)
+
+
+def _agree(reference: list, answer: list) -> bool:
+    """False for two real numbers that differ relatively."""
+    if not reference or not answer:
+        return True
+    one, other = reference[0], answer[0]
+    if not all(isinstance(value, sympy.Expr) and value.is_number and value.is_real and value.is_finite for value in (one, other)):
+        return True
+    if one.is_Rational and other.is_Rational and one == other:
+        return True
+    one, other = one.evalf(30), other.evalf(30)
+    return bool(abs(one - other) <= RELATIVE_ERROR * abs(one))
 
 
 def judge(reference: str, answer: str) -> str:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import re
 from collections.abc import Iterator, Sequence
 
 from glm_jax.rewards.answer_format import boxed_answer
@@ -42,6 +43,8 @@ GROUPS: dict[str, dict[str, dict]] = {
     },
 }
 SETTINGS = {generator: settings for group in GROUPS.values() for generator, settings in group.items()}
+_STATEMENTS = re.compile(r"\w+ is an? \w+(?:(?:, and|,| and) \w+ is an? \w+)*\.?", re.IGNORECASE)
+_IS = re.compile(r" is an? ", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +112,21 @@ def split_of(question: str) -> str:
 def score(puzzle: Puzzle, answer: str | None) -> float:
     """0 to 1 by the generator's own verifier, 1 for the right answer; 0 where no answer was extracted.
 
+    Letter case and a final full stop decide nothing where the answer is in words.
     Verifiers may give a part for an answer that holds the right one, and some 0.01 for any answer at all.
     """
-    return 0.0 if answer is None else float(_dataset(puzzle.generator).score_answer(answer, puzzle.entry))
+    if answer is None:
+        return 0.0
+    if answer.rstrip(".").casefold() == puzzle.answer.rstrip(".").casefold() and not answer.endswith(".."):
+        answer = puzzle.answer
+    if puzzle.generator == "knights_knaves" and not _is_statements(answer, puzzle.answer):
+        return 0.0
+    return float(_dataset(puzzle.generator).score_answer(answer, puzzle.entry))
+
+
+def _is_statements(answer: str, right: str) -> bool:
+    """One statement a person and nothing else: the generator's verifier passes over other words."""
+    return bool(_STATEMENTS.fullmatch(answer)) and len(_IS.findall(answer)) == len(_IS.findall(right))
 
 
 def completion_prompt(puzzle: Puzzle, examples: Sequence[Puzzle] = ()) -> str:

@@ -15,7 +15,7 @@ def task(answer):
     [
         ("B", "B"), (" B ", "B"), ("(B)", "B"), ("B.", "B"), ("B)", "B"), ("\\text{B}", "B"), ("\\text{(B)}", "B"), ("\\mathbf{B}", "B"),
         ("A", "A"), ("b", None), ("AB", None), ("A, B", None), ("(B", None), ("B or C", None), ("B: iron", None), ("B:", None),
-        ("\\text{B", None), ("(B).", None), ("", None), ("2", None), ("Β", None),
+        ("\\text{B", None), ("(B).", "B"), ("**B**", "B"), ("$B$", "B"), ("\\textbf{(B)}.", "B"), ("", None), ("2", None), ("Β", None),
     ],
 )  # fmt: skip
 def test_only_one_letter_is_an_answer(box, letter):
