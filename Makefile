@@ -2,6 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := runs/demo
+ACCELERATOR ?=
+ifneq ($(filter-out tpu gpu,$(ACCELERATOR)),)
+$(error ACCELERATOR=$(ACCELERATOR): must be tpu or gpu, or not given for the CPU)
+endif
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PLATFORMS ?=
 
@@ -33,7 +37,7 @@ benchmark: $(VENV)/installed-dev  ## training and generation beside transformers
 lint: $(VENV)/installed-dev  ## style
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
-setup: $(VENV)/installed-dev  ## everything that tests and development need
+setup: $(VENV)/installed-dev $(ACCELERATOR:%=$(VENV)/installed-%)  ## everything that tests and development need; ACCELERATOR=tpu or gpu
 
 $(VENV)/installed: requirements.txt
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
@@ -44,6 +48,10 @@ $(VENV)/installed-dev: requirements.txt requirements-dev.txt
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
 	touch $@ $(VENV)/installed
+
+$(VENV)/installed-tpu $(VENV)/installed-gpu: $(VENV)/installed-%: requirements-%.txt $(VENV)/installed-dev
+	$(VENV)/bin/pip install --quiet -r requirements-dev.txt -r $<
+	touch $@
 
 clean:
 	rm -rf $(RUN) .cache
