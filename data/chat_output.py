@@ -156,7 +156,7 @@ class OutputReader:
 
     def _end_call(self) -> list[Delta]:
         try:
-            call = _tool_call(self._call, self._tools, f"tool_calls[{self._num_calls}]")
+            call = _tool_call(self._call, self._tools, f"tool_calls[{self._num_calls}]", self._strict)
         except MalformedOutput:
             if self._strict:
                 raise
@@ -167,8 +167,8 @@ class OutputReader:
         return [Delta("tool_calls", call)]
 
 
-def _tool_call(pieces: list[tuple[str, bool]], tools: dict[str, Mapping] | None, where: str) -> dict:
-    """The API's tool call, without an id. Raises MalformedOutput."""
+def _tool_call(pieces: list[tuple[str, bool]], tools: dict[str, Mapping] | None, where: str, strict: bool) -> dict:
+    """The API's tool call, without an id. Raises MalformedOutput. Unless strict, an argument of a wrong type is its text as it is."""
     tags, texts = _by_tag(pieces)
     name = texts[0].strip()
     if not name or (tools is not None and name not in tools):
@@ -185,7 +185,12 @@ def _tool_call(pieces: list[tuple[str, bool]], tools: dict[str, Mapping] | None,
             raise MalformedOutput(f"{where}.arguments.{key}", "is given twice")
         if (between + behind).strip():
             raise MalformedOutput(f"{where}.arguments.{key}", f"{(between + behind).strip()!r} between the tags")
-        arguments[key] = _value(text, _types(_property(schema, key), schema, {}), f"{where}.arguments.{key}")
+        try:
+            arguments[key] = _value(text, _types(_property(schema, key), schema, {}), f"{where}.arguments.{key}")
+        except MalformedOutput:
+            if strict:
+                raise
+            arguments[key] = text  # the client's own check says what it wants, and the model can try again
     try:
         return {"type": "function", "function": {"name": name, "arguments": to_json(arguments, "arguments")}}
     except TemplateError as error:

@@ -34,7 +34,8 @@ PRETRAINING = {
 
 
 BACKGROUND = "background"  # logger of what other libraries' threads raise
-ON_TERMINAL = ("glm_jax", "data", "pallas_kernels", "experiments", "root", "jax")  # loggers; those of other libraries go to log.txt
+# Loggers whose warnings the terminal shows; those of other libraries go to log.txt.
+ON_TERMINAL = ("glm_jax", "data", "pallas_kernels", "experiments", "root", "jax", "uvicorn")
 SFT = {**PRETRAINING, "data": ConversationConfig}
 RL = {
     "model": ModelConfig,

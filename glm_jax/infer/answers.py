@@ -1,6 +1,6 @@
 """The server's answers, whole and as the chunks of a stream, in the form of OpenAI's API with GLM's `reasoning_content`.
 
-Log-probabilities are those of the drawn tokens under the model at temperature 1; alternatives to them are not computed.
+Log-probabilities are those of the model at temperature 1, whatever changed the distribution that was sampled from.
 """
 
 from __future__ import annotations
@@ -8,11 +8,14 @@ from __future__ import annotations
 import itertools
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from data.chat_output import OutputReader
+from data.tokenizer import Tokenizer
 from glm_jax.infer.service import Piece
-from glm_jax.infer.text_stream import Token
+from glm_jax.infer.text_stream import TextStream, Token
+
+Top = list[tuple[int, float]]  # the most likely tokens at a position and their log-probabilities, best first
 
 
 class Answer:
@@ -32,6 +35,8 @@ class Answer:
         """Adds a piece; returns the chunk of a stream that it makes, if any."""
         self.num_drawn += piece.num_drawn
         choice, says_something = self._take(piece)
+        if choice["finish_reason"] == "abort":  # a constraint that could not go on
+            choice["finish_reason"] = "length"
         self._finish_reasons[piece.index] = choice["finish_reason"]
         return self.chunk([choice]) if says_something or piece.finish_reason else None
 
@@ -67,27 +72,50 @@ class Answer:
 class CompletionAnswer(Answer):
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str, prompt_tokens: Sequence[int], num_samples: int, *, logprobs: bool):
+    def __init__(
+        self, model: str, prompt_tokens: Sequence[int], num_samples: int, *, logprobs: bool, decode: Callable[[Sequence[int]], str],
+        echo: Sequence[Sequence[int]] | None = None, prompts_only: bool = False,
+    ):  # fmt: skip
+        """echo: per sample the prompt's tokens to begin with. prompts_only: nothing else is shown."""
         super().__init__(model, prompt_tokens, num_samples)
-        self._logprobs = logprobs
+        self._logprobs, self._decode, self._echo, self._prompts_only = logprobs, decode, echo, prompts_only
         self._tokens: list[list[Token]] = [[] for _ in range(num_samples)]
+        self._tops: list[list[Top | None]] = [[] for _ in range(num_samples)]
         self._lengths = [0] * num_samples  # characters so far
+        self._is_new = [True] * num_samples
 
     def _take(self, piece: Piece) -> tuple[dict, bool]:
-        self._tokens[piece.index] += piece.tokens
-        start = self._lengths[piece.index]
-        choice = self._written(piece.tokens, start) | {"index": piece.index, "finish_reason": piece.finish_reason}
-        self._lengths[piece.index] += len(choice["text"])
-        return choice, bool(choice["text"] or (piece.tokens and self._logprobs))
+        index, start = piece.index, self._lengths[piece.index]
+        tokens, tops = ([], []) if self._prompts_only else (list(piece.tokens), list(piece.top_logprobs))
+        if self._echo is not None and self._is_new[index]:
+            tokens, tops = self._prompt(piece) + tokens, self._prompt_tops(piece) + tops
+        self._is_new[index] = False
+        self._tokens[index] += tokens
+        self._tops[index] += tops
+        choice = self._written(tokens, tops, start) | {"index": index, "finish_reason": piece.finish_reason}
+        self._lengths[index] += len(choice["text"])
+        return choice, bool(choice["text"] or (tokens and self._logprobs))
+
+    def _prompt(self, piece: Piece) -> list[Token]:
+        """The prompt's tokens with their text; a first one has no log-probability."""
+        ids, text = self._echo[piece.index], TextStream(self._decode)
+        logprobs = piece.prompt.logprobs[-len(ids) :] if piece.prompt and ids else [None] * len(ids)
+        tokens = [token for pair in zip(ids, logprobs, strict=True) for token in text.push(*pair)]
+        return tokens + text.finish()
+
+    def _prompt_tops(self, piece: Piece) -> list[Top | None]:
+        count = len(self._echo[piece.index])
+        return piece.prompt.top_logprobs[-count:] if piece.prompt and count else []
 
     def _choice(self, index: int) -> dict:
-        return self._written(self._tokens[index], 0)
+        return self._written(self._tokens[index], self._tops[index], 0)
 
-    def _written(self, tokens: list[Token], start: int) -> dict:
+    def _written(self, tokens: list[Token], tops: list[Top | None], start: int) -> dict:
         offsets = itertools.accumulate((len(t.text) for t in tokens), initial=start)
+        shown = [top and {self._decode([token]): logprob for token, logprob in top} for top in tops]
         logprobs = {
             "tokens": [t.text for t in tokens], "token_logprobs": [t.logprob for t in tokens],
-            "text_offset": list(offsets)[:-1], "top_logprobs": None,
+            "text_offset": list(offsets)[:-1], "top_logprobs": shown if any(shown) else None,
         }  # fmt: skip
         return {"text": "".join(t.text for t in tokens), "logprobs": logprobs if self._logprobs else None}
 
@@ -96,11 +124,12 @@ class ChatAnswer(Answer):
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(
-        self, model: str, prompt_tokens: Sequence[int], num_samples: int, *, logprobs: bool, tools: list, control: Mapping[int, str]
-    ):
-        """tools: those offered. control: spelling of the special tokens by id."""
+        self, model: str, prompt_tokens: Sequence[int], num_samples: int, *, logprobs: bool, tools: list, control: Mapping[int, str],
+        tokenizer: Tokenizer, parallel: bool = True,
+    ):  # fmt: skip
+        """tools: those offered. control: spelling of the special tokens by id. parallel: more than one call may be shown."""
         super().__init__(model, prompt_tokens, num_samples)
-        self._logprobs, self._control = logprobs, control
+        self._logprobs, self._control, self._tokenizer, self._parallel = logprobs, control, tokenizer, parallel
         self._readers = [OutputReader(tools, strict=False) for _ in range(num_samples)]
         self._messages = [{"reasoning_content": "", "content": "", "tool_calls": []} for _ in range(num_samples)]
         self._entries: list[list[dict]] = [[] for _ in range(num_samples)]
@@ -118,13 +147,16 @@ class ChatAnswer(Answer):
         for new in deltas:
             value = new.value
             if new.field == "tool_calls":
+                if message["tool_calls"] and not self._parallel:
+                    continue
                 call = {"id": f"call_{uuid.uuid4().hex[:24]}"} | value
                 value = [call | {"index": len(message["tool_calls"])}]
                 message["tool_calls"].append(call)
             else:
                 message[new.field] += value
             delta[new.field] = delta[new.field] + value if new.field in delta else value
-        entries = [_logprob_entry(t) for t in piece.tokens] if self._logprobs else []
+        tops = piece.top_logprobs or [[]] * len(piece.tokens)
+        entries = [self._entry(*pair) for pair in zip(piece.tokens, tops, strict=True)] if self._logprobs else []
         self._entries[piece.index] += entries
         reason = "tool_calls" if piece.finish_reason == "stop" and message["tool_calls"] else piece.finish_reason
         logprobs = {"content": entries, "refusal": None} if self._logprobs else None
@@ -138,6 +170,10 @@ class ChatAnswer(Answer):
         logprobs = {"content": self._entries[index], "refusal": None} if self._logprobs else None
         return {"message": {"role": "assistant", **filled}, "logprobs": logprobs}
 
-
-def _logprob_entry(token: Token) -> dict:
-    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.text.encode()), "top_logprobs": []}
+    def _entry(self, token: Token, top: Top) -> dict:
+        """A token's log-probability. Its bytes are its own, so that those of all tokens make the output even where characters are
+        cut between tokens; of a token that a stop string cut they are those of the text that is left."""
+        entry = lambda i, text, logprob: {"token": text, "logprob": logprob, "bytes": list(self._tokenizer.token_bytes(i))}  # noqa: E731
+        alternatives = [entry(i, self._tokenizer.decode([i]), logprob) for i, logprob in top]
+        found = entry(token.id, token.text, token.logprob) | {"top_logprobs": alternatives}
+        return found | ({"bytes": list(token.text.encode())} if token.is_cut else {})

@@ -17,6 +17,7 @@ RESERVED_FILES = 64  # descriptors of the process that are no connections: weigh
 BACKLOG = 2048  # connections that the kernel holds until they are accepted
 PROBE_SECONDS = (0.05, 0.3, 1.0, 5.0)  # after a client stopped sending; the last again and again
 PROBE = b"HTTP/1.1 102 Processing\r\n\r\n"
+COMMENT = "glm_jax.comment"  # in the scope of a request whose answer is a stream: bytes that may stand anywhere in it and mean nothing
 
 
 def connection_limits() -> tuple[int, int]:
@@ -83,6 +84,8 @@ class Connection(H11Protocol):
         super().on_response_complete()
         if not self._in_work:
             self._all.silent[self] = None  # until keep-alive ends, or data of the next request come
+            if self.conn.trailing_data[0]:
+                self._wait_for_head()
             if self._eof and not self.transport.is_closing():
                 self.transport.close()
 
@@ -101,6 +104,7 @@ class Connection(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _wait_for_head(self):
+        self._stop_waiting()
         self._all.silent[self] = None
         self._deadline = self.loop.call_later(self._all.head_seconds, self.transport.abort)
 
@@ -115,11 +119,14 @@ class Connection(H11Protocol):
         self._probe = self.loop.call_later(seconds, self._send_probe, number)
 
     def _send_probe(self, number: int):
-        """An interim response: a client that is gone answers it with a reset, and the next one then fails."""
-        is_new = self.scope["http_version"] != "1.0"  # older ones know no interim responses
-        if self._in_work and is_new and self.conn.our_state is h11.SEND_RESPONSE and not self.transport.is_closing():
+        """Something that means nothing: a client that is gone answers it with a reset, and the next one then fails."""
+        if not self._in_work or self.transport.is_closing():
+            return
+        if self.conn.our_state is h11.SEND_RESPONSE and self.scope["http_version"] != "1.0":  # which knows no interim responses
             self.transport.write(PROBE)
-            self._schedule_probe(number + 1)
+        elif self.conn.our_state is h11.SEND_BODY and COMMENT in self.scope:
+            self.transport.write(self.conn.send(h11.Data(data=self.scope[COMMENT])))
+        self._schedule_probe(number + 1)
 
     def _stop_probing(self):
         if self._probe is not None:

@@ -1,21 +1,28 @@
 """The requests that the server understands: the part of OpenAI's API that this engine can keep.
 
 A field that nothing here reads is an error, so that nobody relies on what does not happen; HARMLESS lists the exceptions. Besides
-OpenAI's own fields there are `top_k`, and `thinking: {"type": "enabled" | "disabled"}`, also spelled
-`chat_template_kwargs: {"enable_thinking": true | false}`. Stop strings end the whole output, reasoning included.
+OpenAI's own fields there are vLLM's `top_k`, `min_p`, `repetition_penalty` and `continue_final_message`, and `thinking: {"type":
+"enabled" | "disabled"}`, also spelled `chat_template_kwargs: {"enable_thinking": true | false}` and `reasoning_effort: "none"`. Stop
+strings end the whole output, reasoning included.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from glm_jax.infer.sampling import SamplingParams
+from data.tokenizer import Tokenizer
+from glm_jax.infer import grammar
+from glm_jax.infer.sampling import MAX_TOP_LOGPROBS, Constraint, SamplingParams
 
 # Bookkeeping of OpenAI's service: taken, and without any effect on the answer.
-HARMLESS = ("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key")
+HARMLESS = (
+    "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "verbosity",
+)  # fmt: skip
+SMALLEST_NUCLEUS = 1e-6  # top_p of 0: the most likely token
 MAX_STOP_STRINGS = 16
 
 
@@ -45,9 +52,9 @@ def _only(*supported):
 Strings = Annotated[
     list[Annotated[str, Field(min_length=1)]],
     Field(max_length=MAX_STOP_STRINGS, fail_fast=True),
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    BeforeValidator(lambda value: ([value] if value else []) if isinstance(value, str) else value),
 ]
-NoPenalty = Annotated[float, _only(0.0)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 def _prompts(value) -> list:
@@ -63,6 +70,34 @@ def _prompts(value) -> list:
     return prompts
 
 
+def _messages(messages):
+    """Messages as data.chat_template has them, from what clients write: `developer` is the system, `reasoning` (vLLM's newer name,
+    OpenRouter's) is `reasoning_content`, and a call without arguments has none in any spelling."""
+    if not isinstance(messages, list):
+        return messages
+    return [_message(m) if isinstance(m, dict) else m for m in messages]
+
+
+def _message(message: dict) -> dict:
+    new = dict(message)
+    if new.get("role") == "developer":
+        new["role"] = "system"
+    reasoning = new.pop("reasoning", None)
+    if reasoning and not new.get("reasoning_content"):
+        new["reasoning_content"] = reasoning
+    calls = new.get("tool_calls")
+    if isinstance(calls, list):
+        new["tool_calls"] = [_call(c) if isinstance(c, dict) else c for c in calls]
+    return new
+
+
+def _call(call: dict) -> dict:
+    function = call.get("function")
+    if isinstance(function, dict) and function.get("arguments") in (None, ""):
+        return call | {"function": function | {"arguments": "{}"}}
+    return call
+
+
 class _Object(BaseModel):
     """No unknown fields, no "5" for 5, and null is as good as absent."""
 
@@ -76,6 +111,8 @@ class _Object(BaseModel):
 
 class StreamOptions(_Object):
     include_usage: bool = False
+    include_obfuscation: bool = False  # padding against who watches the network: none is sent
+    continuous_usage_stats: Annotated[bool, _only(False)] = False
 
 
 class Thinking(_Object):
@@ -86,8 +123,31 @@ class TemplateArguments(_Object):
     enable_thinking: bool = True
 
 
+class JsonSchema(_Object):
+    name: str = ""
+    description: str = ""
+    json_schema: Annotated[dict, Field(alias="schema")]
+    strict: bool = True  # kept in any case
+
+
 class ResponseFormat(_Object):
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self):
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema: goes with type json_schema, and has to be there then")
+        return self
+
+
+class NamedFunction(_Object):
+    name: str
+
+
+class NamedTool(_Object):
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class _Request(_Object):
@@ -96,16 +156,23 @@ class _Request(_Object):
     model: str
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 1.0
-    top_p: Annotated[float, Field(ge=1e-6, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0  # -1 as well: no limit
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     n: Annotated[int, Field(ge=1)] = 1
-    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: Strings = []
     stream: bool = False
     stream_options: StreamOptions | None = None
-    frequency_penalty: NoPenalty = 0.0
-    presence_penalty: NoPenalty = 0.0
-    logit_bias: Annotated[dict, _only({})] = {}
+    frequency_penalty: Penalty = 0.0
+    presence_penalty: Penalty = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] = {}
+    # What vLLM's clients send beside OpenAI's: for the values that change nothing.
+    ignore_eos: Annotated[bool, _only(False)] = False
+    min_tokens: Annotated[int, _only(0)] = 0
+    skip_special_tokens: Annotated[bool, _only(True)] = True
+    spaces_between_special_tokens: Annotated[bool, _only(True)] = True
 
     @model_validator(mode="before")
     @classmethod
@@ -144,31 +211,63 @@ class _Request(_Object):
         return "max_tokens", self.max_tokens
 
     def sampling(self, max_new_tokens: int, stop_tokens: tuple[int, ...], seed: int) -> SamplingParams:
-        return SamplingParams(
-            max_new_tokens=max_new_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=seed % 2**32,
-            stop_tokens=stop_tokens, stop_strings=tuple(self.stop),
-        )  # fmt: skip
+        """Raises ApiError where the parameters contradict each other."""
+        try:
+            return SamplingParams(
+                max_new_tokens=max_new_tokens, temperature=self.temperature, top_k=max(self.top_k, 0),
+                top_p=max(self.top_p, SMALLEST_NUCLEUS), min_p=self.min_p, seed=(seed + 2**63) % 2**64 - 2**63,
+                stop_tokens=stop_tokens, stop_strings=tuple(self.stop), presence_penalty=self.presence_penalty,
+                frequency_penalty=self.frequency_penalty, repetition_penalty=self.repetition_penalty,
+                logit_bias=tuple((int(token), bias) for token, bias in self.logit_bias.items()), top_logprobs=self.num_top_logprobs,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ApiError(400, str(error)) from None
+
+    @property
+    def num_top_logprobs(self) -> int:
+        """How many of the most likely tokens to return beside each."""
+        return 0
 
 
 class CompletionRequest(_Request):
     """POST /v1/completions. Text prompts get `[gMASK]<sop>` in front, token ids are taken as they are; a turn's end ends the text."""
 
     prompt: Annotated[list, BeforeValidator(_prompts)]
-    logprobs: Annotated[int, Field(ge=0, le=1)] | None = None  # 1 as well: the drawn token is all there is
-    echo: Annotated[bool, _only(False)] = False
+    max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0: with echo, only the prompt is looked at
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    echo: bool = False
     best_of: Annotated[int, _only(1)] = 1
+    suffix: Annotated[str, _only("")] = ""
+
+    @model_validator(mode="after")
+    def _something_to_do(self):
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 goes with echo alone")
+        return self
+
+    @property
+    def num_top_logprobs(self) -> int:
+        return self.logprobs or 0
+
+    def sampling(self, max_new_tokens: int, stop_tokens: tuple[int, ...], seed: int) -> SamplingParams:
+        params = super().sampling(1 if self.max_tokens == 0 else max_new_tokens, stop_tokens, seed)
+        return dataclasses.replace(params, prompt_logprobs=self.echo and self.logprobs is not None)
 
 
 class ChatRequest(_Request):
     """POST /v1/chat/completions. Messages and tools are checked by data.chat_template."""
 
-    messages: list[Any]
+    messages: Annotated[list[Any], BeforeValidator(_messages)]
     tools: list[Any] = []
-    tool_choice: Annotated[Any, _only("none", "auto")] = "auto"
-    parallel_tool_calls: Annotated[bool, _only(True)] = True
+    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
+    parallel_tool_calls: bool = True
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None  # none: without; else as the model likes
+    continue_final_message: bool = False  # the last message is the beginning of the answer
+    add_generation_prompt: bool = True
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[int, _only(0)] = 0
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
+    modalities: Annotated[list[str], _only(["text"])] = ["text"]
     thinking: Thinking | None = None
     chat_template_kwargs: TemplateArguments | None = None
     response_format: ResponseFormat | None = None
@@ -179,17 +278,62 @@ class ChatRequest(_Request):
             raise ValueError(f"max_completion_tokens: {self.max_completion_tokens} contradicts max_tokens: {self.max_tokens}")
         if self.thinking and self.chat_template_kwargs and (self.thinking.type == "enabled") != self.chat_template_kwargs.enable_thinking:
             raise ValueError("thinking: contradicts chat_template_kwargs.enable_thinking")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: only with logprobs: true")
+        if self.must_call and not self.tools:
+            raise ValueError("tool_choice: there are no tools to call")
+        if self.must_call and self.makes_json:
+            raise ValueError("response_format: contradicts tool_choice, which asks for a tool call")
+        last = self.messages[-1] if self.messages else None
+        if self.continue_final_message and not (isinstance(last, dict) and last.get("role") == "assistant"):
+            raise ValueError("continue_final_message: the last message must be the assistant's")
+        if self.add_generation_prompt == self.continue_final_message and not (self.continue_final_message and self._by_default):
+            raise ValueError("add_generation_prompt: is true unless continue_final_message is")
         return self
+
+    @property
+    def _by_default(self) -> bool:
+        return "add_generation_prompt" not in self.model_fields_set
 
     @property
     def thinks(self) -> bool:
         if self.thinking:
             return self.thinking.type == "enabled"
-        return self.chat_template_kwargs is None or self.chat_template_kwargs.enable_thinking
+        if self.chat_template_kwargs is not None:
+            return self.chat_template_kwargs.enable_thinking
+        return self.reasoning_effort != "none"
+
+    @property
+    def must_call(self) -> bool:
+        return self.tool_choice not in ("none", "auto")
+
+    @property
+    def makes_json(self) -> bool:
+        return self.response_format is not None and self.response_format.type != "text"
 
     @property
     def offered_tools(self) -> list:
-        return self.tools if self.tool_choice == "auto" else []
+        return self.tools if self.tool_choice != "none" else []
+
+    @property
+    def num_top_logprobs(self) -> int:
+        return self.top_logprobs
+
+    def constraint(self, tokenizer: Tokenizer) -> Constraint | None:
+        """What the output must look like. Raises ApiError for a schema that cannot be followed."""
+        reasoning = self.thinks and not self.continue_final_message
+        try:
+            if self.must_call:
+                name = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+                return grammar.tool_call(tokenizer, self.tools, name, reasoning=reasoning, parallel=self.parallel_tool_calls)
+            if not self.makes_json:
+                return None
+            if self.response_format.type == "json_object":
+                return grammar.json_object(tokenizer, reasoning=reasoning)
+            return grammar.json_schema(tokenizer, self.response_format.json_schema.json_schema, reasoning=reasoning)
+        except ValueError as error:
+            param = "tool_choice" if self.must_call else "response_format"
+            raise ApiError(400, f"{param}: {error}", param=param) from None
 
     def asked_length(self) -> tuple[str, int | None]:
         if self.max_completion_tokens is not None:

@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from data import chat_output, chat_template
 from data.tokenizer import Tokenizer
 from glm_jax.infer.answers import Answer, ChatAnswer, CompletionAnswer
-from glm_jax.infer.connections import Connections, OnceAMinute, connection_limits, on_loop_error
+from glm_jax.infer.connections import COMMENT, Connections, OnceAMinute, connection_limits, on_loop_error
 from glm_jax.infer.protocol import ApiError, ChatRequest, CompletionRequest, read_request
 from glm_jax.infer.server_metrics import ServerMetrics
 from glm_jax.infer.service import QueueFull, Service, ServiceDown, Stream, TimedOut
@@ -121,12 +121,17 @@ class _Api:
         body = await self._read(request, CompletionRequest)
         texts = [p for p in body.prompt if isinstance(p, str)]
         encoded = iter(await asyncio.to_thread(self._tokenizer.encode_batch, texts))
-        prompts = [[*self._tokenizer.start_ids, *next(encoded)] if isinstance(p, str) else p for p in body.prompt]
+        start = self._tokenizer.start_ids
+        prompts = [[*start, *next(encoded)] if isinstance(p, str) else p for p in body.prompt]
         for i, prompt in enumerate(prompts):
             wrong = next((t for t in prompt if not 0 <= t < self._service.vocab_size), None)
             if wrong is not None:
                 raise ApiError(400, f"prompt: [{i}] holds token {wrong}; valid are 0..{self._service.vocab_size - 1}", param="prompt")
-        answer = functools.partial(CompletionAnswer, logprobs=body.logprobs is not None)
+        echoed = [p[len(start) if isinstance(given, str) else 0 :] for p, given in zip(prompts, body.prompt, strict=True)]
+        answer = functools.partial(
+            CompletionAnswer, logprobs=body.logprobs is not None, decode=self._tokenizer.decode, prompts_only=body.max_tokens == 0,
+            echo=[prompt for prompt in echoed for _ in range(body.n)] if body.echo else None,
+        )  # fmt: skip
         return await self._answer(request, body, "prompt", prompts, answer)
 
     async def chat(self, request: Request) -> Response:
@@ -135,14 +140,17 @@ class _Api:
             # The tools are checked even where tool_choice keeps them from the model.
             chat_template.check_tools(body.tools)
             prompt = await asyncio.to_thread(
-                chat_template.encode, self._tokenizer, body.messages, body.offered_tools, thinking=body.thinks
+                chat_template.encode, self._tokenizer, body.messages, body.offered_tools, thinking=body.thinks,
+                generation_prompt=not body.continue_final_message,
             )  # fmt: skip
         except chat_template.TemplateError as error:
             raise ApiError(400, str(error), param=error.field) from None
         answer = functools.partial(
-            ChatAnswer, logprobs=body.logprobs, tools=body.offered_tools, control=self._control, token_bytes=self._tokenizer.token_bytes
+            ChatAnswer, logprobs=body.logprobs, tools=body.offered_tools, control=self._control, tokenizer=self._tokenizer,
+            parallel=body.parallel_tool_calls,
         )  # fmt: skip
-        return await self._answer(request, body, "messages", [prompt], answer)
+        constraint = await asyncio.to_thread(body.constraint, self._tokenizer)
+        return await self._answer(request, body, "messages", [prompt], answer, constraint)
 
     def _check_key(self, request: Request):
         key = self._config.api_key
@@ -160,17 +168,22 @@ class _Api:
         self._check_model(body.model)
         return body
 
-    async def _answer(self, request: Request, body, field: str, prompts: list[list[int]], new_answer: Callable[..., Answer]) -> Response:
+    async def _answer(
+        self, request: Request, body, field: str, prompts: list[list[int]], new_answer: Callable[..., Answer], constraint=None
+    ) -> Response:
         """Submits n samples of each prompt, and answers with what becomes of them. field: where the prompts came from."""
         if len(prompts) * body.n > self._service.capacity:
             param = field if body.n == 1 else "n"
             raise ApiError(400, f"{param}: {len(prompts) * body.n} samples; at most {self._service.capacity} fit at a time", param=param)
+        wrong = next((token for token in body.logit_bias if int(token) >= self._service.vocab_size), None)
+        if wrong is not None:
+            raise ApiError(400, f"logit_bias: token {wrong} is unknown; valid are 0..{self._service.vocab_size - 1}", param="logit_bias")
         requests = []
         for prompt in prompts:
             length = body.length(len(prompt), self._service.context, self._config.max_new_tokens, field)
             seed = secrets.randbits(63) if body.seed is None else body.seed
             params = body.sampling(length, self._stop_tokens, seed)
-            requests += [(prompt, dataclasses.replace(params, sample_index=i)) for i in range(body.n)]
+            requests += [(prompt, dataclasses.replace(params, sample_index=i, constraint=constraint)) for i in range(body.n)]
         answer = new_answer(self._config.model_name, [len(p) for p in prompts], len(requests))
         try:
             stream = self._service.submit(requests)
@@ -247,6 +260,7 @@ class _Events:
         self._stream, self._events, self._observe = stream, events, observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
+        scope[COMMENT] = b":\n\n"
         try:
             await _unless_gone(receive, self._send(send))
         except TimeoutError:

@@ -15,6 +15,7 @@ class Token:
     id: int
     logprob: float
     text: str
+    is_cut: bool = False  # by a stop string
 
 
 class Detokenizer:
@@ -112,7 +113,7 @@ class TextStream:
         for held in self._held:
             if room <= 0:
                 break
-            out.append(dataclasses.replace(held, text=held.text[:room]))
+            out.append(dataclasses.replace(held, text=held.text[:room], is_cut=len(held.text) > room))
             room -= len(held.text)
         self._held = []
         return out

@@ -9,6 +9,8 @@ import pytest
 
 from tests.infer.serving import CHAT, MODEL, TEXT, USER, ScriptedEngine, assert_idle, client, complete, metrics, say, serving, stalled
 
+JSON = {"Content-Type": "application/json; charset=utf-8"}
+
 
 @pytest.fixture(scope="module")
 def running():
@@ -22,13 +24,15 @@ def running():
     [
         (TEXT | {"temperature": -0.5}, 400, "temperature", "greater than or equal to 0, not -0.5"),
         (TEXT | {"temperature": "hot"}, 400, "temperature", "valid number, not 'hot'"),
-        (TEXT | {"top_p": 0}, 400, "top_p", "not 0"),
+        (TEXT | {"top_p": -0.1}, 400, "top_p", "not -0.1"),
+        (TEXT | {"top_k": -2}, 400, "top_k", "not -2"),
+        (TEXT | {"min_p": 1.5}, 400, "min_p", "not 1.5"),
         (TEXT | {"top_k": 2**31}, 400, "top_k", "less than"),
-        (TEXT | {"seed": -1}, 400, "seed", "not -1"),
+        (TEXT | {"seed": 2**64}, 400, "seed", "less than"),
         (TEXT | {"n": 0}, 400, "n", "not 0"),
         (TEXT | {"n": 65}, 400, "n", "65 samples; at most 64"),
         (TEXT | {"prompt": ["x"] * 65}, 400, "prompt", "65 samples; at most 64"),
-        (TEXT | {"max_tokens": 0}, 400, "max_tokens", "not 0"),
+        (TEXT | {"max_tokens": 0}, 400, "max_tokens", "0 goes with echo alone"),
         (TEXT | {"max_tokens": 126}, 400, "max_tokens", "126 tokens are too many: 3 of prompt leave 125 of the context of 128"),
         (TEXT | {"prompt": "x" * 200}, 400, "prompt", "202 tokens, but the context is 128"),
         (TEXT | {"prompt": []}, 400, "prompt", "not empty"),
@@ -37,11 +41,15 @@ def running():
         (TEXT | {"prompt": [[1], [-1]]}, 400, "prompt", "[1] holds token -1"),
         (TEXT | {"stop": ["a", ""]}, 400, "stop[1]", "at least 1 character"),
         (TEXT | {"stop": ["a"] * 17}, 400, "stop", "at most 16"),
-        (TEXT | {"echo": True}, 400, "echo", "True is not supported"),
-        (TEXT | {"logprobs": 5}, 400, "logprobs", "not 5"),
+        (TEXT | {"logprobs": 21}, 400, "logprobs", "not 21"),
+        (TEXT | {"suffix": "x"}, 400, "suffix", "'x' is not supported"),
+        (TEXT | {"logit_bias": {"a": 1}}, 400, "logit_bias.a.[key]", "pattern"),
+        (TEXT | {"logit_bias": {"99999": 1}}, 400, "logit_bias", "token 99999 is unknown"),
+        (TEXT | {"ignore_eos": True}, 400, "ignore_eos", "True is not supported"),
         (TEXT | {"stream_options": {"include_usage": True}}, 400, "stream_options", "only for stream"),
         (TEXT | {"stream": "yes"}, 400, "stream", "boolean"),
-        (TEXT | {"frequency_penalty": 0.5}, 400, "frequency_penalty", "0.5 is not supported"),
+        (TEXT | {"frequency_penalty": 2.5}, 400, "frequency_penalty", "not 2.5"),
+        (TEXT | {"repetition_penalty": 0}, 400, "repetition_penalty", "not 0"),
         (TEXT | {"temprature": 1}, 400, "temprature", "unknown field; did you mean temperature?"),
         (TEXT | {"model": "other"}, 404, "model", "'other' is not served here; valid: 'tiny'"),
         ({"prompt": "x"}, 400, "model", "required"),
@@ -53,13 +61,17 @@ def running():
         (CHAT | {"messages": [USER | {"content": "x" * 200}]}, 400, "messages", "but the context is 128"),
         (CHAT | {"tools": ["f"]}, 400, "tools[0]", "must be an object, not str"),
         (CHAT | {"tools": [{"type": "function", "function": {}}], "tool_choice": "none"}, 400, "tools[0].function.name", "None"),
-        (CHAT | {"tool_choice": "required"}, 400, "tool_choice", "'required' is not supported"),
+        (CHAT | {"tool_choice": "required"}, 400, "tool_choice", "there are no tools to call"),
+        (CHAT | {"continue_final_message": True}, 400, "continue_final_message", "the last message must be the assistant's"),
         (CHAT | {"max_tokens": 5, "max_completion_tokens": 6}, 400, "max_completion_tokens", "contradicts"),
         (CHAT | {"max_completion_tokens": 500}, 400, "max_completion_tokens", "too many"),
         (CHAT | {"thinking": {"type": "off"}}, 400, "thinking.type", "'enabled' or 'disabled', not 'off'"),
         (CHAT | {"thinking": {"type": "enabled"}, "chat_template_kwargs": {"enable_thinking": False}}, 400, "thinking", "contradicts"),
-        (CHAT | {"top_logprobs": 3}, 400, "top_logprobs", "3 is not supported"),
-        (CHAT | {"response_format": {"type": "json_object"}}, 400, "response_format.type", "not 'json_object'"),
+        (CHAT | {"top_logprobs": 3}, 400, "top_logprobs", "only with logprobs"),
+        (CHAT | {"top_logprobs": 21, "logprobs": True}, 400, "top_logprobs", "not 21"),
+        (CHAT | {"reasoning_effort": "huge"}, 400, "reasoning_effort", "'none', 'minimal'"),
+        (CHAT | {"response_format": {"type": "json"}}, 400, "response_format.type", "not 'json'"),
+        (CHAT | {"response_format": {"type": "json_schema"}}, 400, "response_format", "goes with type json_schema"),
         ([1], 400, None, "should be an object"),
     ],
 )
@@ -87,7 +99,7 @@ def test_bad_requests_name_the_field(running, body, status, param, message):
     ids=["empty", "cut", "latin", "utf-16", "deep", "surrogate", "long number"],
 )
 def test_what_is_no_json_is_a_bad_request(running, body):
-    answer = httpx.post(f"{running.url}/v1/completions", content=body)
+    answer = httpx.post(f"{running.url}/v1/completions", content=body, headers=JSON)
     assert answer.status_code == 400
     assert "the body is no request: Invalid JSON" in answer.json()["error"]["message"]
 
@@ -113,12 +125,12 @@ def test_unknown_paths_and_methods_get_json(running):
 
 def test_a_long_body_is_refused_before_it_is_read(running):
     big = b'{"model": "' + b"x" * 2**20 + b'"}'
-    answer = httpx.post(f"{running.url}/v1/completions", content=big)
+    answer = httpx.post(f"{running.url}/v1/completions", content=big, headers=JSON)
     assert answer.status_code == 413
     assert "longer than 1048576 bytes" in answer.json()["error"]["message"]
     chunks = (b"x" * 2**16 for _ in range(40))  # of unknown length
-    assert httpx.post(f"{running.url}/v1/completions", content=chunks).status_code == 413
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n"
+    assert httpx.post(f"{running.url}/v1/completions", content=chunks, headers=JSON).status_code == 413
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
     with socket.create_connection(running.host_and_port, timeout=10) as raw:  # declared, never sent
         raw.sendall(head.format(10**12).encode())
         assert b" 413 " in raw.recv(4096)

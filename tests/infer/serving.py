@@ -33,7 +33,7 @@ SIZES = dict(
     cache_dtype="compute", keep_experts=False,
 )  # fmt: skip
 SERVICE = dict(queue_limit=60, request_seconds=60.0)
-SERVER = dict(model_name=MODEL, api_key=None, max_new_tokens=128, max_body_bytes=2**20, max_requests=512)
+SERVER = dict(model_name=MODEL, api_key=None, max_new_tokens=128, max_body_bytes=2**20, max_requests=512, cors_origins=())
 
 
 @functools.cache

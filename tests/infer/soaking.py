@@ -29,19 +29,24 @@ class Report:
     swaps: int = 0
     seconds: float = 0.0
     rss: list[int] = dataclasses.field(default_factory=list)  # bytes of this process, server and clients: start, middle, end
+    health_seconds: float = 0.0  # the longest that /health took
+    half_closed: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # clients that stopped sending: what they got
 
 
-def soak(running: Running, num_requests: int, num_swaps: int, seed: int = 0) -> Report:
-    """Sends the requests, swaps weights in between, and waits until the engine is idle."""
+def soak(running: Running, num_requests: int, num_swaps: int, seed: int = 0, num_nuisances: int = 0) -> Report:
+    """Sends the requests, swaps weights in between, and waits until the engine is idle.
+
+    num_nuisances: connections beside them that say nothing, or a byte now and then, or stop sending once they have asked.
+    """
     report, start = Report(), time.monotonic()
-    asyncio.run(_soak(running, num_requests, num_swaps, random.Random(seed), report))
+    asyncio.run(_soak(running, num_requests, num_swaps, random.Random(seed), report, num_nuisances))
     running.wait_until(lambda: running.engine.idle and not running.service.status.running)
     report.pages_lost = running.engine.config.num_pages - running.engine.num_free_pages
     report.seconds = time.monotonic() - start
     return report
 
 
-async def _soak(running: Running, num_requests: int, num_swaps: int, rng: random.Random, report: Report):
+async def _soak(running: Running, num_requests: int, num_swaps: int, rng: random.Random, report: Report, num_nuisances: int):
     ids, places = collections.Counter(), asyncio.Semaphore(CLIENTS)
     swap_at = {num_requests * (i + 1) // (num_swaps + 1) for i in range(num_swaps)}
     states = [tiny_state(seed) for seed in range(2)]
@@ -61,10 +66,73 @@ async def _soak(running: Running, num_requests: int, num_swaps: int, rng: random
             except TimeoutError:
                 report.outcomes[f"no answer within {PATIENCE} s"] += 1
 
+    kinds = (_says_nothing, _drips, _stops_sending)
+    nuisances = [asyncio.create_task(kinds[i % 3](running, report)) for i in range(num_nuisances)]
+    nuisances.append(asyncio.create_task(_asks_for_health(running, report)))
     async with httpx.AsyncClient(timeout=None, limits=limits) as client:
         await asyncio.gather(*(one(i, client, random.Random(rng.random())) for i in range(num_requests)))
+    for task in nuisances:
+        task.cancel()
+    await asyncio.gather(*nuisances, return_exceptions=True)
     report.rss.append(psutil.Process().memory_info().rss)
     report.answered_twice = sum(count > 1 for count in ids.values())
+
+
+async def _says_nothing(running: Running, report: Report):
+    """Again and again, whenever it is closed."""
+    while True:
+        reader, writer = await asyncio.open_connection(*running.host_and_port)
+        try:
+            await reader.read()
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+
+async def _drips(running: Running, report: Report):
+    """A head that never ends."""
+    while True:
+        _, writer = await asyncio.open_connection(*running.host_and_port)
+        try:
+            writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Drip: ")
+            while True:
+                await asyncio.sleep(0.5)
+                writer.write(b"a")
+                await writer.drain()
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+
+async def _stops_sending(running: Running, report: Report):
+    """Asks, closes its side, and waits for the answer, which has to come whole."""
+    body = json.dumps({"model": MODEL, "prompt": "x", "max_tokens": 3}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    while True:
+        reader, writer = await asyncio.open_connection(*running.host_and_port)
+        try:
+            writer.write(head.encode() + body)
+            writer.write_eof()
+            answer = await reader.read()
+            final = answer.rpartition(b"HTTP/1.1 ")[2]
+            whole = final.endswith(b"}") and json.loads(final.partition(b"\r\n\r\n")[2])
+            report.half_closed[final.split()[0].decode() if whole else "no answer"] += 1
+        except ConnectionError:
+            report.half_closed["reset"] += 1
+        finally:
+            writer.close()
+        await asyncio.sleep(2)
+
+
+async def _asks_for_health(running: Running, report: Report):
+    async with httpx.AsyncClient(timeout=None) as client:
+        while True:
+            started = time.monotonic()
+            assert (await client.get(f"{running.url}/health")).status_code == 200
+            report.health_seconds = max(report.health_seconds, time.monotonic() - started)
+            await asyncio.sleep(0.2)
 
 
 def _request(rng: random.Random) -> tuple[str, dict]:
