@@ -97,6 +97,6 @@ def _cudnn(q, k, v, segment_ids, scale, *, whole: bool, with_lse: bool):
     run = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
     if segment_ids is None:
         return run(q, k, v, is_causal=True)
-    place = jnp.arange(q.shape[1])
-    out = run(q, k, v, mask=reference.allowed_pairs(segment_ids, segment_ids, place, place)[:, None])
-    return jnp.where(segment_ids[..., None, None] > 0, out, 0)  # padding sees nothing
+    place, ids = jnp.arange(q.shape[1]), segment_ids + 1  # padding sees itself: a query without keys has a gradient that is not a number
+    out = run(q, k, v, mask=reference.allowed_pairs(ids, ids, place, place)[:, None])
+    return jnp.where(segment_ids[..., None, None] > 0, out, 0)
