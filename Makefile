@@ -1,4 +1,4 @@
-# make demo, make test: each works on a fresh machine with Python 3.11 and nothing else installed.
+# make demo, make test: each works on a fresh machine with Python 3.11 to 3.13 and nothing else installed.
 PYTHON ?= python3
 VENV := .venv
 RUN := runs/demo
@@ -13,7 +13,7 @@ export JAX_PLATFORMS ?=
 # 4 KiB; this keeps it, in huge pages. glibc only, ignored elsewhere.
 demo benchmark: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1:glibc.malloc.trim_threshold=68719476736
 
-.PHONY: demo test benchmark lint setup clean
+.PHONY: demo test test-newest benchmark lint setup constraints clean
 
 demo: $(VENV)/installed  ## pre-train a small GLM on the Python standard library, look at it, then teach it to reason
 	$(VENV)/bin/python -m experiments.curate --config=configs/curate.py --output=$(RUN)/data
@@ -39,18 +39,33 @@ lint: $(VENV)/installed-dev  ## style
 
 setup: $(VENV)/installed-dev $(ACCELERATOR:%=$(VENV)/installed-%)  ## everything that tests and development need; ACCELERATOR=tpu or gpu
 
-$(VENV)/installed: requirements.txt
-	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet -r requirements.txt
+test-newest:  ## the tests with the newest release of everything, in an environment of their own: by hand, once a week
+	rm -rf .venv-newest
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=
+
+constraints:  ## pins what is installed: after a test-newest that passed, with VENV=.venv-newest
+	@{ grep '^#' $(FILE); $(VENV)/bin/pip freeze | sed 's/+cpu$$//' | grep -v '^nvidia-\|^triton=\|^cuda-\|@\|^pip=\|^setuptools='; } > $(FILE).new
+	mv $(FILE).new $(FILE)
+
+# The versions that the tests passed with, by the Python of the environment.
+FILE = constraints-$(shell $(VENV)/bin/python -c "import sys; print('3.11' if sys.version_info < (3, 12) else '3.13')").txt
+CONSTRAINTS = -c $(FILE)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: requirements.txt constraints-3.11.txt constraints-3.13.txt | $(VENV)/bin/python
+	$(VENV)/bin/pip install --quiet -r requirements.txt $(CONSTRAINTS)
 	touch $@
 
-$(VENV)/installed-dev: requirements.txt requirements-dev.txt
-	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
+$(VENV)/installed-dev: requirements.txt requirements-dev.txt constraints-3.11.txt constraints-3.13.txt | $(VENV)/bin/python
+	$(VENV)/bin/pip install --quiet -r requirements-dev.txt $(CONSTRAINTS)
 	touch $@ $(VENV)/installed
 
+# On a TPU libtpu is the one that jax's extra names, not the pinned one.
 $(VENV)/installed-tpu $(VENV)/installed-gpu: $(VENV)/installed-%: requirements-%.txt $(VENV)/installed-dev
-	$(VENV)/bin/pip install --quiet -r requirements-dev.txt -r $<
+	grep -v '^libtpu' $(FILE) > $(VENV)/constraints.txt
+	$(VENV)/bin/pip install --quiet -r requirements-dev.txt -r $< -c $(VENV)/constraints.txt
 	touch $@
 
 clean:
