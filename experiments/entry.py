@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from data.pipeline import DataConfig
 from glm_jax.config import ModelConfig, check_choice, from_mapping
+from glm_jax.devices import choose_platforms, describe
 from glm_jax.infer.engine import EngineConfig
 from glm_jax.optim.optimizer import OptimizerConfig
 from glm_jax.optim.schedules import ScheduleConfig
@@ -33,6 +34,7 @@ PRETRAINING = {
 }
 
 
+logger = python_logging.getLogger(__name__)
 BACKGROUND = "background"  # logger of what other libraries' threads raise
 # Loggers whose warnings the terminal shows; those of other libraries go to log.txt.
 ON_TERMINAL = ("glm_jax", "data", "pallas_kernels", "experiments", "root", "jax", "uvicorn")
@@ -80,11 +82,14 @@ def rl_config(config: ConfigDict) -> tuple[RlConfig, StartConfig]:
 
 
 def log_to(workdir: pathlib.Path):
-    """Everything that is logged goes to the run's log.txt, too."""
+    """Everything that is logged goes to the run's log.txt, too. Says, there and on the terminal, which devices compute."""
     workdir.mkdir(parents=True, exist_ok=True)
     handler = python_logging.FileHandler(workdir / "log.txt")
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     python_logging.getLogger().addHandler(handler)
+    devices = describe()
+    logger.info("devices: %s", devices)
+    print(f"devices: {devices}", file=sys.stderr)
 
 
 def run(main: Callable[[list[str]], None]):
@@ -94,6 +99,7 @@ def run(main: Callable[[list[str]], None]):
     terminal.addFilter(lambda record: record.name.partition(".")[0] in ON_TERMINAL)
     python_logging.raiseExceptions = False  # a log.txt that cannot be written is no news beside the error that says so
     log_background_errors()
+    choose_platforms()
     app.run(lambda argv: guarded(main, argv), flags_parser=parse_flags)
 
 

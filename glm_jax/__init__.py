@@ -16,7 +16,9 @@ def load(path: str | pathlib.Path):
     """
     # Imported here, so that a part of the package can be imported without the whole.
     from data.tokenizer import Tokenizer
+    from glm_jax.devices import choose_platforms
 
+    choose_platforms()
     folder = pathlib.Path(path)
     keys = _config_keys(folder)
     if "model" in keys:

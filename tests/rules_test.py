@@ -24,6 +24,7 @@ ARROWS = {
     "data": (),
     "glm_jax.config": (),
     "glm_jax.sharding": ("glm_jax.config",),
+    "glm_jax.devices": (),
     "glm_jax.model": ("glm_jax.config", "glm_jax.sharding", "pallas_kernels"),
     "glm_jax.losses": ("glm_jax.config", "glm_jax.sharding", "pallas_kernels"),
     "glm_jax.optim": ("glm_jax.config", "glm_jax.sharding", "pallas_kernels"),
@@ -42,7 +43,7 @@ ARROWS = {
         "glm_jax.config", "glm_jax.sharding", "glm_jax.losses", "glm_jax.optim", "glm_jax.infer", "glm_jax.envs", "glm_jax.rewards",
         "glm_jax.train", "data",
     ),
-    "glm_jax": ("data", "glm_jax.hf", "glm_jax.train"),  # glm_jax/__init__.py: load
+    "glm_jax": ("data", "glm_jax.devices", "glm_jax.hf", "glm_jax.train"),  # glm_jax/__init__.py: load
     "experiments": ("configs", "data", "glm_jax", "pallas_kernels"),
 }  # fmt: skip
 GROUP_OF = {"glm_jax.hf_config": "glm_jax.hf"}
