@@ -1,5 +1,5 @@
 """What the demo shows: held-out bits per byte, expert load, a sample, a completed gap, and a figure; of reinforcement learning
-the share of held-out puzzles solved, before and after, two answers, and a figure.
+the share of held-out puzzles solved and of answers that show their work, before and after, an example, and a figure.
 
     python -m experiments.demo_report --workdir=runs/demo/run
     python -m experiments.demo_report --workdir=runs/demo/run --rl=runs/demo/rl
@@ -7,6 +7,7 @@ the share of held-out puzzles solved, before and after, two answers, and a figur
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 
@@ -14,7 +15,6 @@ import numpy as np
 from absl import flags
 
 from experiments import entry
-from glm_jax.rl.measures import held_out_scores
 from glm_jax.train.metrics import read_metrics
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a finished run of experiments.train.")
@@ -48,41 +48,93 @@ def figure(records: list[dict], path: pathlib.Path):
     fig.savefig(path, dpi=120)
 
 
-def rl_figure(records: list[dict], path: pathlib.Path):
-    """Solved held-out puzzles and training reward, and entropy and length, over steps."""
+@dataclasses.dataclass
+class Evaluation:
+    """The answers to the held-out puzzles after `steps` steps, as the run saved them: what was asked, what was written, the reward."""
+
+    steps: int
+    answers: list[dict]
+
+    @property
+    def solved(self) -> float:
+        return float(np.mean([a["reward"] for a in self.answers]))
+
+    @property
+    def length(self) -> float:
+        """Mean, in tokens."""
+        return float(np.mean([a["length"] for a in self.answers]))
+
+    @property
+    def reasoned(self) -> float:
+        """Share of the answers that write something between <think> and </think>."""
+        return float(np.mean([bool(reasoning(a["output"])) for a in self.answers]))
+
+    def solved_where(self, reasoned: bool) -> float | None:
+        """Share solved of the answers with reasoning, or of those without; None where there are none."""
+        rewards = [a["reward"] for a in self.answers if bool(reasoning(a["output"])) == reasoned]
+        return float(np.mean(rewards)) if rewards else None
+
+
+def reasoning(output: str) -> str:
+    return output.partition("<think>")[2].partition("</think>")[0].strip()
+
+
+def evaluations(workdir: pathlib.Path) -> list[Evaluation]:
+    """Of a run of experiments.rl, in the order of their steps."""
+    files = sorted((workdir / "held_out").glob("*.jsonl"))
+    return [Evaluation(int(f.stem), list(map(json.loads, f.read_text("utf-8").splitlines()))) for f in files]
+
+
+def rl_figure(records: list[dict], evaluated: list[Evaluation], path: pathlib.Path):
+    """Left: solved puzzles, held out and of the rollouts. Right: share of held-out answers with reasoning, and their length."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    steps = [r["step"] + 1 for r in records]
+    steps = [e.steps for e in evaluated]
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    left.plot(steps, [r["reward"] for r in records], color="0.7", linewidth=1, label="rollouts of the step")
-    left.plot(*zip(*held_out_scores(records), strict=True), "o-", label="held-out puzzles")
-    left.set(xlabel="steps", ylabel="share solved at temperature 1", title="pass@1", ylim=(0, 1))
-    left.legend(frameon=False, loc="upper left")
-    lines = right.plot(
-        *zip(*((r["step"] + 1, r["entropy"]) for r in records if "entropy" in r), strict=True), label="entropy, nats a token"
+    left.plot(
+        [r["step"] + 1 for r in records], [r["reward"] for r in records], color="0.75", linewidth=1, label="training puzzles, each step"
     )
+    left.plot(steps, [e.solved for e in evaluated], "o-", label="held-out puzzles")
+    for reasoned, label, style in ((True, "held-out, answers with reasoning", "^:"), (False, "held-out, answers without", "v:")):
+        points = [(e.steps, e.solved_where(reasoned)) for e in evaluated if e.solved_where(reasoned) is not None]
+        left.plot(*zip(*points, strict=True), style, markersize=4, linewidth=1, label=label) if points else None
+    left.set(xlabel="steps of GRPO", ylabel="share solved at temperature 1", title="Solved puzzles", ylim=(0, 1.02))
+    left.legend(frameon=False, fontsize=8)
+    lines = right.plot(steps, [e.reasoned for e in evaluated], "s-", color="tab:green", label="share that shows its work")
     lengths = right.twinx()
-    lines += lengths.plot(steps, [r["length"] for r in records], color="tab:orange", label="length, tokens (right)")
-    right.set(xlabel="steps", title="Outputs", ylim=(0, None))
-    lengths.set(ylim=(0, None))
-    right.legend(handles=lines, frameon=False, loc="lower left")
+    lines += lengths.plot(steps, [e.length for e in evaluated], "D--", color="tab:orange", label="mean length, tokens (right)")
+    right.set(xlabel="steps of GRPO", ylabel="share of answers", title="Held-out answers", ylim=(0, 1.02))
+    lengths.set(ylabel="tokens", ylim=(0, None))
+    right.legend(handles=lines, frameon=False, loc="lower right", fontsize=8)
     fig.savefig(path, dpi=120)
 
 
 def report_rl(workdir: pathlib.Path):
-    records = read_metrics(workdir)
-    if not records or "held_out_after" not in records[-1]:
+    records, evaluated = read_metrics(workdir), evaluations(workdir)
+    if not records or "held_out_after" not in records[-1] or not evaluated:
         raise ValueError(f"{workdir} holds no finished run: let experiments.rl finish first")
-    rl_figure(records, workdir / "rl.png")
-    rollouts = sorted((workdir / "rollouts").glob("*.jsonl"))[-1].read_text("utf-8").rstrip("\n").split("\n")
-    for rollout in map(json.loads, rollouts[:: len(rollouts) // 2]):
-        print(f"{rollout['prompt']}{rollout['output']}\nreward {rollout['reward']:g}\n")
-    before, after = (score for _, score in (held_out_scores(records)[0], held_out_scores(records)[-1]))
-    print(f"held-out puzzles solved: {before:.1%} after fine-tuning, {after:.1%} after {len(records)} steps of reinforcement learning")
+    rl_figure(records, evaluated, workdir / "rl.png")
+    first, last = evaluated[0], evaluated[-1]
+    before, after = example(first.answers, last.answers)
+    print(f"A held-out puzzle:\n\n{before['prompt'].strip()}\n")
+    for evaluation, answer in ((first, before), (last, after)):
+        verdict = "right" if answer["reward"] == 1 else "wrong"
+        print(f"After {evaluation.steps} steps of reinforcement learning ({verdict}):\n{answer['output'].strip()}\n")
+    for evaluation in (first, last):
+        print(
+            f"held-out puzzles after {evaluation.steps:2} steps of reinforcement learning: {evaluation.solved:.1%} solved; "
+            f"{evaluation.reasoned:.1%} of the answers show their work; {evaluation.length:.1f} tokens on average"
+        )
     print(f"figure: {workdir / 'rl.png'}\nmore:   experiments/notebooks/rl.ipynb")
+
+
+def example(before: list[dict], after: list[dict]) -> tuple[dict, dict]:
+    """Two answers to the same puzzle: a wrong one before and a right one after, if there are such."""
+    pairs = list(zip(before, after, strict=True))
+    return next((pair for pair in pairs if pair[0]["reward"] < 1 == pair[1]["reward"]), pairs[0])
 
 
 def main(argv: list[str]):
