@@ -20,6 +20,8 @@ from glm_jax.train.metrics import read_metrics
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a finished run of experiments.train.")
 RL = flags.DEFINE_string("rl", None, "Work directory of a finished run of experiments.rl: report that one.")
 
+MIN_ANSWERS = 10  # whose share solved is worth a point
+
 
 def figure(records: list[dict], path: pathlib.Path):
     """Training and held-out loss, and the load of the experts, over tokens."""
@@ -70,9 +72,9 @@ class Evaluation:
         return float(np.mean([bool(reasoning(a["output"])) for a in self.answers]))
 
     def solved_where(self, reasoned: bool) -> float | None:
-        """Share solved of the answers with reasoning, or of those without; None where there are none."""
+        """Share solved of the answers with reasoning, or of those without; None for fewer than ten answers, which say little."""
         rewards = [a["reward"] for a in self.answers if bool(reasoning(a["output"])) == reasoned]
-        return float(np.mean(rewards)) if rewards else None
+        return float(np.mean(rewards)) if len(rewards) >= MIN_ANSWERS else None
 
 
 def reasoning(output: str) -> str:
@@ -98,16 +100,16 @@ def rl_figure(records: list[dict], evaluated: list[Evaluation], path: pathlib.Pa
         [r["step"] + 1 for r in records], [r["reward"] for r in records], color="0.75", linewidth=1, label="training puzzles, each step"
     )
     left.plot(steps, [e.solved for e in evaluated], "o-", label="held-out puzzles")
-    for reasoned, label, style in ((True, "held-out, answers with reasoning", "^:"), (False, "held-out, answers without", "v:")):
+    for reasoned, label, marker in ((True, "  of these, answers with reasoning", "^"), (False, "  of these, answers without", "v")):
         points = [(e.steps, e.solved_where(reasoned)) for e in evaluated if e.solved_where(reasoned) is not None]
-        left.plot(*zip(*points, strict=True), style, markersize=4, linewidth=1, label=label) if points else None
+        left.plot(*np.reshape(points, (-1, 2)).T, marker, color="0.4", markersize=5, linestyle=":", linewidth=1, label=label)
     left.set(xlabel="steps of GRPO", ylabel="share solved at temperature 1", title="Solved puzzles", ylim=(0, 1.02))
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, loc="center right")
     lines = right.plot(steps, [e.reasoned for e in evaluated], "s-", color="tab:green", label="share that shows its work")
     lengths = right.twinx()
     lines += lengths.plot(steps, [e.length for e in evaluated], "D--", color="tab:orange", label="mean length, tokens (right)")
     right.set(xlabel="steps of GRPO", ylabel="share of answers", title="Held-out answers", ylim=(0, 1.02))
-    lengths.set(ylabel="tokens", ylim=(0, None))
+    lengths.set(ylabel="tokens", ylim=(0, 1.3 * max(e.length for e in evaluated)))
     right.legend(handles=lines, frameon=False, loc="lower right", fontsize=8)
     fig.savefig(path, dpi=120)
 

@@ -90,7 +90,8 @@ def workdir(tmp_path):
     return tmp_path
 
 
-def test_the_report_counts_reasoning(workdir, capsys):
+def test_the_report_counts_reasoning(workdir, capsys, monkeypatch):
+    monkeypatch.setattr(demo_report, "MIN_ANSWERS", 1)
     before, after = demo_report.evaluations(workdir)
     assert (before.steps, after.steps) == (0, 2)
     assert before.solved == pytest.approx(1 / 3) and after.solved == pytest.approx(2 / 3)
