@@ -5,8 +5,7 @@
 Every step's line of metrics.jsonl, measured seconds aside, every file of rollouts and of evaluations, and the last weights must be
 equal bit for bit. All that a checkpoint must hold is at work: a buffer of older rollouts with their experts, over-sampling, two pools
 of tasks, a temperature that is swept, outputs that grow. Prints one line a kill and the verdict; exit code 1 on any difference.
-Takes 2 to 4
-minutes on two cores.
+Takes two to four minutes on two cores.
 """
 
 from __future__ import annotations
