@@ -13,7 +13,7 @@ import pytest
 from configs import rl_math_tiny
 from data import chat_template
 from data.tokenizer import train_tokenizer
-from experiments import cold_start, demo_report
+from experiments import cold_start, reasoning_report
 from glm_jax.rewards import puzzles
 from glm_jax.sft.conversations import read_conversations
 
@@ -91,14 +91,14 @@ def workdir(tmp_path):
 
 
 def test_the_report_counts_reasoning(workdir, capsys, monkeypatch):
-    monkeypatch.setattr(demo_report, "MIN_ANSWERS", 1)
-    before, after = demo_report.evaluations(workdir)
+    monkeypatch.setattr(reasoning_report, "MIN_ANSWERS", 1)
+    before, after = reasoning_report.evaluations(workdir)
     assert (before.steps, after.steps) == (0, 2)
     assert before.solved == pytest.approx(1 / 3) and after.solved == pytest.approx(2 / 3)
     assert before.reasoned == pytest.approx(1 / 3) and after.reasoned == 1
     assert before.solved_where(reasoned=False) == 0.5 and before.solved_where(reasoned=True) == 0
     assert after.solved_where(reasoned=False) is None
-    demo_report.report_rl(workdir)
+    reasoning_report.report_rl(workdir)
     printed = capsys.readouterr().out
     assert "Q1\n\nAfter 0 steps of reinforcement learning (wrong):\n<think></think>" in printed
     assert "After 2 steps of reinforcement learning (right):\n<think>2 + 1 = 3</think>" in printed
@@ -110,4 +110,4 @@ def test_an_unfinished_run_is_not_reported(workdir):
     metrics = workdir / "metrics.jsonl"
     metrics.write_text(metrics.read_text().splitlines()[0] + "\n")
     with pytest.raises(ValueError, match="holds no finished run"):
-        demo_report.report_rl(workdir)
+        reasoning_report.report_rl(workdir)
