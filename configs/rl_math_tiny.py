@@ -10,11 +10,11 @@ from configs import tiny
 
 def _engine() -> ConfigDict:
     engine = ConfigDict()
-    engine.context = 128  # tokens of prompt and output
+    engine.context = 160  # tokens of prompt and output
     engine.num_rows = 64  # rollouts at a time
     engine.min_rows = 64  # of the smallest batch that is compiled
     engine.page_size = 16
-    engine.num_pages = 512
+    engine.num_pages = 640
     engine.prefill_chunk = 128
     engine.min_chunk = 32  # of the shortest prefill that is compiled
     engine.decode_steps = 8
@@ -77,17 +77,17 @@ def _control() -> ConfigDict:
     control.temperature_loss = 0.01
     control.plateau_window = 10  # steps
     control.plateau_gain = 0.01
-    control.length_stages = ((0, 20),)  # (first step, output tokens)
+    control.length_stages = ((0, 40),)  # (first step, output tokens)
     return control
 
 
 def _loop() -> ConfigDict:
     loop = ConfigDict()
     loop.seed = 0
-    loop.steps = 90
-    loop.checkpoint_every = 30
+    loop.steps = 60
+    loop.checkpoint_every = 20
     loop.keep_checkpoints = 1
-    loop.eval_every = 15
+    loop.eval_every = 10
     loop.eval_samples = 4
     loop.eval_temperature = 1.0
     loop.save_rollouts_every = 10  # 0: never

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.start.workdir = "runs/demo/run"
 
     schedule = config.schedule
-    schedule.total_tokens = 143_360  # 70 steps
+    schedule.total_tokens = 409_600  # 200 steps
     schedule.learning_rate = 4e-3
     schedule.final_learning_rate = 4e-4
     schedule.warmup_tokens = 16_384

@@ -1,5 +1,5 @@
 """What the demo shows: held-out bits per byte, expert load, a sample, a completed gap, and a figure; of reinforcement learning
-the share of held-out puzzles solved, before and after, two answers, and a figure.
+the share of held-out puzzles solved and of answers that show their work, before and after, an example, and a figure.
 
     python -m experiments.demo_report --workdir=runs/demo/run
     python -m experiments.demo_report --workdir=runs/demo/run --rl=runs/demo/rl
@@ -7,14 +7,12 @@ the share of held-out puzzles solved, before and after, two answers, and a figur
 
 from __future__ import annotations
 
-import json
 import pathlib
 
 import numpy as np
 from absl import flags
 
-from experiments import entry
-from glm_jax.rl.measures import held_out_scores
+from experiments import entry, reasoning_report
 from glm_jax.train.metrics import read_metrics
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a finished run of experiments.train.")
@@ -48,47 +46,10 @@ def figure(records: list[dict], path: pathlib.Path):
     fig.savefig(path, dpi=120)
 
 
-def rl_figure(records: list[dict], path: pathlib.Path):
-    """Solved held-out puzzles and training reward, and entropy and length, over steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    steps = [r["step"] + 1 for r in records]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    left.plot(steps, [r["reward"] for r in records], color="0.7", linewidth=1, label="rollouts of the step")
-    left.plot(*zip(*held_out_scores(records), strict=True), "o-", label="held-out puzzles")
-    left.set(xlabel="steps", ylabel="share solved at temperature 1", title="pass@1", ylim=(0, 1))
-    left.legend(frameon=False, loc="upper left")
-    lines = right.plot(
-        *zip(*((r["step"] + 1, r["entropy"]) for r in records if "entropy" in r), strict=True), label="entropy, nats a token"
-    )
-    lengths = right.twinx()
-    lines += lengths.plot(steps, [r["length"] for r in records], color="tab:orange", label="length, tokens (right)")
-    right.set(xlabel="steps", title="Outputs", ylim=(0, None))
-    lengths.set(ylim=(0, None))
-    right.legend(handles=lines, frameon=False, loc="lower left")
-    fig.savefig(path, dpi=120)
-
-
-def report_rl(workdir: pathlib.Path):
-    records = read_metrics(workdir)
-    if not records or "held_out_after" not in records[-1]:
-        raise ValueError(f"{workdir} holds no finished run: let experiments.rl finish first")
-    rl_figure(records, workdir / "rl.png")
-    rollouts = sorted((workdir / "rollouts").glob("*.jsonl"))[-1].read_text("utf-8").rstrip("\n").split("\n")
-    for rollout in map(json.loads, rollouts[:: len(rollouts) // 2]):
-        print(f"{rollout['prompt']}{rollout['output']}\nreward {rollout['reward']:g}\n")
-    before, after = (score for _, score in (held_out_scores(records)[0], held_out_scores(records)[-1]))
-    print(f"held-out puzzles solved: {before:.1%} after fine-tuning, {after:.1%} after {len(records)} steps of reinforcement learning")
-    print(f"figure: {workdir / 'rl.png'}\nmore:   experiments/notebooks/rl.ipynb")
-
-
 def main(argv: list[str]):
     del argv
     if RL.value:
-        report_rl(pathlib.Path(RL.value))
+        reasoning_report.report_rl(pathlib.Path(RL.value))
         return
     workdir = pathlib.Path(WORKDIR.value)
     records = read_metrics(workdir)

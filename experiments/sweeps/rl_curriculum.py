@@ -5,7 +5,7 @@
 
 SFT: a run of experiments.sft with configs/sft_tiny.py. Its difficulty file, for DIFFICULTY:
 
-    python -m experiments.difficulty --workdir=SFT --tasks=puzzle:aiw:600 --output=DIFFICULTY --max_new_tokens=20 --many=128
+    python -m experiments.difficulty --workdir=SFT --tasks=puzzle:aiw:600 --output=DIFFICULTY --max_new_tokens=40 --many=128
 
 Six runs, three seeds each, of about two minutes on two cores.
 """

@@ -143,7 +143,7 @@ class RlLoopConfig:
     eval_every: int  # steps, besides before the first and after the last
     eval_samples: int  # rollouts of each held-out task
     eval_temperature: float
-    save_rollouts_every: int  # steps; 0: never
+    save_rollouts_every: int  # steps; 0: never; those of evaluations are saved unless it is 0
 
     def __post_init__(self):
         check_types(self)

@@ -23,7 +23,7 @@ from glm_jax.rewards.task import Task
 from glm_jax.rl import measures
 from glm_jax.rl.advantages import advantages
 from glm_jax.rl.batch import pack
-from glm_jax.rl.collector import Collected, Collector, Draw, Roller
+from glm_jax.rl.collector import Collector, Draw, Roller
 from glm_jax.rl.config import RlConfig
 from glm_jax.rl.curriculum import Curriculum, read_difficulties, split_pools
 from glm_jax.rl.output_length import output_length
@@ -215,7 +215,9 @@ class Run:
         record = {"version": version, "temperature": draw.temperature, "max_new_tokens": draw.max_new_tokens, **collected.counts}
         record |= {"pool": sorted(self.tasks.curriculum.pools).index(pool), **measures.of_groups(collected.all_groups)}
         record |= measures.staleness(collected.groups, version)
-        self.save_rollouts(collected)
+        every = config.loop.save_rollouts_every
+        if every and self.step % every == 0:
+            self.save_rollouts("rollouts", collected.all_groups)
         with self.timed("train"):
             record |= self.learn(collected.groups, draw.temperature)
         with self.timed("swap"):
@@ -271,7 +273,10 @@ class Run:
 
     def evaluate(self) -> dict:
         """pass@1 on the held-out tasks: the mean reward, over all and by group."""
-        return measures.held_out(self.held_out(self.config.loop.eval_samples, self.config.loop.eval_temperature))
+        groups = self.held_out(self.config.loop.eval_samples, self.config.loop.eval_temperature)
+        if self.config.loop.save_rollouts_every:
+            self.save_rollouts("held_out", groups)
+        return measures.held_out(groups)
 
     def held_out(self, samples: int, temperature: float) -> list[Group]:
         """Rollouts of the held-out tasks; their time is a phase of its own."""
@@ -289,14 +294,11 @@ class Run:
         self.temperature.choose(scores)
         return {f"sweep/{t}": score for t, score in scores.items()}
 
-    def save_rollouts(self, collected: Collected):
-        """rollouts/<step>.jsonl: every rollout of the step, as text."""
-        every = self.config.loop.save_rollouts_every
-        if not every or self.step % every:
-            return
-        folder = self.workdir / "rollouts"
+    def save_rollouts(self, folder_name: str, groups: list[Group]):
+        """<folder_name>/<steps done>.jsonl: every rollout of the groups, as text."""
+        folder = self.workdir / folder_name
         folder.mkdir(exist_ok=True)
-        lines = measures.readable(collected.all_groups, self.roller.tokenizer)
+        lines = measures.readable(groups, self.roller.tokenizer)
         file = folder / f"{self.step:07d}.jsonl"
         file.with_suffix(".tmp").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
         file.with_suffix(".tmp").replace(file)

@@ -2,10 +2,10 @@
 
     PYTHONPATH=tests:. python tests/rl/kills.py --kills=10
 
-Every step's line of metrics.jsonl, measured seconds aside, every file of rollouts and the last weights must be equal bit for bit.
-All that a checkpoint must hold is at work: a buffer of older rollouts with their experts, over-sampling, two pools of tasks, a
-temperature that is swept, outputs that grow. Prints one line a kill and the verdict; exit code 1 on any difference. Takes 2 to 4
-minutes on two cores.
+Every step's line of metrics.jsonl, measured seconds aside, every file of rollouts and of evaluations, and the last weights must be
+equal bit for bit. All that a checkpoint must hold is at work: a buffer of older rollouts with their experts, over-sampling, two pools
+of tasks, a temperature that is swept, outputs that grow. Prints one line a kill and the verdict; exit code 1 on any difference.
+Takes two to four minutes on two cores.
 """
 
 from __future__ import annotations
@@ -132,8 +132,9 @@ def differences(one: pathlib.Path, other: pathlib.Path, steps: int) -> list[str]
     if idle:
         raise RuntimeError(f"{idle} never came up in {steps} steps, so nothing was proven of them")
     found = [f"step {a['step']}" for a, b in zip(expected, found, strict=True) if a != b]
-    for file in sorted((one / "rollouts").glob("*.jsonl")):
-        found += [file.name] if file.read_bytes() != (other / "rollouts" / file.name).read_bytes() else []
+    for file in sorted(file for folder in ("rollouts", "held_out") for file in (one / folder).glob("*.jsonl")):
+        name = file.relative_to(one)
+        found += [str(name)] if file.read_bytes() != (other / name).read_bytes() else []
     weights = [jax.tree.leaves(load_weights(workdir, steps)[1:]) for workdir in (one, other)]
     return found + [f"weight {i}" for i, (a, b) in enumerate(zip(*weights, strict=True)) if not np.array_equal(a, b)]
 

@@ -48,6 +48,11 @@ def test_a_run_learns_writes_and_resumes_bit_for_bit(rl_config, tmp_path, easy):
     lines = [json.loads(line) for line in (whole / "rollouts" / "0000002.jsonl").read_text().splitlines()]
     assert {"task", "status", "reward", "prompt", "output"} <= lines[0].keys() and lines[0]["status"] == "completed"
 
+    for steps, score in ((0, found[0]["held_out"]), (4, found[-1]["held_out_after"])):
+        lines = [json.loads(line) for line in (whole / "held_out" / f"{steps:07d}.jsonl").read_text().splitlines()]
+        assert len(lines) == 3 * rl_config.loop.eval_samples
+        assert np.mean([line["reward"] for line in lines]) == pytest.approx(score)
+
     # Killed behind step 3: the newest checkpoint is that of step 2, and metrics go beyond it.
     killed = tmp_path / "killed"
     shutil.copytree(whole, killed)
