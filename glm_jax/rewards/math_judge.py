@@ -48,7 +48,7 @@ _REWRITES = tuple(
         (r"<=|≤", r"\\le "),
         (r">=|≥", r"\\ge "),
         (r"!=|≠", r"\\ne "),
-        (r"\\approx(?![a-zA-Z])|≈", "="),
+        (r"\\(?:approx|simeq|doteq|triangleq|equiv(?!.*mod))(?![a-zA-Z])|[≈≡]", "="),
         (r"\\text\s*\{\s*(?:percent|per cent)\s*\}|(?<=\d)\s*percent\b", r"\\%"),
         (r"(?<![A-Za-z])(\d[0-9A-F]*)_\\text\{two\}", r"\1_2"),
     )
@@ -60,7 +60,7 @@ _SPACE = r"(?:\s|~|\\[,;: ])*"
 _WORDS = rf"\\(?:text|textrm|mathrm|mbox|operatorname)\s*\{{[^{{}}]*\}}{_POWER}"
 _UNIT = re.compile(rf"(?<=[\w)\]}}!°%])({_SPACE}(?:\^\{{?\\circ\}}?|°)?(?:{_SPACE}(?:{_WORDS}|\\cdot|/))*){_SPACE}$")
 _PLAIN_UNIT = re.compile(rf"(?<=[\d}})°]){_SPACE}([A-Za-zµμΩ][A-Za-z²³ ]*{_POWER}(?:[/*·][A-Za-z²³ ]+{_POWER})*)\.?\s*$")
-_LETTER = re.compile(r"[A-Za-z]")
+_HEDGE = re.compile(r"\\text\w*\s*\{[^{}]*(?:(?<![A-Za-z])\d|\?|\bnot\b|\b(?:or|and)\s+\w)[^{}]*\}|\d\s*\b(?:or|not)\b")
 _NAMED = re.compile(r"\s*([A-Za-z](?:_\w|_\{\w+\}|'*))\s*=(.+)", re.DOTALL)
 _SPELLINGS = {
     "meter": "m", "metre": "m", "kilometer": "km", "kilometre": "km", "centimeter": "cm", "centimetre": "cm", "millimeter": "mm",
@@ -128,7 +128,8 @@ def is_same(reference: str, answer: str) -> bool:
         reference, answer = pattern.sub(replacement, reference), pattern.sub(replacement, answer)
     bases = [[base for base in _BASE.findall(text) if base != "10"] for text in (reference, answer)]
     parts = [_split(text, ",;") for text in (reference, answer)]
-    if bases[0] != bases[1] or max(map(len, parts)) > MAX_PARTS:
+    hedged = _HEDGE.search(answer) and not _HEDGE.search(reference)  # math-verify reads no words after a number
+    if hedged or bases[0] != bases[1] or max(map(len, parts)) > MAX_PARTS:
         return False
     names = [_named(of) for of in parts]
     if names[0] and names[1]:
@@ -205,6 +206,8 @@ def _equal(one, other, halves: dict) -> bool:
     """halves: what the first one's decimals may be off, see `_half_units`. What is neither a number nor made of numbers is compared
     by math-verify."""
     equations = [isinstance(value, sympy.Eq) for value in (one, other)]
+    if equations[1] and _is_number(other.lhs) and not _equal(other.lhs, other.rhs, {}):
+        return False
     if all(equations) and one.lhs == other.lhs and isinstance(one.lhs, sympy.Symbol | sympy.Tuple):
         return _equal(one.rhs, other.rhs, halves)
     if any(equations) and not all(equations):
@@ -217,7 +220,7 @@ def _equal(one, other, halves: dict) -> bool:
     pairs = _pairs(one, other)
     if pairs is not None:
         return all(_equal(*pair, halves) for pair in pairs)
-    return verify([one], [other], timeout_seconds=None) and not _numerically_different(one, other)
+    return verify([one], [other], timeout_seconds=None)
 
 
 def _pairs(one, other) -> list | None:
@@ -270,20 +273,6 @@ def _solutions(value, beside):
         return value.as_set()
     except (NotImplementedError, TypeError, ValueError):
         return value
-
-
-def _numerically_different(one, other) -> bool:
-    """Whether two expressions differ, relatively, at a point: math-verify takes what is under 1e-15 for zero."""
-    if not all(isinstance(value, sympy.Expr) and not isinstance(value, sympy.MatrixExpr) for value in (one, other)):
-        return False
-    if one.free_symbols != other.free_symbols:
-        return False
-    point = {name: sympy.Rational(1009 + 211 * place, 1000) for place, name in enumerate(sorted(one.free_symbols, key=str))}
-    one, other = (value.xreplace(point).doit() for value in (one, other))
-    if not _is_number(one) or not _is_number(other):
-        return False
-    difference = abs((one - other).evalf(30, maxn=400))
-    return bool(difference.is_number and difference.is_finite and difference > sympy.Rational(1, 10**40) * abs(one.evalf(30)))
 
 
 def judge(reference: str, answer: str) -> str:
