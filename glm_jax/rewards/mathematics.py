@@ -1,8 +1,19 @@
 """Verifier `math`: the boxed answer is mathematically the reference, as math-verify judges it.
 
 A task's answer is the reference in LaTeX, without box or dollars: `\\frac{1}{2}`, `x = 3`, `\\{1, 2\\}`. What has the same value is the
-same answer, so that a sum that is not worked out counts as its result. math-verify runs in processes of its own (`math_judge`): its
-limits need the main thread, do not stop everything, and an answer must not stop or fill the process that trains.
+same answer, so that a sum that is not worked out counts as its result. The rules, also inside tuples, sets, intervals and matrices:
+
+- Numbers must be equal exactly, whatever their size: integers, fractions and decimals as rationals, others to 60 digits relatively.
+  An approximation of an exact reference is wrong (`\\pi` is not 3.14159265; 1/2 is 0.5). Only a decimal reference of at least three
+  significant digits (two with a power of ten) also takes what rounds to it: 3.14159 is right for 3.14, 0.51 is wrong for 0.5.
+- A reference with a unit needs that unit, in any spelling and not converted; only degrees and dollars may be left out. A unit beyond
+  the reference's is ignored. 50% is 0.5 and not 50. Numbers in another base than 10 need the reference's base.
+- A chain (`1/2 = 0.5`, `x = \\pi \\approx 3.14`) counts only if all its numbers are equal, or round to one another.
+- Values of several names (`x=2, y=3`) may come in any order with their names, without names in the reference's order.
+- Inequalities in one variable are the set that solves them. For everything else the verdict is math-verify's.
+
+math-verify runs in processes of its own (`math_judge`): its limits need the main thread, do not stop everything, and an answer must
+not stop or fill the process that trains.
 """
 
 from __future__ import annotations

@@ -10,14 +10,14 @@ def task(answer):
     return Task("q7", "science", "choice", ({"role": "user", "content": "Which?"},), answer)
 
 
-@pytest.mark.parametrize(
-    ("box", "letter"),
-    [
-        ("B", "B"), (" B ", "B"), ("(B)", "B"), ("B.", "B"), ("B)", "B"), ("\\text{B}", "B"), ("\\text{(B)}", "B"), ("\\mathbf{B}", "B"),
-        ("A", "A"), ("b", None), ("AB", None), ("A, B", None), ("(B", None), ("B or C", None), ("B: iron", None), ("B:", None),
-        ("\\text{B", None), ("(B).", "B"), ("**B**", "B"), ("$B$", "B"), ("\\textbf{(B)}.", "B"), ("", None), ("2", None), ("Β", None),
-    ],
-)  # fmt: skip
+BOXES = [
+    ("B", "B"), (" B ", "B"), ("(B)", "B"), ("B.", "B"), ("B)", "B"), ("\\text{B}", "B"), ("\\text{(B)}", "B"), ("\\mathbf{B}", "B"),
+    ("A", "A"), ("b", None), ("AB", None), ("A, B", None), ("(B", None), ("B or C", None), ("B: iron", None), ("B:", None),
+    ("\\text{B", None), ("(B).", "B"), ("**B**", "B"), ("$B$", "B"), ("\\textbf{(B)}.", "B"), ("", None), ("2", None), ("Β", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("box", "letter"), BOXES)
 def test_only_one_letter_is_an_answer(box, letter):
     content = f"A looks wrong. \\boxed{{{box}}}"
     assert choice.chosen_letter(content) == letter

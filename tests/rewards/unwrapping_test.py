@@ -15,6 +15,7 @@ HEDGES = (
     "\\text{{{0}}} or \\text{{{1}}}", "\\text{{{0}}}\\text{{{1}}}", "**{0}** or **{1}**", "**{0}** **{1}**", "${0}$ or ${1}$",
     "either {0} or {1}", "{0} ({1})", "[{0}, {1}]", "{{{0}, {1}}}", "{0}|{1}", "{1}",
 )  # fmt: skip
+CHOICE_HEDGES = (*(hedge.format("B", "C") for hedge in HEDGES), "A, B, C, D", "ABCD", "(A)(B)", "B: iron", "not B", "b")
 OTHERS = {"True": "False", "False": "True", "Yes": "No", "No": "Yes"}
 
 
@@ -34,5 +35,5 @@ def test_a_choice_takes_marks_and_no_hedge():
     task = Task("q", "science", "choice", ({"role": "user", "content": "Which?"},), {"letter": "B", "options": 4})
     score = lambda box: choice.score([task], [{"content": f"So \\boxed{{{box}}}"}])[0].value  # noqa: E731
     assert [score(mark.replace("%s", "B")) for mark in MARKS] == [1.0] * len(MARKS)
-    for hedge in (*(hedge.format("B", "C") for hedge in HEDGES), "A, B, C, D", "ABCD", "(A)(B)", "B: iron", "not B", "b"):
+    for hedge in CHOICE_HEDGES:
         assert score(hedge) == 0, hedge
