@@ -26,6 +26,7 @@ SMALLEST = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:
 # The pass whose dump has one row a scheduled cycle; later ones turn idle cycles into delays.
 PASS = "pre-delay_hlo"
 SUFFIX = f"-{PASS}-static-per-bundle-utilization.txt"
+PRODUCTS = ("MATMUL", "MXU")  # the column of issued products, by version of libtpu
 VMEM_SUFFIX = "-vmem_report.html"
 
 
@@ -45,7 +46,7 @@ class Schedule:
     """A kernel's hot region: from the first to the last cycle that issues a product. A rolled loop shows once.
 
     slots: filled slots of each unit (MATMUL, MATPUSH, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL, SALU) over
-    the region; capacity: what a cycle offers.
+    the region; capacity: what a cycle offers. libtpu 0.0.50 calls MATMUL MXU, with the same numbers, and has no MATPUSH.
     """
 
     cycles: int
@@ -178,12 +179,19 @@ def _without_number(operation: str) -> str:
 
 
 def read_schedule(text: str) -> Schedule | None:
-    """Reads a dump: names of the units, their capacity, then filled slots, one row a cycle. None where nothing is multiplied."""
+    """Reads a dump: names of the units, their capacity, then filled slots, one row a cycle. None where nothing is multiplied.
+
+    Raises ValueError for a dump without a column of products, as another libtpu may write.
+    """
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("==")]
     names = [name.strip() for name in lines[0].split(",")]
+    product = next((name for name in PRODUCTS if name in names), None)
+    if product is None:
+        has = f"the schedule has the columns {', '.join(names)}, but neither {' nor '.join(PRODUCTS)}"
+        raise ValueError(f"{has}: use libtpu 0.0.42, 0.0.50 or 0.0.52")
     rows = np.array([line.split() for line in lines[1:]], int)
     capacity, used = rows[0], rows[1:]
-    hot = np.flatnonzero(used[:, names.index("MATMUL")])
+    hot = np.flatnonzero(used[:, names.index(product)])
     if not len(hot):
         return None
     region = used[hot[0] : hot[-1] + 1]

@@ -28,6 +28,13 @@ def test_the_hot_region_ends_with_its_products_and_counts_idle_cycles_between():
     assert schedule.useful_rate(150, chip) == 0.5
 
 
+def test_the_columns_are_read_by_their_names():
+    """libtpu 0.0.50.1 writes MXU; the same kernels have the same first and last cycle and the same slots there as MATMUL in 0.0.52."""
+    assert compiler.read_schedule(DUMP.replace("MATMUL", "MXU")).cycles == 3
+    with pytest.raises(ValueError, match="columns UNIT, VALU, VLOAD:FILL, VSTORE:SPILL, but neither MATMUL nor MXU: use libtpu"):
+        compiler.read_schedule(DUMP.replace("MATMUL", "UNIT"))
+
+
 def test_what_multiplies_nothing_has_no_hot_region():
     assert compiler.read_schedule(DUMP.replace("1 2 1 0", "0 2 1 0").replace("2 0 2 0", "0 0 2 0")) is None
 
