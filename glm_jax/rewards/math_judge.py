@@ -205,13 +205,9 @@ def _is_number(value) -> bool:
 def _equal(one, other, halves: dict) -> bool:
     """halves: what the first one's decimals may be off, see `_half_units`. What is neither a number nor made of numbers is compared
     by math-verify."""
-    equations = [isinstance(value, sympy.Eq) for value in (one, other)]
-    if equations[1] and _is_number(other.lhs) and not _equal(other.lhs, other.rhs, {}):
+    if isinstance(other, sympy.Eq) and _is_number(other.lhs) and not _equal(other.lhs, other.rhs, {}):
         return False
-    if all(equations) and one.lhs == other.lhs and isinstance(one.lhs, sympy.Symbol | sympy.Tuple):
-        return _equal(one.rhs, other.rhs, halves)
-    if any(equations) and not all(equations):
-        return _equal(one.rhs if equations[0] else one, other.rhs if equations[1] else other, halves)
+    one, other = _right_sides(one, other)
     if _is_number(one) and _is_number(other):
         return _equal_numbers(one.doit(), other.doit(), halves)
     one, other = _solutions(one, other), _solutions(other, one)
@@ -221,6 +217,15 @@ def _equal(one, other, halves: dict) -> bool:
     if pairs is not None:
         return all(_equal(*pair, halves) for pair in pairs)
     return verify([one], [other], timeout_seconds=None)
+
+
+def _right_sides(one, other) -> tuple:
+    """The right sides of two equations for one name, and of an equation beside a value."""
+    equations = [isinstance(value, sympy.Eq) for value in (one, other)]
+    named = all(equations) and one.lhs == other.lhs and isinstance(one.lhs, sympy.Symbol | sympy.Tuple)
+    if not named and all(equations):
+        return one, other
+    return one.rhs if equations[0] else one, other.rhs if equations[1] else other
 
 
 def _pairs(one, other) -> list | None:
@@ -244,7 +249,7 @@ def _equal_numbers(one, other, halves: dict) -> bool:
         difference = abs((one - other).evalf(30, maxn=400))
         if not difference.is_number or not difference.is_finite:
             return False
-        if difference <= sympy.Rational(1, 10**60) * abs(one.evalf(30)):
+        if other.equals(0) if one.is_zero else difference <= sympy.Rational(1, 10**300) * abs(one.evalf(30)):
             return True
     half = halves.get(abs(one))
     return half is not None and bool(difference <= half)

@@ -3,7 +3,7 @@
 A task's answer is the reference in LaTeX, without box or dollars: `\\frac{1}{2}`, `x = 3`, `\\{1, 2\\}`. What has the same value is the
 same answer, so that a sum that is not worked out counts as its result. The rules, also inside tuples, sets, intervals and matrices:
 
-- Numbers must be equal exactly, whatever their size: integers, fractions and decimals as rationals, others to 60 digits relatively.
+- Numbers must be equal exactly, whatever their size: integers, fractions and decimals as rationals, others to 300 digits.
   An approximation of an exact reference is wrong (`\\pi` is not 3.14159265; 1/2 is 0.5). Only a decimal reference of at least three
   significant digits (two with a power of ten) also takes what rounds to it: 3.14159 is right for 3.14, 0.51 is wrong for 0.5.
 - A reference with a unit needs that unit, in any spelling and not converted; only degrees and dollars may be left out. A unit beyond
