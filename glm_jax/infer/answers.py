@@ -87,6 +87,9 @@ class CompletionAnswer(Answer):
     def _take(self, piece: Piece) -> tuple[dict, bool]:
         index, start = piece.index, self._lengths[piece.index]
         tokens, tops = ([], []) if self._prompts_only else (list(piece.tokens), list(piece.top_logprobs))
+        if self._echo is not None and self._logprobs and piece.finish_reason == "stop" and piece.num_drawn == len(piece.tokens) + 1:
+            # Whoever scores prompts drops one entry for the one sampled token: it has to be there where it is the stop token, too.
+            tokens, tops = [*tokens, Token(-1, None, "")], [*tops, *[None] * bool(tops)]
         if self._echo is not None and self._is_new[index]:
             tokens, tops = self._prompt(piece) + tokens, self._prompt_tops(piece) + tops
         self._is_new[index] = False
@@ -112,12 +115,19 @@ class CompletionAnswer(Answer):
 
     def _written(self, tokens: list[Token], tops: list[Top | None], start: int) -> dict:
         offsets = itertools.accumulate((len(t.text) for t in tokens), initial=start)
-        shown = [top and {self._decode([token]): logprob for token, logprob in top} for top in tops]
+        shown = [top and self._alternatives(top) for top in tops]
         logprobs = {
             "tokens": [t.text for t in tokens], "token_logprobs": [t.logprob for t in tokens],
             "text_offset": list(offsets)[:-1], "top_logprobs": shown if any(shown) else None,
         }  # fmt: skip
         return {"text": "".join(t.text for t in tokens), "logprobs": logprobs if self._logprobs else None}
+
+    def _alternatives(self, top: Top) -> dict[str, float]:
+        """By their texts; where two have one text, as parts of characters have, the more likely one stands for both."""
+        found = {}
+        for token, logprob in top:
+            found.setdefault(self._decode([token]), logprob)
+        return found
 
 
 class ChatAnswer(Answer):

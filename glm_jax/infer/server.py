@@ -67,7 +67,7 @@ def create_app(service: Service, tokenizer: Tokenizer, config: ServerConfig) -> 
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/completions", api.completions, methods=["POST"]),
         Route("/v1/models", api.models),
-        Route("/v1/models/{name}", api.model),
+        Route("/v1/models/{name:path}", api.model),
         Route("/health", api.health),
         Route("/metrics", api.metrics),
     ]

@@ -34,7 +34,7 @@ from glm_jax.rl.temperature import TemperatureControl
 from glm_jax.sharding import make_mesh, named
 from glm_jax.train.checkpoint import Checkpoints, finished_steps
 from glm_jax.train.loop import Stop, check_config, write_config
-from glm_jax.train.metrics import Recorder, check_finite, load_statistics
+from glm_jax.train.metrics import Recorder, check_finite, load_statistics, naming
 from glm_jax.train.start import StartConfig, check_start, starting_state, starting_tokenizer
 from glm_jax.train.state import Trainee, TrainState, build_model
 
@@ -300,5 +300,6 @@ class Run:
         folder.mkdir(exist_ok=True)
         lines = measures.readable(groups, self.roller.tokenizer)
         file = folder / f"{self.step:07d}.jsonl"
-        file.with_suffix(".tmp").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
-        file.with_suffix(".tmp").replace(file)
+        with naming(file):
+            file.with_suffix(".tmp").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
+            file.with_suffix(".tmp").replace(file)

@@ -24,7 +24,7 @@ from glm_jax.optim.schedules import Point, Schedule, ScheduleConfig
 from glm_jax.sharding import MeshConfig, make_mesh, named
 from glm_jax.train.checkpoint import Checkpoints, finished_steps
 from glm_jax.train.evaluation import Evaluator, Sampler
-from glm_jax.train.metrics import Recorder, check_finite, flops_per_token, load_statistics, peak_flops
+from glm_jax.train.metrics import Recorder, check_finite, flops_per_token, load_statistics, naming, peak_flops
 from glm_jax.train.start import CHANGEABLE, StartConfig, check_start, starting_state
 from glm_jax.train.state import Trainee, TrainState
 from glm_jax.train.step import Knobs, compile_step, map_routers
@@ -301,6 +301,7 @@ class _Run:
         text = self.sampler(state)
         if self.recorder:
             folder = self.workdir / "samples"
-            folder.mkdir(exist_ok=True)
-            (folder / f"{step:07d}.txt").write_text(text)
+            with naming(file := folder / f"{step:07d}.txt"):
+                folder.mkdir(exist_ok=True)
+                file.write_text(text)
             self.recorder.text(step, "samples", text)

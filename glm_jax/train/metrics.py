@@ -92,10 +92,23 @@ def check_finite(metrics: Mapping, *, step: int, workdir: pathlib.Path, batch: C
     if not bad:
         return
     path = workdir / f"nonfinite_step_{step}_process_{jax.process_index()}.npz"
-    np.savez(path, **batch())
+    try:
+        np.savez(path, **batch())
+        where = f"its batch is in {path}"
+    except OSError as error:  # a full disk must not hide what happened
+        where = f"its batch could not be written to {path} ({error.strerror})"
     kept = "there is no checkpoint yet" if (step_kept := good()) is None else f"the last good checkpoint is of step {step_kept}"
     found = ", ".join(f"{name} is {float(np.asarray(metrics[name]).flat[0])}" for name in bad)
-    raise NonFinite(f"{found} at step {step}; its batch is in {path}; {kept}")
+    raise NonFinite(f"{found} at step {step}; {where}; {kept}")
+
+
+@contextlib.contextmanager
+def naming(path: pathlib.Path):
+    """An OSError that says which file could not be written: a full disk's own does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 class Recorder:
@@ -117,11 +130,9 @@ class Recorder:
 
     def write(self, record: dict):
         """record: `step` and scalars or lists of numbers; each list entry becomes a TensorBoard curve of its own. Raises OSError."""
-        try:
+        with naming(self.path):
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
-        except OSError as error:
-            raise OSError(f"cannot write {self.path}: {error.strerror}") from error
         for name, value in record.items():
             entries = {name: value} if not isinstance(value, list) else {f"{name}/{i}": v for i, v in enumerate(value)}
             for tag, number in entries.items():

@@ -278,6 +278,9 @@ def test_no_reasoning_effort_is_no_thinking(running):
 def test_a_model_is_found_by_its_name(running):
     assert httpx.get(f"{running.url}/v1/models/{MODEL}").json()["id"] == MODEL
     assert httpx.get(f"{running.url}/v1/models/other").status_code == 404
+    with serving(ScriptedEngine(), model_name="zai-org/GLM-4.5") as other:
+        for spelt in ("zai-org/GLM-4.5", "zai-org%2FGLM-4.5"):
+            assert httpx.get(f"{other.url}/v1/models/{spelt}").json()["id"] == "zai-org/GLM-4.5"
 
 
 def test_an_ill_typed_argument_reaches_the_client_as_its_text(running):
@@ -366,6 +369,14 @@ def test_log_probabilities_of_alternatives_and_of_the_prompt(tiny):
     by_ids = complete(tiny, prompt=ids, echo=True, logprobs=1, max_tokens=1, temperature=0).choices[0]
     assert by_ids.logprobs.token_logprobs[0] is None and len(by_ids.logprobs.tokens) == len(ids) + 1
     assert by_ids.text.startswith("def add(a, b)") and whole.logprobs.text_offset[:2] == [0, len(whole.logprobs.tokens[0])]
+
+
+def test_a_stop_token_is_an_entry_beside_an_echoed_prompt(tiny):
+    """lm-eval takes the entries of a prompt to be all but the last."""
+    ends = {str(tiny_tokenizer().eos_id): 100}
+    found = complete(tiny, prompt="def add", echo=True, logprobs=1, max_tokens=1, temperature=0, logit_bias=ends).choices[0]
+    assert found.finish_reason == "stop"
+    assert found.text == "def add" and len(found.logprobs.tokens) == len(tiny_tokenizer().encode("def add")) + 1
 
 
 def test_a_begun_answer_is_continued(tiny):

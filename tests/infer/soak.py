@@ -26,7 +26,8 @@ DRAFT_TOKENS = flags.DEFINE_integer("draft_tokens", 0, "Guessed by the MTP block
 def failures(report: Report) -> list[str]:
     bad = [outcome for outcome in report.outcomes if "no answer" in outcome or "not to the end" in outcome or " 500" in outcome]
     bad += [f"half-closed: {answer}" for answer in report.half_closed if answer not in ("200", "429")]
-    bad += ["/health took over a second"] * (report.health_seconds > 1)
+    bad += ["/health took over a second"] * (report.health_seconds > 1 or not report.health_answers)
+    bad += ["no half-closed client was answered"] * (NUM_NUISANCES.value > 2 and not report.half_closed["200"])
     return bad + ["a page is lost"] * bool(report.pages_lost) + ["answered twice"] * bool(report.answered_twice)
 
 

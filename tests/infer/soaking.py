@@ -30,6 +30,7 @@ class Report:
     seconds: float = 0.0
     rss: list[int] = dataclasses.field(default_factory=list)  # bytes of this process, server and clients: start, middle, end
     health_seconds: float = 0.0  # the longest that /health took
+    health_answers: int = 0
     half_closed: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # clients that stopped sending: what they got
 
 
@@ -73,7 +74,10 @@ async def _soak(running: Running, num_requests: int, num_swaps: int, rng: random
         await asyncio.gather(*(one(i, client, random.Random(rng.random())) for i in range(num_requests)))
     for task in nuisances:
         task.cancel()
-    await asyncio.gather(*nuisances, return_exceptions=True)
+    ended = await asyncio.gather(*nuisances, return_exceptions=True)
+    for error in ended:
+        if not isinstance(error, asyncio.CancelledError):
+            raise error
     report.rss.append(psutil.Process().memory_info().rss)
     report.answered_twice = sum(count > 1 for count in ids.values())
 
@@ -130,8 +134,11 @@ async def _asks_for_health(running: Running, report: Report):
     async with httpx.AsyncClient(timeout=None) as client:
         while True:
             started = time.monotonic()
-            assert (await client.get(f"{running.url}/health")).status_code == 200
-            report.health_seconds = max(report.health_seconds, time.monotonic() - started)
+            try:
+                assert (await client.get(f"{running.url}/health")).status_code == 200
+                report.health_answers += 1
+            finally:  # also of an answer that never came
+                report.health_seconds = max(report.health_seconds, time.monotonic() - started)
             await asyncio.sleep(0.2)
 
 
