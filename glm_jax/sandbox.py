@@ -63,7 +63,7 @@ class Limits:
     disk_bytes: int  # of /tmp
     files: int  # in /tmp
     open_files: int  # of each process
-    output_bytes: int  # on stdout, and on stderr
+    output_bytes: int  # on stdout, of each line in a conversation, and on stderr
 
 
 STANDARD = Limits(
@@ -86,7 +86,7 @@ class Outcome:
 # Runs first inside. Limits that count processes must be set here, in the user namespace of this sandbox alone: outside they would count
 # all sandboxes of one user together.
 BOOT = """
-import os, resource, sys
+import builtins, os, resource, sys
 for item in sys.argv[1].split(","):
     name, soft, hard = item.split(":")
     resource.setrlimit(getattr(resource, "RLIMIT_" + name), (int(soft), int(hard)))
@@ -103,8 +103,9 @@ program = read(int(read(16), 16))
 os.umask(0o077)
 os.write(1, b"\\x06")
 sys.argv[1:] = []
+builtins.exit = builtins.quit = sys.exit  # as `site` has them, which is not run
 code = compile(program, "<program>", "exec")
-del os, resource, name, soft, hard, item, read, program, sys
+del builtins, os, resource, name, soft, hard, item, read, program, sys
 exec(code)
 """
 
@@ -288,12 +289,12 @@ class Box:
             self._send_unsent()
 
     def receive_line(self) -> bytes | None:
-        """The next line of its stdout, without its end; None where the program ended before. `status` then says how."""
+        """The next line of its stdout, at most output_bytes, without its end; None where the program ended before, as `status` says."""
         self._wait(lambda: b"\n" in self._stdout)
         line, newline, rest = self._stdout.partition(b"\n")
         if not newline:
             return None
-        self._stdout = rest
+        self._stdout, self._received = rest, len(rest)
         return bytes(line)
 
     def finish(self) -> Outcome:

@@ -174,7 +174,10 @@ def check_stdio(cases, tolerance):
 
 
 def check_test(answer: Mapping, limits: Limits):
-    """Raises ValueError for a test that passes with a solution that raises, or that never calls one."""
+    """Raises ValueError for a test that passes with a solution that raises, that never calls one, or that looks at its output."""
+    for name in ("redirect_stdout", "sys.stdout", "builtins.print", "builtins.input"):
+        if name in answer["test"]:
+            raise ValueError(f"the test uses {name}: the solution's input and output are in its own sandbox; a task of stdio has them")
     seal, calls = secrets.token_hex(16), 0
     with Box(TEST, limits) as test:
         send(test, start_of_test(answer, seal))

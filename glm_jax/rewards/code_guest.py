@@ -2,9 +2,10 @@
 
 A plain value is JSON, and is its own text there, but for what JSON does not have: {"$tuple": [...]}, {"$set": [...]},
 {"$frozenset": [...]}, {"$dict": [[key, value], ...]} (keys that are no strings, or begin with $), {"$int": hex} (large), iterators as
-{"$items": [...]}, and types of the standard library as {"$Fraction": ...} and so on, see LIBRARY. A subclass goes as what it is a
-subclass of. Between a test and a solution there are two more: {"$at": n}, a container that the message holds already or that the call
-passed, and {"$ref": n}, an object that stays with the solution. Elsewhere such an object is {"$opaque": type}, which equals nothing.
+{"$items": [...]}, named tuples as {"$named": [type, fields, items]}, and types of the standard library as {"$Fraction": ...} and so on,
+see LIBRARY. A subclass goes as what it is a subclass of. Between a test and a solution there are two more: {"$at": n}, a container that
+the message holds already or that the call passed, and {"$ref": n}, an object that stays with the solution. Elsewhere such an object is
+{"$opaque": type}, which equals nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ LIBRARY = {
     "$time": ("datetime", "time", lambda d: d.isoformat(), lambda text: _library("datetime", "time").fromisoformat(text)),
     "$timedelta": ("datetime", "timedelta", lambda d: [d.days, d.seconds, d.microseconds], lambda p: _library("datetime", "timedelta")(*p)),
 }  # fmt: skip
-DICTS = {"$Counter": collections.Counter, "$OrderedDict": collections.OrderedDict}
+DICTS = {"$Counter": collections.Counter, "$OrderedDict": collections.OrderedDict, "$defaultdict": collections.defaultdict}
+FACTORIES = {kind.__name__: kind for kind in (int, float, str, list, dict, set, tuple, bool)}  # of a defaultdict
 MUTABLE = (list, dict, set, bytearray, collections.deque)
 
 
@@ -82,6 +84,8 @@ class Writer:
         """The tree of a value that is no number or text, whatever is known of it."""
         if isinstance(value, list):
             return self._trees(value)
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return {"$named": [type(value).__name__, list(value._fields), self._trees(value)]}
         for tag, kind in CONTAINERS.items():
             if isinstance(value, kind):
                 return {tag: self._trees(value)}
@@ -104,7 +108,9 @@ class Writer:
     def _dict(self, value):
         for tag, kind in DICTS.items():
             if isinstance(value, kind):
-                return {tag: [[self.tree(key), self.tree(item)] for key, item in value.items()]}
+                pairs = [[self.tree(key), self.tree(item)] for key, item in value.items()]
+                factory = getattr(getattr(value, "default_factory", None), "__name__", None)
+                return {tag: [pairs, factory] if tag == "$defaultdict" else pairs}
         if all(isinstance(key, str) and not key.startswith("$") for key in value):
             return {str(key): self.tree(item) for key, item in value.items()}
         return {"$dict": [[self.tree(key), self.tree(item)] for key, item in value.items()]}
@@ -143,6 +149,9 @@ class Reader:
             return LIBRARY[tag][3](content)
         if tag in ("$tuple", "$frozenset"):
             return CONTAINERS[tag](self.value(item) for item in content)
+        if tag == "$named":
+            name, fields, items = content
+            return collections.namedtuple(name, fields, rename=True)(*map(self.value, items))
         if tag == "$int":
             return int(content, 16)
         if tag in EMPTY:
@@ -169,6 +178,7 @@ class Reader:
         if isinstance(container, bytearray):
             container[:] = bytes.fromhex(content)
         elif isinstance(container, dict):
+            content = content[0] if isinstance(container, collections.defaultdict) else content
             pairs = content.items() if isinstance(content, dict) else content
             new = [(self.value(key), self.value(item)) for key, item in pairs]
             container.clear()
@@ -183,8 +193,10 @@ class Reader:
 
 EMPTY = {
     "$set": lambda _: set(), "$dict": lambda _: {}, "$bytearray": lambda _: bytearray(),
-    "$deque": lambda content: collections.deque(maxlen=content[1]),
-} | {tag: lambda _, kind=kind: kind() for tag, kind in DICTS.items()}  # fmt: skip
+    "$deque": lambda content: collections.deque(maxlen=content[1]), "$Counter": lambda _: collections.Counter(),
+    "$OrderedDict": lambda _: collections.OrderedDict(),
+    "$defaultdict": lambda content: collections.defaultdict(FACTORIES.get(content[1])),
+}  # fmt: skip
 
 
 def encode(value):
@@ -224,8 +236,9 @@ def canonical(tree, depth: int = 0) -> bytes:  # noqa: PLR0911
     content = tree[tag]
     if tag == "$int":
         return _digest("int", hex(int(content, 16)))
-    if tag == "$items":
-        return canonical(content, depth)
+    if tag in ("$items", "$named", "$defaultdict"):
+        plain = content if tag == "$items" else {"$tuple": content[2]} if tag == "$named" else {"$dict": content[0]}
+        return canonical(plain, depth + 1)
     if tag in ("$set", "$frozenset"):
         return _digest(tag, *sorted({canonical(item, depth + 1) for item in content}))
     if ALIASES.get(tag, tag) == "$dict":

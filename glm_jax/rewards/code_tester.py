@@ -3,19 +3,22 @@
 The test is run whole: its top level, `check(candidate)`, functions `test_*`, methods `test_*` of classes `Test*`, and
 unittest.TestCases. Values that the candidate gives are this side's own copies, so that `==` is Python's and not the solution's. What
 the solution keeps (functions, objects of its own classes) is here a Proxy: its attributes, calls, items, length and text are
-asked for, its comparisons and arithmetic only where the test made it by calling the class that is the entry point.
+asked for, its comparisons and arithmetic only where the task is a class and the test made the object by calling it.
 """
 
 from __future__ import annotations
 
+import _thread
+import ast
 import builtins
+import collections
 import contextlib
 import inspect
 import re
 import sys
 import types
 
-from glm_jax.rewards.code_guest import Reader, Writer, open_channel
+from glm_jax.rewards.code_guest import Opaque, Reader, Writer, open_channel
 
 
 class CannotCross(BaseException):
@@ -39,6 +42,9 @@ class Proxy:
 
     def __delattr__(self, name):
         self._ask("delattr", self, name)
+
+    def __mro_entries__(self, bases):
+        raise TypeError("a test cannot subclass what is in the solution's sandbox")
 
     def __instancecheck__(self, value):
         return isinstance(value, Proxy) and self._ask("isinstance", value, self)
@@ -115,11 +121,17 @@ class AsyncItems:
         raise StopAsyncIteration
 
 
-def make_candidate(send, messages, names):
-    """The Proxy of the solution's entry point. names: of the test, for the exceptions that it may define."""
-    proxies = {}
+def make_candidate(send, messages, names, is_class):
+    """The Proxy of the solution's entry point.
+
+    names: of the test, for the exceptions that it may define. is_class: whether the task asks for a class, see asks_for_class: only then
+    may the solution's own operators see what the test compares with. Where a function is asked for they would let it equal anything.
+    """
+    proxies, turn = {}, _thread.allocate_lock()  # a test may have threads
 
     def refer(value):
+        if isinstance(value, Opaque | AsyncItems | types.CoroutineType):
+            raise TypeError("the solution gave this value: that it cannot go back is the solution's fault")
         if not isinstance(value, Proxy):
             send({"cannot_cross": type(value).__name__})
             raise CannotCross
@@ -132,16 +144,20 @@ def make_candidate(send, messages, names):
         return proxies[number]
 
     def ask(do, /, *args, **kwargs):
+        if do == "getattr" and args[1] in PREDICATES and not is_class:
+            raise AttributeError(args[1])
         writer = Writer([], refer)
-        send({"do": do, "args": writer.tree(list(args)), "kwargs": writer.tree(kwargs)})
+        message = {"do": do, "args": writer.tree(list(args)), "kwargs": writer.tree(kwargs)}
         given = list(writer.objects)
-        answer = next(messages)
+        with turn:
+            send(message)
+            answer = next(messages)
         if "raised" in answer:
             error = exception_of(answer, names)
             if "awaitable" not in answer:
                 raise error
             return awaiting(None, error)
-        made = (do == "call" and args[0]._number == 0) or (do in ARITHMETIC and any(isinstance(arg, Made) for arg in args))
+        made = is_class and ((do == "call" and args[0]._number == 0) or (do in ARITHMETIC and any(isinstance(arg, Made) for arg in args)))
         reference = lambda tree: proxy(tree, Made if made and tree.get("made") is True else Proxy)  # noqa: E731
         reader = Reader(given, reference, Items)
         value = reader.value(answer["returned"])
@@ -157,6 +173,41 @@ def make_candidate(send, messages, names):
 ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "neg", "pos", "abs")
 
 
+BUILTIN = (str, bytes, list, dict, set, tuple, complex, int, collections.deque, collections.Counter)
+NAMES_OF_BUILTIN = {name for kind in BUILTIN for name in dir(kind)}
+PREDICATES = {name for name in NAMES_OF_BUILTIN if name.startswith(("is", "starts", "ends"))}  # they are told what to compare with
+
+
+def asks_for_class(prompt, test, entry_point):
+    """Whether a task asks for a class: its name has a capital, the prompt defines one, or the test uses the entry point as one.
+
+    As a class is used what has attributes that no builtin type has, takes items, is entered by `with`, or is asked for by isinstance.
+    """
+    is_defined = any(isinstance(node, ast.ClassDef) and node.name == entry_point for node in ast.parse(prompt).body)
+    if entry_point[:1].isupper() or is_defined:
+        return True
+    nodes = list(ast.walk(ast.parse(test)))
+    names = {entry_point, "candidate"}
+    names |= {a.asname for n in nodes if isinstance(n, ast.ImportFrom) for a in n.names if a.name == entry_point and a.asname}
+    names |= {a.arg for n in nodes if isinstance(n, ast.FunctionDef) and n.name == "check" for a in n.args.args}
+    is_candidate = lambda node: isinstance(node, ast.Name) and node.id in names  # noqa: E731
+    is_call = lambda node: isinstance(node, ast.Call) and is_candidate(node.func)  # noqa: E731
+    bound = {ast.unparse(t) for n in nodes if isinstance(n, ast.Assign) and is_call(n.value) for t in n.targets}
+    is_object = lambda node: is_call(node) or ast.unparse(node) in bound  # noqa: E731
+
+    def uses(node):
+        if isinstance(node, ast.Attribute):
+            of_class = is_candidate(node.value) and not node.attr.startswith("__")
+            return of_class or (node.attr not in NAMES_OF_BUILTIN and is_object(node.value))
+        if isinstance(node, ast.Subscript):
+            return not isinstance(node.ctx, ast.Load) and is_object(node.value)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+            return any(map(is_candidate, node.args[1:]))
+        return isinstance(node, ast.withitem) and is_object(node.context_expr)
+
+    return any(map(uses, nodes))
+
+
 async def awaiting(value, error):
     if error is not None:
         raise error
@@ -166,7 +217,8 @@ async def awaiting(value, error):
 def exception_of(answer, names):
     """An exception of the nearest class that this side knows, a builtin or the test's own, with the solution's text."""
     known = [names.get(name, getattr(builtins, name, None)) for name in answer["raised"]]
-    kind = next((k for k in known if isinstance(k, type) and issubclass(k, Exception)), RuntimeError)
+    may_be = lambda k: isinstance(k, type) and issubclass(k, Exception) and k.__module__ != "unittest.case"  # SkipTest  # noqa: E731
+    kind = next(filter(may_be, known), RuntimeError)
     text = answer.get("text", "")
     shown = type(answer["raised"][0], (kind,), {"__str__": lambda self: text, "__init__": lambda self: None})
     error = shown.__new__(shown)
@@ -187,9 +239,10 @@ def run_test():
     task = next(messages)
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     names = main.__dict__
-    candidate = make_candidate(send, messages, names)
     sys.modules.setdefault("pytest", pytest_module())
     try:
+        is_class = asks_for_class(task["prompt"], task["test"], task["entry_point"])
+        candidate = make_candidate(send, messages, names, is_class)
         exec(compile(task["prompt"], "<prompt>", "exec"), names)
         sys.modules["solution"] = main  # `from solution import add`
         names |= {task["entry_point"]: candidate, "candidate": candidate}
@@ -198,22 +251,28 @@ def run_test():
             import unittest
 
             unittest.main = lambda *args, **kwargs: None  # what it would run is run below
-        exec(compile(task["test"], "<test>", "exec"), names)
+        try:
+            exec(compile(task["test"], "<test>", "exec"), names)
+        except SystemExit as end:  # the test's own: no solution can raise it here
+            if end.code not in (None, 0, False):
+                raise
         names[task["entry_point"]] = candidate
-        run_all_of(names, given, candidate, task["entry_point"])
+        run_all_of(names, given, candidate, task)
     except BaseException as error:
         send({"failed": type(error).__name__})
     else:
         send({"passed": task["seal"]})
 
 
-def run_all_of(names, given, candidate, entry_point):
+def run_all_of(names, given, candidate, task):
     unittest = sys.modules.get("unittest")
     if callable(names.get("check")) and names["check"] is not candidate:
         names["check"](candidate)
     new = [value for name, value in names.items() if value is not given.get(name) and getattr(value, "__module__", "") == "__main__"]
     classes = [c for c in new if isinstance(c, type)]
-    functions = [f for f in new if inspect.isfunction(f) and f.__name__.startswith("test")]
+    called = {n.func.id for n in ast.walk(ast.parse(task["test"])) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    entry_point, functions = task["entry_point"], [f for f in new if inspect.isfunction(f) and f.__name__.startswith("test")]
+    functions = [f for f in functions if f.__name__ not in called or not wants(f, entry_point)]  # else a helper of the test
     calls = [(function, arguments(function, candidate, entry_point)) for function in functions]
     for kind in classes:
         if unittest is not None and issubclass(kind, unittest.TestCase):
@@ -235,7 +294,7 @@ def run_all_of(names, given, candidate, entry_point):
 def methods(kind, candidate, entry_point):
     """pytest's: every method on an object of its own, after its setup_method."""
     found = []
-    for name in [n for n in vars(kind) if n.startswith("test")]:
+    for name in [n for n in dir(kind) if n.startswith("test")]:
 
         def call(*, kind=kind, name=name, **chosen):
             own = kind()
@@ -247,6 +306,13 @@ def methods(kind, candidate, entry_point):
         own = getattr(kind(), name)
         found.append((call, arguments(own, candidate, entry_point)))
     return found
+
+
+def wants(function, entry_point):
+    """Whether a function has parameters that are neither the candidate nor filled in by marks."""
+    parameters = inspect.signature(function).parameters.items()
+    needed = [name for name, p in parameters if p.default is p.empty and name not in ("candidate", entry_point)]
+    return bool(needed) and not hasattr(function, "parametrized")
 
 
 def arguments(function, candidate, entry_point):

@@ -6,6 +6,7 @@ import ast
 import builtins
 import dataclasses
 import re
+from collections.abc import Iterator
 
 # A fence may stand in a quotation or a list item. An info string behind backticks has none itself.
 OPENING = re.compile(r"(?P<before>[ \t]*(?:(?:>|[-*+]|\d{1,9}[.)])[ \t]+|>)*)(?P<fence>`{3,}(?=[^`]*$)|~{3,})(?P<info>.*)$")
@@ -51,7 +52,7 @@ def fenced_blocks(text: str) -> list[Block]:
 
 def _language(info: str) -> str:
     """The first word of an info string, with or without the braces and the point of `{.python}`; '' where it is an attribute."""
-    word = (info.split() or [""])[0].strip("{}").removeprefix(".")
+    word = re.split(r"[\s,:;\]}]", info.strip().lstrip("{[ "))[0].removeprefix(".")
     return "" if "=" in word else word
 
 
@@ -76,10 +77,14 @@ def solution(text: str, entry_point: str | None = None) -> str:
     Blocks of other languages do not count, and those said to be Python come before those that say nothing. What the chosen block uses
     and an earlier one defines (imports, helpers) is put in front of it. A text without fences is code itself.
     """
-    blocks = [b for b in fenced_blocks(text) if b.is_python or not b.language]
+    found = fenced_blocks(text)
+    blocks = [b for b in found if b.is_python or not b.language]
+    if not blocks and entry_point is not None:  # labelled `code`, say
+        blocks = [b for b in found if _parsed(b.code) and _defines(b.code, entry_point)]
     if not blocks:
         return text
     defining = [i for i, b in enumerate(blocks) if entry_point is not None and _defines(b.code, entry_point)]
+    defining = [i for i in defining if not _imports(blocks[i].code, entry_point)] or defining
     python = [i for i, b in enumerate(blocks) if b.is_python]
     chosen = (defining or python or [len(blocks) - 1])[-1]
     return "".join(_needed(blocks[chosen].code, [b.code for b in blocks[:chosen]], entry_point)) + blocks[chosen].code
@@ -92,10 +97,29 @@ def _parsed(code: str) -> ast.Module | None:
         return None
 
 
+def _statements(node: ast.AST) -> Iterator[ast.stmt]:
+    """Those of a module's top level, within `if`, `try` and `with` too."""
+    for name in ("body", "handlers", "orelse", "finalbody"):
+        for child in getattr(node, name, ()):
+            if isinstance(child, ast.If | ast.Try | ast.With | ast.ExceptHandler):
+                yield from _statements(child)
+            else:
+                yield child
+
+
+def _imports(code: str, name: str) -> bool:
+    """Whether all that binds the name is an import: a test or an example often begins so."""
+    tree = _parsed(code)
+    if tree is None:
+        return False
+    binding = [node for node in _statements(tree) if name in _names_of(ast.Module([node], []))]
+    return all(isinstance(node, ast.Import | ast.ImportFrom) for node in binding)
+
+
 def _names_of(tree: ast.Module) -> set[str]:
     """Names that the top level of a module binds."""
     names = set()
-    for node in tree.body:
+    for node in _statements(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):

@@ -141,5 +141,60 @@ def test_programs_are_compared_as_judges_do(program, cases, tolerance, share):
     assert judgement.share == share and (judgement.verdict is Verdict.PASSED) == (share == 1.0)
 
 
+CLASS_LIAR = "class f:\n  def __init__(s, *a, **k): pass\n  __eq__ = __lt__ = __gt__ = __contains__ = __bool__ = lambda s, *o: True\n  __sub__ = __abs__ = __add__ = lambda s, *o: 0\n  __hash__ = None\n  startswith = isdigit = lambda s, *o: True\n"
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    "test",
+    [
+        "assert f(1, 2) == 303",
+        "assert 303 in f(1)",
+        "assert abs(f(1) - 303) < 1e-6",
+        "assert f('a').startswith('b303')",
+        "def check(candidate):\n  assert candidate(1) == 303",
+        "import unittest\nclass T(unittest.TestCase):\n  def test(self): self.assertEqual(f(1), 303)",
+        "import pytest\ndef test(): assert f(1) == pytest.approx(303)",
+    ],
+)
+def test_a_class_in_place_of_a_function_equals_nothing(test):
+    """Its operators would be the solution's own."""
+    answer = {"entry_point": "f", "prompt": "", "test": test}
+    assert judge(answer, CLASS_LIAR, STANDARD).verdict is Verdict.WRONG
+    assert judge(answer, CLASS_LIAR.replace("class f", "class Liar") + "def f(*a): return Liar()", STANDARD).verdict is Verdict.WRONG
+
+
+@needs_sandbox
+def test_a_solution_cannot_skip_a_test_or_end_it():
+    test = "import unittest\nclass T(unittest.TestCase):\n  def test(self): self.assertEqual(f(1), 303)"
+    skip = "import unittest\ndef f(x): raise unittest.SkipTest('no')"
+    answer = {"entry_point": "f", "prompt": "", "test": test}
+    assert judge(answer, skip, STANDARD).verdict is Verdict.WRONG
+    assert judge(answer, "def f(x): raise SystemExit(0)", STANDARD).verdict is Verdict.WRONG
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    ("test", "right", "wrong"),
+    [
+        (
+            "p = f(1, 2)\nassert p.x == 1 and p == (1, 2)",
+            "from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(a, b): return P(a, b)",
+            "def f(a, b): return (a, b)",
+        ),
+        (
+            "d = f()\nd['a'] += 1\nassert d['a'] == 1",
+            "from collections import defaultdict\ndef f(): return defaultdict(int)",
+            "def f(): return {}",
+        ),
+        ("assert f(1) == 2\nraise SystemExit(0)", "def f(x): return 2", "def f(x): return 1"),
+    ],
+)
+def test_more_of_what_tests_do(test, right, wrong):
+    answer = {"entry_point": "f", "prompt": "", "test": test}
+    assert judge(answer, right, STANDARD).verdict is Verdict.PASSED
+    assert judge(answer, wrong, STANDARD).verdict is Verdict.WRONG
+
+
 def test_there_are_enough_of_both():
     assert len(inputs(True)) >= 55 and len(inputs(False)) >= 65
