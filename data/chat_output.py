@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 
+from data import json_schema
 from data.chat_template import STOP_TOKENS, TemplateError, check_tools, from_json, split, to_json
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-MAX_SCHEMA_DEPTH = 64  # a deeper schema of an argument says nothing about its type
 # Where a special token leads from one part of the turn into the next.
 _NEXT = {
     ("opening", "<think>"): "reasoning",
@@ -90,17 +88,18 @@ class OutputReader:
     """Reads a turn piece by piece, as it is written.
 
     White space around reasoning and content is dropped. strict: malformed output raises MalformedOutput; else the malformed
-    part is content, as it was written, and a reasoning that never ends is a reasoning.
+    part is content, as it was written, and a reasoning that never ends is a reasoning. begun: the field that the prompt has begun
+    (`chat_template.encode_to_continue`); white space at the start of its rest counts.
     """
 
-    def __init__(self, tools: Sequence[Mapping] | None, *, strict: bool):
+    def __init__(self, tools: Sequence[Mapping] | None, *, strict: bool, begun: str = ""):
         self._tools = None if tools is None else check_tools(tools)
         self._strict = strict
-        self._state = "opening"
+        self._state = {"": "opening", "reasoning_content": "reasoning", "content": "content"}[begun]
         self._call: list[tuple[str, bool]] = []  # the pieces of the open tool call, its tag included
         self._num_calls = 0
         self._space = ""  # counts once something follows
-        self._begun = False  # the field that is being written has text
+        self._begun = bool(begun)  # the field that is being written has text
 
     def feed(self, text: str, is_control: bool) -> list[Delta]:
         """What a piece of output adds. is_control: it is one special token, spelled out; else plain text."""
@@ -186,7 +185,7 @@ def _tool_call(pieces: list[tuple[str, bool]], tools: dict[str, Mapping] | None,
         if (between + behind).strip():
             raise MalformedOutput(f"{where}.arguments.{key}", f"{(between + behind).strip()!r} between the tags")
         try:
-            arguments[key] = _value(text, _types(_property(schema, key), schema, {}), f"{where}.arguments.{key}")
+            arguments[key] = _value(text, json_schema.types(json_schema.argument(schema, key), schema), f"{where}.arguments.{key}")
         except MalformedOutput:
             if strict:
                 raise
@@ -219,84 +218,5 @@ def _value(text: str, types: set[str] | None, where: str):
             return text
         raise MalformedOutput(where, f"{text!r} is no JSON of type {' or '.join(sorted(types))}: {error}") from None
     # Strings are written raw: one in quotes is a string that has quotes.
-    wanted = types is None or not string_will_do or _type_of(value) & types
+    wanted = types is None or not string_will_do or json_schema.type_of(value) & types
     return value if wanted and not (string_will_do and isinstance(value, str)) else text
-
-
-def _property(root: Mapping, key: str) -> dict:
-    """The schema of an argument: all that the parameters' schema, what it refers to and its `allOf` say about it."""
-    found, todo, seen = [], [root], []
-    while todo:
-        schema = todo.pop()
-        if not isinstance(schema, Mapping) or any(schema is one for one in seen):
-            continue
-        seen.append(schema)
-        properties = schema.get("properties")
-        if isinstance(properties, Mapping) and key in properties:
-            found.append(properties[key])
-        todo += schema["allOf"] if isinstance(schema.get("allOf"), list) else []
-        todo.append(_referred(root, schema.get("$ref")))
-    return {"allOf": found}
-
-
-def _referred(root: Mapping, reference):
-    """What a local reference (`#/$defs/Size`) points at in the parameters' schema; None where it points at nothing there."""
-    if not isinstance(reference, str) or not reference.startswith("#"):
-        return None
-    found = root
-    for escaped in urllib.parse.unquote(reference[1:]).split("/")[1:]:
-        part = escaped.replace("~1", "/").replace("~0", "~")
-        if isinstance(found, Mapping) and part in found:
-            found = found[part]
-        elif isinstance(found, list) and part.isascii() and part.isdigit() and int(part[:9]) < len(found):
-            found = found[int(part[:9])]
-        else:
-            return None
-    return found
-
-
-def _types(schema, root: Mapping, known: dict[str, set[str] | None], depth: int = 0) -> set[str] | None:
-    """Names of the JSON types that a schema lets through; None: any, as far as can be told.
-
-    known: the types of the references met so far, so that each is followed once; one that leads back to itself says nothing.
-    """
-    if not isinstance(schema, Mapping) or depth > MAX_SCHEMA_DEPTH:
-        return None
-    demands = []
-    if isinstance(schema.get("type"), (str, list)):
-        names = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
-        demands.append({name for name in names if isinstance(name, str)} or None)
-    if isinstance(schema.get("enum"), list):
-        demands.append(set().union(*map(_type_of, schema["enum"])) or None)
-    if "const" in schema:
-        demands.append(_type_of(schema["const"]))
-    if isinstance(schema.get("$ref"), str):
-        reference = schema["$ref"]
-        if reference not in known:
-            known[reference] = None
-            known[reference] = _types(_referred(root, reference), root, known, depth + 1)
-        demands.append(known[reference])
-    if isinstance(schema.get("allOf"), list):
-        demands += [_types(one, root, known, depth + 1) for one in schema["allOf"]]
-    for key in ("anyOf", "oneOf"):
-        if isinstance(schema.get(key), list):
-            several = [_types(one, root, known, depth + 1) for one in schema[key]]
-            demands.append(None if None in several else set().union(*several) or None)
-    demands = [demand for demand in demands if demand is not None]
-    return functools.reduce(_both, demands) or None if demands else None
-
-
-def _both(one: set[str], other: set[str]) -> set[str]:
-    """The types in both sets; an integer is a number."""
-    integers = {"integer"} if {"integer", "number"} & one and {"integer", "number"} & other and "integer" in one | other else set()
-    return (one & other) | integers
-
-
-def _type_of(value) -> set[str]:
-    """Names of the JSON types that a value is of."""
-    if isinstance(value, bool):
-        return {"boolean"}
-    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
-        return {"integer", "number"}
-    names = {str: "string", float: "number", type(None): "null", dict: "object", list: "array"}
-    return {names[type(value)]}

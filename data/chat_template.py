@@ -81,6 +81,36 @@ def encode(
     return list(itertools.chain.from_iterable(_ids(tokenizer, parts)))
 
 
+def encode_to_continue(
+    tokenizer: Tokenizer, messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None, *, thinking: bool = True
+) -> tuple[list[int], str]:
+    """Token ids up to the last character of the last message, which the assistant has begun, and the field of it that is to be
+    continued: `content`, or `reasoning_content` where there is no content yet; "" where there is neither.
+
+    Raises TemplateError as `render` does, and where the last message is not the assistant's or is finished, as it calls tools.
+    """
+    parts = segments(messages, tools, thinking=thinking, generation_prompt=False)
+    last, where = messages[-1], f"messages[{len(messages) - 1}]"
+    if last["role"] != "assistant":
+        raise TemplateError(f"{where}.role", f"only the assistant's message can be continued, not that of the {last['role']}")
+    if last.get("tool_calls"):
+        raise TemplateError(f"{where}.tool_calls", "a message that calls tools cannot be continued")
+    content, reasoning = visible_text(last, where), last.get("reasoning_content")
+    opened = reasoning is None and "</think>" not in content and content.lstrip().startswith("<think>")
+    if opened:  # a client that sends back the raw output of a model that was still reasoning
+        content, reasoning = "", content.lstrip().removeprefix("<think>")
+    text = content.rpartition("</think>")[2] if reasoning is None else content
+    field = "content" if text.strip() else "reasoning_content" if (reasoning or "").strip() else ""
+    if field == "content":
+        parts.append(_plain(text[len(text.rstrip()) :], "assistant"))
+    else:
+        turn = max(i for i, part in enumerate(parts) if part.is_control and part.text == "<|assistant|>")
+        parts = parts[:turn] + _generation_prompt(thinking or bool(field))
+        if field:
+            parts += [*_own("\n<think>", "assistant"), _plain(reasoning.lstrip(), "assistant")]
+    return list(itertools.chain.from_iterable(_ids(tokenizer, _joined(parts)))), field
+
+
 def encode_for_training(
     tokenizer: Tokenizer, messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None, *, thinking: bool
 ) -> tuple[list[int], list[bool]]:
@@ -161,8 +191,12 @@ def segments(
         else:
             parts += [*_own("<|system|>\n", "system"), _plain(visible_text(message, where), "system")]
     if generation_prompt:
-        parts += _own("<|assistant|>" if thinking else "<|assistant|>\n<think></think>", "assistant")
+        parts += _generation_prompt(thinking)
     return _joined(parts)
+
+
+def _generation_prompt(thinking: bool) -> list[Segment]:
+    return _own("<|assistant|>" if thinking else "<|assistant|>\n<think></think>", "assistant")
 
 
 def _last_user(messages: Sequence[Mapping]) -> int:

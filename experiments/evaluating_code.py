@@ -81,7 +81,7 @@ def sampling(number: int, subject: Subject) -> SamplingParams:
     settings, tokenizer = subject.settings, subject.tokenizer
     stop_tokens = tuple(map(tokenizer.special, chat_template.STOP_TOKENS)) if settings.chat else (tokenizer.eos_id,)
     return SamplingParams(
-        max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, seed=(settings.seed + number) % 2**32,
+        max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, seed=settings.seed, sample_index=number,
         stop_tokens=stop_tokens, stop_strings=() if settings.chat else STOP_STRINGS,
     )  # fmt: skip
 

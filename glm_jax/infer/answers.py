@@ -135,12 +135,13 @@ class ChatAnswer(Answer):
 
     def __init__(
         self, model: str, prompt_tokens: Sequence[int], num_samples: int, *, logprobs: bool, tools: list, control: Mapping[int, str],
-        tokenizer: Tokenizer, parallel: bool = True,
+        tokenizer: Tokenizer, parallel: bool = True, begun: str = "",
     ):  # fmt: skip
-        """tools: those offered. control: spelling of the special tokens by id. parallel: more than one call may be shown."""
+        """tools: those offered. control: spelling of the special tokens by id. parallel: more than one call may be shown.
+        begun: the field that the prompt has begun, and the answer goes on with."""
         super().__init__(model, prompt_tokens, num_samples)
         self._logprobs, self._control, self._tokenizer, self._parallel = logprobs, control, tokenizer, parallel
-        self._readers = [OutputReader(tools, strict=False) for _ in range(num_samples)]
+        self._readers = [OutputReader(tools, strict=False, begun=begun) for _ in range(num_samples)]
         self._messages = [{"reasoning_content": "", "content": "", "tool_calls": []} for _ in range(num_samples)]
         self._entries: list[list[dict]] = [[] for _ in range(num_samples)]
 

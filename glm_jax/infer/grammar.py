@@ -10,10 +10,12 @@ import functools
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import llguidance
 import numpy as np
 
+from data import json_schema as schemas
 from data.chat_template import STOP_TOKENS, TemplateError, check_tools
 from data.tokenizer import Tokenizer
 
@@ -22,6 +24,7 @@ TEXT = "/(.|\\n)*/"
 _JSON_SPACE = {"whitespace_pattern": r"[ \n]{0,16}"}
 _TEMPLATE_SPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as chat_template writes arguments
 _RESOLVED_DEPTH = 16  # of references to references
+Reasoning = Literal["", "whole", "rest"]  # in front of what is constrained: none; `<think>`, text and `</think>`; text and `</think>`
 _TYPES = frozenset(("string", "number", "integer", "boolean", "null", "object", "array"))
 
 
@@ -72,23 +75,20 @@ def regex(tokenizer: Tokenizer, pattern: str) -> Grammar:
     return Grammar(tokenizer, llguidance.LLMatcher.grammar_from_regex(pattern))
 
 
-def json_schema(tokenizer: Tokenizer, schema: Mapping, *, reasoning: bool = False) -> Grammar:
-    """JSON of a schema. reasoning: after `<think>`, any text and `</think>`.
-
-    Raises ValueError for a schema that is invalid or uses what the library does not know.
-    """
+def json_schema(tokenizer: Tokenizer, schema: Mapping, *, reasoning: Reasoning = "") -> Grammar:
+    """JSON of a schema. Raises ValueError for a schema that is invalid or uses what the library does not know."""
     if not isinstance(schema, Mapping):
         raise ValueError(f"a JSON schema must be an object, not {type(schema).__name__}")
     return Grammar(tokenizer, f"start: {_opening(tokenizer, reasoning)} {_json(schema, _JSON_SPACE)}\n")
 
 
-def json_object(tokenizer: Tokenizer, *, reasoning: bool = False) -> Grammar:
+def json_object(tokenizer: Tokenizer, *, reasoning: Reasoning = "") -> Grammar:
     """Any JSON object."""
     return json_schema(tokenizer, {"type": "object"}, reasoning=reasoning)
 
 
 def tool_call(
-    tokenizer: Tokenizer, tools: Sequence[Mapping], name: str | None = None, *, reasoning: bool = False, parallel: bool = True
+    tokenizer: Tokenizer, tools: Sequence[Mapping], name: str | None = None, *, reasoning: Reasoning = "", parallel: bool = True
 ) -> Grammar:
     """One or more calls of the tools, or of the one named, as chat_template writes them and chat_output reads them.
 
@@ -96,13 +96,13 @@ def tool_call(
     do, else JSON of the parameter's schema. parallel: more than one call. Raises ValueError.
     """
     try:
-        schemas = check_tools(tools)
+        parameters = check_tools(tools)
     except TemplateError as error:
         raise ValueError(str(error)) from None
-    if not schemas or (name is not None and name not in schemas):
-        raise ValueError(f"tool {name!r} is none of the tools: {', '.join(schemas) or 'there are none'}")
+    if not parameters or (name is not None and name not in parameters):
+        raise ValueError(f"tool {name!r} is none of the tools: {', '.join(parameters) or 'there are none'}")
     terminals: list[str] = []
-    calls = [_call(tokenizer, *item, terminals) for item in schemas.items() if name in (None, item[0])]
+    calls = [_call(tokenizer, *item, terminals) for item in parameters.items() if name in (None, item[0])]
     call = f'"\\n"? {_token(tokenizer, "<tool_call>")} ({" | ".join(calls)}) {_token(tokenizer, "</tool_call>")}'
     rules = [f"start: {_opening(tokenizer, reasoning)} call{'+' if parallel else ''}", f"call: {call}", *terminals]
     return Grammar(tokenizer, "\n".join(rules) + "\n")
@@ -154,7 +154,7 @@ class _Form:
             values = tuple(v for v in values if v in other.values)
         types = self.types & other.types
         if values is not None:
-            values = tuple(v for v in values if _type_of(v) in types)
+            values = tuple(v for v in values if schemas.type_of(v) & types)
         return _Form(types, self.regexes + other.regexes, values)
 
 
@@ -194,23 +194,11 @@ def _own_form(schema: Mapping) -> _Form:
     return form if values is None else form & _Form(_TYPES, (), tuple(values))
 
 
-def _referred(reference: str, root: Mapping):
-    """What a local JSON pointer, such as `#/$defs/Colour`, stands for."""
-    found = root
-    for name in reference.removeprefix("#").split("/")[1:]:
-        name = name.replace("~1", "/").replace("~0", "~")  # noqa: PLW2901
-        if not isinstance(found, Mapping) or name not in found:
-            raise ValueError(f"$ref {reference!r} of a tool's schema leads nowhere; only references within it are followed")
-        found = found[name]
+def _referred(reference, root: Mapping):
+    found = schemas.referred(root, reference)
+    if found is None:
+        raise ValueError(f"$ref {reference!r} of a tool's schema leads nowhere; only references within it are followed")
     return found
-
-
-def _type_of(value) -> str:
-    if isinstance(value, bool):
-        return "boolean"
-    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
-        return "integer"
-    return {str: "string", float: "number", type(None): "null", dict: "object", list: "array"}[type(value)]
 
 
 def _text(form: _Form, terminals: list[str]) -> str:
@@ -232,9 +220,9 @@ def _token(tokenizer: Tokenizer, name: str) -> str:
     return f"<[{tokenizer.special(name)}]>"
 
 
-def _opening(tokenizer: Tokenizer, reasoning: bool) -> str:
-    think = f'{_token(tokenizer, "<think>")} {TEXT} {_token(tokenizer, "</think>")} "\\n"?' if reasoning else ""
-    return f'"\\n"? {think}'
+def _opening(tokenizer: Tokenizer, reasoning: Reasoning) -> str:
+    rest = f'{TEXT} {_token(tokenizer, "</think>")} "\\n"?'
+    return {"": '"\\n"?', "whole": f'"\\n"? {_token(tokenizer, "<think>")} {rest}', "rest": rest}[reasoning]
 
 
 @functools.lru_cache(maxsize=4)

@@ -102,7 +102,8 @@ class EngineLM(LM):
             temperature=settings.get("temperature", 1.0) if settings["do_sample"] else 0.0,
             top_k=settings.get("top_k", 0),
             top_p=settings.get("top_p", 1.0),
-            seed=(self.seed + number) % 2**32,
+            seed=self.seed,
+            sample_index=number,
             stop_tokens=(self.tokenizer.eos_id,),
             stop_strings=tuple(stops),
         )

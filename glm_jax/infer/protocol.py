@@ -319,9 +319,12 @@ class ChatRequest(_Request):
     def num_top_logprobs(self) -> int:
         return self.top_logprobs
 
-    def constraint(self, tokenizer: Tokenizer) -> Constraint | None:
-        """What the output must look like. Raises ApiError for a schema that cannot be followed."""
-        reasoning = self.thinks and not self.continue_final_message
+    def constraint(self, tokenizer: Tokenizer, begun: str) -> Constraint | None:
+        """What the output must look like. begun: the field of the answer that the prompt has begun, or "".
+
+        Raises ApiError for a schema that cannot be followed.
+        """
+        reasoning = {"": "whole" if self.thinks else "", "content": "", "reasoning_content": "rest"}[begun]
         try:
             if self.must_call:
                 name = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None

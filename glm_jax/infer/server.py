@@ -139,17 +139,15 @@ class _Api:
         try:
             # The tools are checked even where tool_choice keeps them from the model.
             chat_template.check_tools(body.tools)
-            prompt = await asyncio.to_thread(
-                chat_template.encode, self._tokenizer, body.messages, body.offered_tools, thinking=body.thinks,
-                generation_prompt=not body.continue_final_message,
-            )  # fmt: skip
+            encode = chat_template.encode_to_continue if body.continue_final_message else _encode_whole
+            prompt, begun = await asyncio.to_thread(encode, self._tokenizer, body.messages, body.offered_tools, thinking=body.thinks)
         except chat_template.TemplateError as error:
             raise ApiError(400, str(error), param=error.field) from None
         answer = functools.partial(
             ChatAnswer, logprobs=body.logprobs, tools=body.offered_tools, control=self._control, tokenizer=self._tokenizer,
-            parallel=body.parallel_tool_calls,
+            parallel=body.parallel_tool_calls, begun=begun,
         )  # fmt: skip
-        constraint = await asyncio.to_thread(body.constraint, self._tokenizer)
+        constraint = await asyncio.to_thread(body.constraint, self._tokenizer, begun)
         return await self._answer(request, body, "messages", [prompt], answer, constraint)
 
     def _check_key(self, request: Request):
@@ -201,6 +199,11 @@ class _Api:
     def _observe(self, stream: Stream):
         if stream.first_token_seconds is not None:
             self._metrics.first_token_seconds.observe(stream.first_token_seconds)
+
+
+def _encode_whole(*arguments, **options) -> tuple[list[int], str]:
+    """The conversation's token ids; nothing of the answer is begun."""
+    return chat_template.encode(*arguments, **options), ""
 
 
 async def _read_body(request: Request, limit: int) -> bytes:

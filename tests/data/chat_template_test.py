@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 
 from data.chat_output import OutputReader, parse, parse_tokens
-from data.chat_template import Segment, TemplateError, encode, render, segments
+from data.chat_template import Segment, TemplateError, encode, encode_to_continue, render, segments
 from data.tokenizer import SPECIAL_TOKENS
 from tests.data.conversations import RUN, call, messages_of, nasty, small_tokenizer, tame
 
@@ -18,6 +18,8 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}},
     },
 }
+USER = {"role": "user", "content": "u"}
+CALLS = {"role": "assistant", "content": None, "tool_calls": [call("f", "{}", id="x")]}
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +190,38 @@ def test_thinking_off_leaves_plain_content():
     assert parse("\n<think></think>\nA <|begin_of_box|>4<|end_of_box|><|endoftext|>")["content"] == "A <|begin_of_box|>4<|end_of_box|>"
 
 
+@pytest.mark.parametrize(("begun", "thinking", "ends", "field"), [
+    ({"content": "def f():\n    "}, False, "<think></think>\ndef f():\n    ", "content"),
+    ({"content": "4", "reasoning_content": "2 + 2 "}, True, "<think>2 + 2</think>\n4", "content"),
+    ({"content": "<think>2 + 2</think>4 "}, True, "<think>2 + 2</think>\n4 ", "content"),
+    ({"content": "", "reasoning_content": "2 + "}, True, "<|assistant|>\n<think>2 + ", "reasoning_content"),
+    ({"content": None, "reasoning_content": "2"}, False, "<|assistant|>\n<think>2", "reasoning_content"),
+    ({"content": "<think>2 + "}, True, "<|assistant|>\n<think>2 + ", "reasoning_content"),
+    ({"content": ""}, True, "<|assistant|>", ""),
+    ({"content": " "}, False, "<|assistant|>\n<think></think>", ""),
+])  # fmt: skip
+def test_a_begun_answer_is_continued_where_it_ends(begun, thinking, ends, field, tokenizer):
+    ids, found = encode_to_continue(tokenizer, [USER, {"role": "assistant", **begun}], thinking=thinking)
+    assert found == field
+    assert tokenizer.decode(ids).endswith(ends)
+
+
+def test_what_continues_an_answer_keeps_its_first_white_space():
+    for begun, pieces, deltas in (
+        ("content", [" 4", "\n"], [("content", " 4")]),
+        ("reasoning_content", [" so", "</think>", "\n4"], [("reasoning_content", " so"), ("content", "4")]),
+    ):
+        reader = OutputReader(None, strict=False, begun=begun)
+        assert [(d.field, d.value) for p in pieces for d in reader.feed(p, p in SPECIAL_TOKENS)] == deltas
+
+
+def test_only_an_unfinished_answer_is_continued(tokenizer):
+    for messages, field in (([USER], "messages[0].role"), ([USER, CALLS], "messages[1].tool_calls")):
+        with pytest.raises(TemplateError) as caught:
+            encode_to_continue(tokenizer, messages)
+        assert caught.value.field == field
+
+
 # --- errors ---
 
 
@@ -206,10 +240,6 @@ def test_a_lenient_reader_keeps_what_is_malformed_as_content():
         ("content", "<tool_call>run"),
     ]
     assert read("a", "</think>", "b") == [("content", "a"), ("content", "</think>"), ("content", "b")]
-
-
-USER = {"role": "user", "content": "u"}
-CALLS = {"role": "assistant", "content": None, "tool_calls": [call("f", "{}", id="x")]}
 
 
 @pytest.mark.parametrize(

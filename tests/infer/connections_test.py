@@ -385,6 +385,9 @@ def test_a_begun_answer_is_continued(tiny):
     continued = chat(tiny, messages=messages, max_tokens=1, extra_body=body).usage.prompt_tokens
     begun = chat(tiny, messages=[USER], max_tokens=1, extra_body={"thinking": {"type": "disabled"}}).usage.prompt_tokens
     assert continued == begun + len(tiny_tokenizer().encode("\ndef add("))
+    thinking = [USER, {"role": "assistant", "content": "", "reasoning_content": "def add("}]
+    found = chat(tiny, messages=thinking, max_tokens=8, extra_body={"continue_final_message": True}).choices[0].message
+    assert found.reasoning_content and not found.content
 
 
 def test_penalties_and_bias_change_what_is_sampled(tiny):

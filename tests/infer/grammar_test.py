@@ -85,11 +85,14 @@ def test_a_json_object_is_any_and_only_an_object():
 
 
 def test_reasoning_is_free_and_must_be_closed():
-    constraint = grammar.json_schema(tiny_tokenizer(), STRICT, reasoning=True)
+    constraint = grammar.json_schema(tiny_tokenizer(), STRICT, reasoning="whole")
     assert follows(constraint, '\n<think>\nanything: {"a"\n</think>\n{"a": 1}')
     assert follows(constraint, '<think></think>{"a": 1}')
     assert not follows(constraint, '{"a": 1}', ends=False)
     assert not follows(constraint, "<think>x<|user|>", ends=False)
+    rest = grammar.json_schema(tiny_tokenizer(), STRICT, reasoning="rest")  # the prompt has begun it
+    assert follows(rest, ' and so</think>{"a": 1}')
+    assert not follows(rest, '<think></think>{"a": 1}', ends=False)
 
 
 @pytest.mark.parametrize(("text", "right"), [
@@ -121,7 +124,7 @@ def test_a_named_tool_and_a_single_call():
 
 def test_what_the_template_writes_is_allowed_and_what_is_sampled_is_read_back():
     tokenizer = tiny_tokenizer()
-    constraint = grammar.tool_call(tokenizer, TOOLS, "weather", reasoning=True)
+    constraint = grammar.tool_call(tokenizer, TOOLS, "weather", reasoning="whole")
     arguments = {"city": "größer", "days": 2, "unit": "F", "where": [1, -2], "level": None}
     message = {"role": "assistant", "reasoning_content": "so", "tool_calls": [{"function": {"name": "weather", "arguments": arguments}}]}
     messages = [{"role": "user", "content": "?"}]
