@@ -45,7 +45,7 @@ class Attention(nnx.Module):
             run = by_device(run, (queries, keys, keys, ("batch", None)), queries)
             context_BLNH = run(q_BLNH, k_BLGH, v_BLGH, segment_ids_BL)
         else:
-            cache = cache.write(layer, k_BLGH, v_BLGH)
+            cache = cache.write(layer, k_BLGH, v_BLGH, implementation=implementation)
             context_BLNH = cache.attend(layer, q_BLNH, scale=scale, implementation=implementation)
         context_BLNH = checkpoint_name(context_BLNH, "context")
         return self.o_proj(context_BLNH.reshape(*x_BLD.shape[:2], -1)), cache

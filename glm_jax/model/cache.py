@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from glm_jax.config import ModelConfig
 from glm_jax.sharding import by_device, constrain
-from pallas_kernels.paged_attention.api import paged_attention
+from pallas_kernels.paged_attention import reference
+from pallas_kernels.paged_attention.api import paged_attention, store
 
 PAGES = ("layers", "pages", "kv_heads", None, None)
 EXPERT_PAGES = ("layers", "pages", None, None)
@@ -41,17 +42,21 @@ class Cache:
         """What outlives the call."""
         return self.k, self.v, self.experts
 
-    def write(self, layer, k_SLGH: jax.Array, v_SLGH: jax.Array) -> Cache:
+    def write(self, layer, k_SLGH: jax.Array, v_SLGH: jax.Array, *, implementation: str) -> Cache:
         """The cache with one layer's keys and values of the new tokens in their pages."""
         new = ("batch", None, "kv_heads", None)
-        k, v = self._put(self.k, PAGES, layer, k_SLGH, new, -1), self._put(self.v, PAGES, layer, v_SLGH, new, -2)
+        run = functools.partial(store, implementation=implementation)
+        run = by_device(run, (new, new, PAGES, PAGES, None, TABLES, ROWS, ROWS), (PAGES, PAGES))
+        k, v = run(k_SLGH, v_SLGH, self.k, self.v, layer, self.tables_SP, self.starts_S, self.counts_S)
         return dataclasses.replace(self, k=k, v=v)
 
     def write_experts(self, layer, expert_SLK: jax.Array) -> Cache:
         """The cache with one layer's choice of experts, where it keeps them."""
         if self.experts is None:
             return self
-        experts = self._put(self.experts, EXPERT_PAGES, layer, expert_SLK, ("batch", None, None), -2)
+        run = functools.partial(reference.store, position_axis=-2)
+        run = by_device(run, (("batch", None, None), EXPERT_PAGES, None, TABLES, ROWS, ROWS), EXPERT_PAGES)
+        experts = run(expert_SLK, self.experts, layer, self.tables_SP, self.starts_S, self.counts_S)
         return dataclasses.replace(self, experts=experts)
 
     def attend(self, layer, q_SLNH: jax.Array, *, scale: float, implementation: str) -> jax.Array:
@@ -63,26 +68,6 @@ class Cache:
 
         run = by_device(run, (queries, PAGES, PAGES, None, TABLES, ROWS, ROWS), queries)
         return run(q_SLNH, self.k, self.v, layer, self.tables_SP, self.starts_S, self.counts_S)
-
-    def _put(self, pages, page_axes, layer, new_SL, new_axes, position_axis):
-        put = functools.partial(_put, position_axis)
-        put = by_device(put, (page_axes, None, new_axes, TABLES, ROWS, ROWS), page_axes)
-        return put(pages, layer, new_SL, self.tables_SP, self.starts_S, self.counts_S)
-
-
-def _put(position_axis, pages, layer, new_SL, tables_SP, starts_S, counts_S):
-    """One layer's pages with new_SL, [S, L, G, H] or [S, L, K], at its positions, which lie along position_axis of a page."""
-    num_pages, page_size = pages.shape[1], pages.shape[position_axis]
-    step = jnp.arange(new_SL.shape[1])
-    position_SL = starts_S[:, None] + step
-    page_SL = jnp.take_along_axis(tables_SP, position_SL // page_size, axis=1, mode="fill", fill_value=num_pages)
-    page_SL = jnp.where(step < counts_S[:, None], page_SL, num_pages)  # no such page: dropped
-    if pages.dtype == jnp.float8_e4m3fn:  # which has no infinity: what is too large would become NaN
-        largest = float(jnp.finfo(pages.dtype).max)
-        new_SL = jnp.clip(new_SL, -largest, largest)
-    at = [layer, page_SL, *(slice(None),) * (pages.ndim - 2)]
-    at[position_axis] = position_SL % page_size
-    return pages.at[tuple(at)].set(new_SL.astype(pages.dtype), mode="drop")
 
 
 def empty_pages(config: ModelConfig, num_layers: int, num_pages: int, page_size: int, dtype: str, keep_experts: bool):

@@ -1,4 +1,4 @@
-"""Attention of new tokens over a paged key-value cache: checks its inputs and runs the named implementation."""
+"""A paged key-value cache: storing new tokens, and their attention over it. Checks inputs and runs the named implementation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import jax
 
 from pallas_kernels import interpret
 from pallas_kernels.attention.api import chosen
-from pallas_kernels.paged_attention import blocked, kernel, reference, shapes
+from pallas_kernels.paged_attention import blocked, kernel, reference, shapes, store_kernel
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "pallas")
 SIZES = (64, 128)
@@ -37,20 +37,43 @@ def paged_attention(q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts
     Raises:
       ValueError: for an unknown implementation, shapes that do not fit, or what the named implementation does not take.
     """
-    name = chosen(implementation)
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"attention={name!r} is for rows and takes no pages: {', '.join(IMPLEMENTATIONS)} take them")
-    *heads, page_size, size = v_pages.shape
-    if q_SLNH.shape[2] % heads[-1] or k_pages.shape != (*heads, size, page_size) or q_SLNH.shape[-1] != size:
-        raise ValueError(f"shapes of q {q_SLNH.shape}, k {k_pages.shape}, v {v_pages.shape} do not fit")
-    if not tables_SP.shape[:1] == starts_S.shape == counts_S.shape == q_SLNH.shape[:1]:
-        found = f"tables {tables_SP.shape}, starts {starts_S.shape} and counts {counts_S.shape}"
-        raise ValueError(f"{found} are not those of {q_SLNH.shape[0]} rows")
+    name = _implementation(implementation)
+    _check_shapes(q_SLNH, k_pages, v_pages, tables_SP, starts_S, counts_S)
     args = q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts_S, scale
     if name == "pallas":
         _check_pallas(q_SLNH, k_pages, v_pages, tables_SP)
         return kernel.paged_attention(*args, shapes.blocks_for(q_SLNH.shape, k_pages), shapes.num_cores())
     return (reference if name == "reference" else blocked).paged_attention(*args)
+
+
+def store(k_SLGH, v_SLGH, k_pages, v_pages, layer, tables_SP, starts_S, counts_S, *, implementation: str):
+    """The pages with one layer's keys and values of rows' new tokens, the first counts_S at positions from starts_S on.
+
+    Arguments as for paged_attention; `pallas`, the TPU kernel, changes the pages in place where their old value is not used any more,
+    `xla` and `reference` are one scatter. No two rows store in one page. Raises ValueError as paged_attention.
+    """
+    name, at = _implementation(implementation), (layer, tables_SP, starts_S, counts_S)
+    _check_shapes(k_SLGH, k_pages, v_pages, tables_SP, starts_S, counts_S)
+    if name == "pallas":
+        _check_pallas(k_SLGH, k_pages, v_pages, tables_SP)
+        return tuple(store_kernel.store(k_SLGH, v_SLGH, k_pages, v_pages, *at, shapes.num_cores()))
+    return reference.store(k_SLGH, k_pages, *at, -1), reference.store(v_SLGH, v_pages, *at, -2)
+
+
+def _implementation(implementation: str) -> str:
+    name = chosen(implementation)
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"attention={name!r} is for rows and takes no pages: {', '.join(IMPLEMENTATIONS)} take them")
+    return name
+
+
+def _check_shapes(x_SLNH, k_pages, v_pages, tables_SP, starts_S, counts_S):
+    *heads, page_size, size = v_pages.shape
+    if x_SLNH.shape[2] % heads[-1] or k_pages.shape != (*heads, size, page_size) or x_SLNH.shape[-1] != size:
+        raise ValueError(f"shapes of q {x_SLNH.shape}, k {k_pages.shape}, v {v_pages.shape} do not fit")
+    if not tables_SP.shape[:1] == starts_S.shape == counts_S.shape == x_SLNH.shape[:1]:
+        found = f"tables {tables_SP.shape}, starts {starts_S.shape} and counts {counts_S.shape}"
+        raise ValueError(f"{found} are not those of {x_SLNH.shape[0]} rows")
 
 
 def _check_pallas(q, k, v, tables):

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import compiler, interpret
-from pallas_kernels.paged_attention import kernel, shapes
-from pallas_kernels.paged_attention.api import paged_attention
+from pallas_kernels.paged_attention import kernel, reference, shapes, store_kernel
+from pallas_kernels.paged_attention.api import paged_attention, store
 from pallas_kernels.paged_attention.shapes import Blocks
 
 LAYERS, PAGE = 2, 128
@@ -172,3 +172,73 @@ def test_what_the_kernel_does_not_take_is_named():
         run(args[0], args[1].astype(jnp.int8), args[2].astype(jnp.int8), *args[3:])
     with pytest.raises(ValueError, match="tables of 1 x 200000 pages: takes 131072 in all"):
         run(*args[:4], jnp.zeros((1, 200_000), jnp.int32), *args[5:])
+
+
+# --- storing ---
+
+
+def new_tokens(args, length, seed=1):
+    """Keys and values of `length` new tokens a row, NaN where they are not real; the pages with them, by numpy."""
+    _, k_pages, v_pages, layer, tables, starts, counts = args
+    rng = np.random.default_rng(seed)
+    dtype = "float32" if k_pages.dtype == jnp.float32 else "bfloat16"
+    shape = len(tables), length, k_pages.shape[2], k_pages.shape[3]
+    k, v = (jnp.asarray(100 * rng.normal(size=shape), dtype) for _ in range(2))
+    stored = [np.array(pages.astype(jnp.float32)) for pages in (k_pages, v_pages)]
+    real = [np.asarray(reference.saturated(x, k_pages.dtype).astype(jnp.float32)) for x in (k, v)]
+    for row, (start, count) in enumerate(zip(np.asarray(starts), np.asarray(counts), strict=True)):
+        for token in range(count):
+            block, place = divmod(start + token, v_pages.shape[3])
+            if block < tables.shape[1]:
+                stored[0][layer, tables[row, block], :, :, place] = real[0][row, token]
+                stored[1][layer, tables[row, block], :, place] = real[1][row, token]
+    unreal = jnp.arange(length) >= counts[:, None]
+    return [jnp.where(unreal[..., None, None], jnp.nan, x) for x in (k, v)], stored
+
+
+@pytest.mark.parametrize(("dtype", "groups", "size", "page_size", "length", "starts", "counts", "cores"), [
+    ("float32", 2, 128, 128, 1, (0, 127, 128, 300, 5), (1, 1, 0, 1, 1), 1),
+    ("bfloat16", 8, 128, 128, 1, (0, 127, 128, 300, 5, 77, 15, 16), (1, 1, 1, 1, 0, 1, 1, 1), 2),
+    ("bfloat16", 1, 128, 128, 4, (0, 126, 128, 301, 5), (4, 4, 0, 3, 1), 2),
+    ("bfloat16", 3, 64, 256, 4, (125, 126, 254, 511), (4, 4, 3, 1), 1),
+    ("float8_e4m3fn", 2, 128, 128, 3, (0, 126, 128, 301, 31), (3, 3, 0, 1, 2), 2),
+    ("float32", 2, 64, 128, 300, (0, 127, 128, 40), (300, 300, 129, 0), 1),
+    ("bfloat16", 2, 128, 128, 512, (0, 100, 256), (512, 511, 17), 2),
+    ("float8_e4m3fn", 1, 128, 128, 200, (0, 100, 256), (200, 156, 128), 1),
+])  # fmt: skip
+def test_new_tokens_are_stored_and_nothing_else_changes(dtype, groups, size, page_size, length, starts, counts, cores):
+    args = cache(starts, counts, length, dtype, groups=groups, per_group=1, size=size, page_size=page_size)
+    new, expected = new_tokens(args, length)
+    with interpret.on(**STRICT):
+        found = store_kernel.store(*new, *args[1:], cores)
+    assert not races_found()
+    for ours, right in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(ours.astype(jnp.float32)), right)
+    for ours, right in zip(store(*new, *args[1:], implementation="xla"), expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(ours.astype(jnp.float32)), right)
+
+
+def test_positions_behind_the_table_are_not_stored():
+    args = cache((100,), (28,), 28, "float32", groups=1, per_group=1, size=64)
+    args = *args[:-1], jnp.asarray([200])
+    new, expected = new_tokens(args, 200)
+    with interpret.on(**STRICT):
+        found = store_kernel.store(*new, *args[1:], 1)
+    for ours, right in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), right)
+
+
+@pytest.mark.parametrize("topology", sorted(compiler.SMALLEST.values()))
+@pytest.mark.parametrize(
+    ("dtype", "length", "groups"), [("bfloat16", 1, 8), ("float8_e4m3fn", 4, 8), ("bfloat16", 512, 1), ("float8_e4m3fn", 512, 8)]
+)
+def test_the_tpu_compiler_takes_the_store(topology, dtype, length, groups):
+    array = jax.ShapeDtypeStruct
+    new = array((8, length, groups, 128), jnp.bfloat16)
+    k, v = array((92, 64, groups, 128, 128), dtype), array((92, 64, groups, 128, 128), dtype)
+    ints = array((), jnp.int32), array((8, 64), jnp.int32), array((8,), jnp.int32), array((8,), jnp.int32)
+
+    def function(*args):
+        return store_kernel.store(*args, shapes.num_cores())
+
+    compiler.compile_kernel(function, (new, new, k, v, *ints), topology)
