@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
+LANES = 128
 PACK = 32  # float8 rows of a register
 SCALE = 2.0**-120  # of what comes out, over what went in
 LIFT = 2.0**64  # on what is multiplied by that, so that the products are no subnormal numbers
@@ -31,5 +33,13 @@ def to_bfloat16(values: jax.Array) -> jax.Array:
 
 
 def in_order(x: jax.Array) -> jax.Array:
-    """x [..., K] in the order of to_bfloat16's rows."""
-    return x.reshape(*x.shape[:-1], -1, PACK // 2, 2).swapaxes(-1, -2).reshape(x.shape)
+    """x [..., K] in the order of to_bfloat16's rows.
+
+    By a product with a permutation, which is exact: XLA:TPU transposes 2 x 16 numbers within a register 30 times as slowly.
+    """
+    unit = LANES if x.shape[-1] % LANES == 0 else PACK
+    place = np.arange(unit)
+    source = place - place % PACK + place % (PACK // 2) * 2 + place % PACK // (PACK // 2)
+    permutation = jnp.asarray(np.eye(unit)[:, source], x.dtype)
+    blocks = x.reshape(*x.shape[:-1], -1, unit)
+    return jnp.einsum("...k,kl->...l", blocks, permutation, precision=jax.lax.Precision.HIGHEST).reshape(x.shape)

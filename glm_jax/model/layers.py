@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from glm_jax.config import ModelConfig
-from glm_jax.sharding import parts, spec
+from glm_jax.sharding import by_device, parts, spec
+from pallas_kernels.grouped_matmul import few_rows_shapes as few_rows
 
 
-def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init) -> nnx.Param:
+def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init, kind: type[nnx.Param] = nnx.Param) -> nnx.Param:
     """Declares a float32 parameter once: shape, logical axes (checked against sharding.RULES) and initializer.
 
     Abstract state, shardings, optimizer groups and the Hugging Face table all derive from this declaration. A stack of
@@ -19,7 +24,64 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], 
     if len(shape) != len(axes):
         raise ValueError(f"shape {shape} and axes {axes} differ in length")
     spec(axes)
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+    return kind(init(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+class Matrix(nnx.Param):
+    """A parameter that is only a factor of products, by `product` or routed_ffn: it need not be an array (InStack, Quantized)."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class InStack:
+    """One layer's matrices where they lie in the stack of all layers: what is scanned is copied out of it first.
+
+    stack: an array or quantised, [layers, ...]. layer: int32 scalar.
+    """
+
+    stack: Any
+    layer: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stack.shape[1:]
+
+    def astype(self, dtype) -> jax.Array:
+        return self.taken().astype(dtype)
+
+    def taken(self):
+        """The layer's own array or quantised matrices."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, self.layer, keepdims=False), self.stack)
+
+
+def in_stack(state: nnx.State, layer: jax.Array) -> nnx.State:
+    """A stack's state as that of one of its layers, matrices as InStack."""
+
+    def one(variable):
+        found = InStack(variable.get_value(), layer)
+        return variable.replace(found if isinstance(variable, Matrix) else found.taken())
+
+    return nnx.from_flat_state([(path, one(variable)) for path, variable in nnx.to_flat_state(state)])
+
+
+def product(x_BLD: jax.Array, w, axes, implementation: str) -> jax.Array:
+    """x times a matrix [D, F] with logical axes, in x's type: [B, L, F].
+
+    Few rows by a TPU kernel that reads quantised matrices, and those in a stack, as they are and where they lie.
+    """
+    rows = math.prod(x_BLD.shape[:-1]) // parts("batch")
+    whole = all(parts(axis) == 1 for axis in (*axes, "length"))
+    if isinstance(w, jax.Array) or not (whole and few_rows.takes(rows, w, x_BLD.dtype, implementation)):
+        # Rows as one dimension: the weight's gradient then contracts one dimension. Over two, XLA:CPU transposes dy first and
+        # fuses what made dy into that strided loop. A split length must stay a dimension of its own.
+        x = x_BLD if parts("length") > 1 else x_BLD.reshape(-1, x_BLD.shape[-1])
+        return (x @ w.astype(x.dtype)).reshape(*x_BLD.shape[:-1], -1)
+
+    def run(x_bLD, w):
+        return few_rows.dense(x_bLD.reshape(-1, x_bLD.shape[-1]), w).reshape(*x_bLD.shape[:-1], -1)
+
+    batch = ("batch", None, None)
+    return by_device(run, (batch, None), batch)(x_BLD, w)
 
 
 def axes_of(variable: nnx.Variable) -> tuple[str | None, ...]:
@@ -39,15 +101,13 @@ class Linear(nnx.Module):
     """y = x W (+ b), W of shape [in, out]: the transpose of the Hugging Face tensor."""
 
     def __init__(self, config: ModelConfig, size_in: int, size_out: int, axes, *, bias: bool = False, rngs: nnx.Rngs):
-        self.weight = param(rngs, (size_in, size_out), axes, normal(config))
+        self.implementation = config.grouped_matmul
+        self.weight = param(rngs, (size_in, size_out), axes, normal(config), Matrix)
         self.bias = param(rngs, (size_out,), axes[1:], jax.nn.initializers.zeros) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        # Rows as one dimension: the weight's gradient then contracts one dimension. Over two, XLA:CPU transposes dy first and
-        # fuses what made dy into that strided loop. A split length must stay a dimension of its own.
-        rows = x if parts("length") > 1 else x.reshape(-1, x.shape[-1])
-        y = (rows @ self.weight.astype(x.dtype)).reshape(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias.astype(x.dtype)
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        y_BLF = product(x_BLD, self.weight.get_value(), self.weight.get_metadata("axes"), self.implementation)
+        return y_BLF if self.bias is None else y_BLF + self.bias.astype(x_BLD.dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from glm_jax.config import ModelConfig
-from glm_jax.model.layers import MLP, normal, param
+from glm_jax.model.layers import MLP, InStack, Matrix, normal, param
 from glm_jax.sharding import BATCH_AXES
 from pallas_kernels.moe_dispatch.api import routed_ffn
 from pallas_kernels.moe_dispatch.exchange import Exchange, routed_exchange
@@ -99,9 +99,9 @@ class Experts(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         experts, width, ffn = config.num_experts, config.hidden_size, config.expert_ffn_size
-        self.gate_proj = param(rngs, (experts, width, ffn), ("experts", "embed", "mlp"), normal(config))
-        self.up_proj = param(rngs, (experts, width, ffn), ("experts", "embed", "mlp"), normal(config))
-        self.down_proj = param(rngs, (experts, ffn, width), ("experts", "mlp", "embed"), normal(config))
+        self.gate_proj = param(rngs, (experts, width, ffn), ("experts", "embed", "mlp"), normal(config), Matrix)
+        self.up_proj = param(rngs, (experts, width, ffn), ("experts", "embed", "mlp"), normal(config), Matrix)
+        self.down_proj = param(rngs, (experts, ffn, width), ("experts", "mlp", "embed"), normal(config), Matrix)
 
     def __call__(self, x_BLD: jax.Array, expert_BLK: jax.Array, weights_BLK: jax.Array) -> jax.Array:
         """Weighted sum of each token's experts, [B, L, D]. An expert index of E means: none (padding)."""
@@ -110,11 +110,11 @@ class Experts(nnx.Module):
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
             return self.local(x_BLD, expert_BLK, weights_BLK, *matrices, axis=None)
-        rows, experts = PartitionSpec(BATCH_AXES), PartitionSpec("expert")
+        rows = PartitionSpec(BATCH_AXES)
         axis = "expert" if mesh.shape["expert"] > 1 else None
         return jax.shard_map(
             lambda *args: self.local(*args, axis=axis),
-            in_specs=(rows, rows, rows, experts, experts, experts),
+            in_specs=(rows, rows, rows, *map(_placed, matrices)),
             out_specs=rows,
             check_vma=False,
         )(x_BLD, expert_BLK, weights_BLK, *matrices)
@@ -137,6 +137,13 @@ class Experts(nnx.Module):
             y_TD = routed_exchange(x_TD, expert_TK, weights_TK, *matrices, exchange)
         y_bLD = y_TD.reshape(x_bLD.shape)
         return jax.lax.psum_scatter(y_bLD, axis, scatter_dimension=0, tiled=True) if gather else y_bLD
+
+
+def _placed(w):
+    """PartitionSpecs of matrices [E, ...], maybe quantised, or in a stack."""
+    if isinstance(w, InStack):
+        return InStack(jax.tree.map(lambda _: PartitionSpec(None, "expert"), w.stack), PartitionSpec())
+    return PartitionSpec("expert")
 
 
 class MoE(nnx.Module):

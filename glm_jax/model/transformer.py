@@ -11,7 +11,7 @@ from flax import nnx
 from glm_jax.config import ModelConfig
 from glm_jax.model.attention import Attention
 from glm_jax.model.cache import Cache
-from glm_jax.model.layers import MLP, RMSNorm, rope_angles
+from glm_jax.model.layers import MLP, RMSNorm, in_stack, rope_angles
 from glm_jax.model.moe import MoE, RouterObservation
 from glm_jax.model.mtp import MTP, Weight
 from glm_jax.sharding import constrain
@@ -147,21 +147,22 @@ def scan_layers(config: ModelConfig, layers: Layer, first: int, x_BLD, segment_i
     """Runs a stack as lax.scan over its state; `first` is the number of its first layer in the cache; replay as in GLM.trunk.
 
     Returns x, stacked observations, the cache. The cache is carried whole: as a scanned input and output every layer's
-    pages would be copied in every call.
+    pages would be copied in every call. With a cache there is no gradient, and matrices are read where they lie in the stack.
     """
     graphdef, state = nnx.split(layers)
+    count, in_place = jax.tree.leaves(state)[0].shape[0], cache is not None and config.scan_layers
 
     def body(carry, scanned):
         x_BLD, cache = carry
         layer_state, layer, replay_BLK = scanned
+        layer_state = in_stack(state, layer - first) if in_place else layer_state
         x_BLD, observation, cache = nnx.merge(graphdef, layer_state)(x_BLD, segment_ids_BL, angles, cache, layer, replay_BLK)
         return (x_BLD, cache), observation
 
     body = remat(body, config.remat)
     carry = x_BLD, cache
     if config.scan_layers:
-        count = jax.tree.leaves(state)[0].shape[0]
-        carry, observations = jax.lax.scan(body, carry, (state, jnp.arange(first, first + count), replay))
+        carry, observations = jax.lax.scan(body, carry, (None if in_place else state, jnp.arange(first, first + count), replay))
         return carry[0], observations, carry[1]
     outputs = []
     for layer, layer_state in enumerate(unstack(state)):

@@ -1,7 +1,8 @@
 """The grouped product of decoding, for TPU: few rows a group, so that reading the matrices is all that costs. No gradient.
 
-All rows stay in VMEM. Only matrices of groups that have rows are read, each once, as blocks of whole columns. FP8 values become
-bfloat16 as they are, which is exact; the scale of each 128 x 128 block multiplies its float32 product, where it costs R / 128 as much.
+All rows stay in VMEM. Only matrices of groups that have rows are read, each once, as blocks of whole columns, where they lie in a
+stack of all layers' matrices. FP8 and int8 values become bfloat16 as they are, which is exact. The scale of each 128 x 128 block
+(FP8) multiplies its float32 product, where it costs R / 128 as much; that of a column (int8) the sum of its products.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pallas_kernels import fp8_bits, interpret, tuning
 
 BLOCK = 128  # rows and columns of a matrix that share a scale
 ALIGNMENT = {"bfloat16": 16, "float32": 8}  # rows of a register
-FP8 = jnp.float8_e4m3fn
+FP8, INT8 = jnp.float8_e4m3fn, jnp.int8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +34,15 @@ class Blocks:
     bits: bool
 
 
-def few_rows_matmul(x_RK, w_EKN, group_sizes_E, *, scale=None, alignment: int, blocks: Blocks) -> jax.Array:
-    """y_r = x_r w_g for the group g that row r belongs to.
+def few_rows_matmul(x_RK, w_EKN, group_sizes_E, *, scale=None, first=0, alignment: int, blocks: Blocks) -> jax.Array:
+    """y_r = x_r w_(first + g) for the group g that row r belongs to.
 
     Args:
       x_RK: rows, bfloat16 or float32. Those of group g start at the sum of the earlier sizes, each rounded up to `alignment`.
-      w_EKN: one matrix a group, K and N multiples of 128: of x's type, or float8_e4m3fn with a scale.
+      w_EKN: matrices, K and N multiples of 128, one a group and maybe others: of x's type, or float8_e4m3fn or int8 with a scale.
       group_sizes_E: int32; rounded up they sum to at most R.
-      scale: float32 [E, K / 128, N / 128], factor on each 128 x 128 block of w.
+      scale: float32 [matrices, K / 128, N / 128], factor on each 128 x 128 block of w (FP8), or [matrices, 1, N], on each column (int8).
+      first: int32, index of the first group's matrix.
       alignment: rows of a tile, a multiple of 16 (bfloat16) or 8 (float32); R is a multiple of it.
       blocks: see few_rows_shapes.blocks_for.
 
@@ -50,12 +52,42 @@ def few_rows_matmul(x_RK, w_EKN, group_sizes_E, *, scale=None, alignment: int, b
     Raises:
       ValueError: for shapes, types or blocks that do not fit, and where there is neither a TPU nor interpret.on.
     """
-    return _call("few_rows_matmul", _whole, x_RK, [w_EKN], [scale], group_sizes_E, alignment, blocks)
+    return _call("few_rows_matmul", _whole, x_RK, [w_EKN], [scale], group_sizes_E, first, alignment, blocks)
 
 
-def few_rows_swiglu(x_RD, gate_EDF, up_EDF, group_sizes_E, *, gate_scale=None, up_scale=None, alignment: int, blocks: Blocks) -> jax.Array:
+def few_rows_swiglu(
+    x_RD, gate_EDF, up_EDF, group_sizes_E, *, gate_scale=None, up_scale=None, first=0, alignment: int, blocks: Blocks
+) -> jax.Array:
     """silu(x_r gate_g) * (x_r up_g), [R, F], else as few_rows_matmul. The activation is computed in float32."""
-    return _call("few_rows_swiglu", _swiglu, x_RD, [gate_EDF, up_EDF], [gate_scale, up_scale], group_sizes_E, alignment, blocks)
+    return _call("few_rows_swiglu", _swiglu, x_RD, [gate_EDF, up_EDF], [gate_scale, up_scale], group_sizes_E, first, alignment, blocks)
+
+
+def one_matmul(x_RK, w_EKN, index, *, scale=None, blocks: Blocks) -> jax.Array:
+    """x w_index, [R, N] for any number of rows; else as few_rows_matmul."""
+    alignment = -(-len(x_RK) // ALIGNMENT[x_RK.dtype.name]) * ALIGNMENT[x_RK.dtype.name]
+    x = jnp.pad(x_RK, ((0, alignment - len(x_RK)), (0, 0)))
+    sizes = jnp.full(1, alignment, jnp.int32)
+    return few_rows_matmul(x, w_EKN, sizes, scale=scale, first=index, alignment=alignment, blocks=blocks)[: len(x_RK)]
+
+
+def operands(w, dtype) -> tuple[jax.Array, jax.Array | None, jax.Array | int]:
+    """What the kernels take of a matrix or a stack of them: values, scale, and the index of the first.
+
+    w: an array; quantised (`values`, `scale`, `block`); or what lies at `layer` of a `stack` of either. Other blocks of scales than
+    those of few_rows_matmul are multiplied out.
+    """
+    stack, layer = (w.stack, w.layer) if hasattr(w, "stack") else (w, None)
+    if not hasattr(stack, "scale"):
+        values, scale = (stack, None) if stack.dtype == dtype else (w.astype(dtype), None)
+    elif stack.block == ((BLOCK, BLOCK) if stack.values.dtype == FP8 else (stack.shape[-2], 1)):
+        values, scale = stack.values, stack.scale
+    else:
+        values, scale = w.astype(dtype), None
+    if values is not stack and scale is None:
+        layer = None  # it is one layer's now
+    groups = 1 if len(w.shape) == 2 else w.shape[0]
+    flat = [None if x is None else x.reshape(-1, *x.shape[-2:]) for x in (values, scale)]
+    return *flat, 0 if layer is None else layer * groups
 
 
 def _whole(y):
@@ -68,21 +100,22 @@ def _swiglu(gate, up):
 
 def _check(x, matrices, scales, group_sizes, alignment, blocks):
     first = matrices[0]
-    if x.ndim != 2 or first.ndim != 3 or x.shape[1] != first.shape[1] or group_sizes.shape != first.shape[:1]:
+    if x.ndim != 2 or first.ndim != 3 or x.shape[1] != first.shape[1] or len(group_sizes) > len(first):
         raise ValueError(f"shapes of x {x.shape}, w {first.shape}, group sizes {group_sizes.shape} do not fit")
     if x.dtype.name not in ALIGNMENT:
         raise ValueError(f"few_rows: rows of type {x.dtype}: takes {' and '.join(ALIGNMENT)}; grouped_matmul takes other types")
-    num_groups, depth, width = first.shape
+    num_matrices, depth, width = first.shape
     if depth % BLOCK or width % BLOCK:
         raise ValueError(f"few_rows: matrices of {depth} x {width}: takes multiples of {BLOCK}; grouped_matmul='ragged_dot' takes others")
     for w, scale in zip(matrices, scales, strict=True):
         if w.shape != first.shape or w.dtype != first.dtype or (scale is None) != (scales[0] is None):
             raise ValueError(f"few_rows: matrices {first.dtype}{first.shape} and {w.dtype}{w.shape} differ, or only one has a scale")
-        if w.dtype != (x.dtype if scale is None else FP8):
-            raise ValueError(f"few_rows: matrices of type {w.dtype}: takes {x.dtype} like the rows, or {FP8.__name__} with a scale")
-        expected = (num_groups, depth // BLOCK, width // BLOCK)
+        if w.dtype not in ((x.dtype,) if scale is None else (FP8, INT8)):
+            has = f"matrices of type {w.dtype}" + (" with a scale" if scale is not None else "")
+            raise ValueError(f"few_rows: {has}: takes {x.dtype} like the rows, or {FP8.__name__} or {INT8.__name__} with a scale")
+        expected = (num_matrices, 1, width) if w.dtype == INT8 else (num_matrices, depth // BLOCK, width // BLOCK)
         if scale is not None and (scale.shape != expected or scale.dtype != jnp.float32):
-            raise ValueError(f"few_rows: scale {scale.dtype}{scale.shape}: takes float32{expected}, one a block of {BLOCK} x {BLOCK}")
+            raise ValueError(f"few_rows: scale {scale.dtype}{scale.shape} of {w.dtype}: takes float32{expected}")
     step = ALIGNMENT[x.dtype.name]
     if alignment < step or alignment % step or x.shape[0] % alignment:
         raise ValueError(f"few_rows: alignment={alignment} of {x.shape[0]} rows: takes multiples of {step} that divide the rows")
@@ -94,11 +127,11 @@ def _check(x, matrices, scales, group_sizes, alignment, blocks):
         raise ValueError("few_rows: no TPU, and pallas_kernels.interpret is not on; grouped_matmul='batched' takes it")
 
 
-def _call(name, join, x_RK, matrices, scales, group_sizes_E, alignment: int, blocks: Blocks):
+def _call(name, join, x_RK, matrices, scales, group_sizes_E, first, alignment: int, blocks: Blocks):
     _check(x_RK, matrices, scales, group_sizes_E, alignment, blocks)
-    blocks = dataclasses.replace(blocks, bits=blocks.bits and scales[0] is not None and x_RK.dtype == jnp.bfloat16)
+    blocks = dataclasses.replace(blocks, bits=blocks.bits and matrices[0].dtype == FP8 and x_RK.dtype == jnp.bfloat16)
     if blocks.bits:
-        x_RK, scales = fp8_bits.in_order(x_RK * fp8_bits.LIFT), [scale / fp8_bits.LIFT / fp8_bits.SCALE for scale in scales]
+        x_RK = fp8_bits.in_order(x_RK * fp8_bits.LIFT)
     columns = blocks.columns
     (rows, depth), width = x_RK.shape, matrices[0].shape[2]
     tiles_E = -(-group_sizes_E // alignment)
@@ -109,6 +142,8 @@ def _call(name, join, x_RK, matrices, scales, group_sizes_E, alignment: int, blo
     whole = pl.BlockSpec((rows, depth), lambda j, e, *_: (0, 0), pipeline_mode=pl.Buffered(1))
     matrix = pl.BlockSpec((None, depth, columns), lambda j, e, group, *_: (group[e], 0, j))
     scale = pl.BlockSpec((None, depth // BLOCK, width // BLOCK), lambda j, e, group, *_: (group[e], 0, 0), memory_space=pltpu.SMEM)
+    if matrices[0].dtype == INT8:
+        scale = pl.BlockSpec((None, 1, columns), lambda j, e, group, *_: (group[e], 0, j))
     scales = [s for s in scales if s is not None]
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=3,
@@ -124,7 +159,8 @@ def _call(name, join, x_RK, matrices, scales, group_sizes_E, alignment: int, blo
         interpret=interpret.params(),
         name=name,
     )
-    return call(group_E, first_E[group_E].astype(jnp.int32), tiles_E[group_E].astype(jnp.int32), x_RK, *matrices, *scales)
+    scalars = group_E + jnp.asarray(first, jnp.int32), first_E[group_E].astype(jnp.int32), tiles_E[group_E].astype(jnp.int32)
+    return call(*scalars, x_RK, *matrices, *scales)
 
 
 def _kernel(join, count, alignment, blocks, group, first, tiles, x_ref, *refs):
@@ -152,6 +188,8 @@ def _product(blocks, x_ref, w_ref, scale_ref=None):
     dot = functools.partial(jnp.dot, precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None, preferred_element_type=jnp.float32)
     if scale_ref is None:
         return dot(x_ref[...], w_ref[...])
+    if w_ref.dtype == INT8:
+        return dot(x_ref[...], w_ref[...].astype(dtype)) * scale_ref[...]
     (rows, depth), columns = x_ref.shape, w_ref.shape[1]
     unpack = fp8_bits.to_bfloat16 if blocks.bits else lambda values: values.astype(dtype)
     out = []
@@ -169,5 +207,5 @@ def _product(blocks, x_ref, w_ref, scale_ref=None):
             product = dot(jnp.concatenate(lhs, axis=0), unpack(w_ref[start:stop, across]))
             for i, part in enumerate(parts):
                 total += product[i * rows : (i + 1) * rows] * scale_ref[(start + part.start) // BLOCK, place]
-        out.append(total)
+        out.append(total * (1 / fp8_bits.LIFT / fp8_bits.SCALE) if blocks.bits else total)
     return jnp.concatenate(out, axis=1)

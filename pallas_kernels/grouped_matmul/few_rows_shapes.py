@@ -11,17 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import compiler, fp8_bits, tuning
+from pallas_kernels import compiler, fp8_bits, interpret, tuning
 from pallas_kernels.compiler import Chip, Probe
-from pallas_kernels.grouped_matmul.few_rows import ALIGNMENT, BLOCK, Blocks, few_rows_matmul, few_rows_swiglu
+from pallas_kernels.grouped_matmul.few_rows import ALIGNMENT, BLOCK, Blocks, few_rows_matmul, few_rows_swiglu, one_matmul, operands
 from pallas_kernels.grouped_matmul.tiles import buffer_rows
-from pallas_kernels.target import WIDE_UNITS, target_kind
+from pallas_kernels.target import WIDE_UNITS, target_kind, target_platform
 
 FOLDER = pathlib.Path(__file__).parent
 PASSES = ("forward",)
 STEP_BYTES = 2**22  # of a step's matrices, two of which are in flight
 NAMES = {1: "few_rows_matmul", 2: "few_rows_swiglu"}
 FP8 = "float8_e4m3fn"
+FEW_ROWS = 512  # up to which reading matrices is all that costs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,19 @@ def blocks_for(depth: int, width: int, matrices: int, dtype) -> Blocks:
     name, kind = jnp.dtype(dtype).name, target_kind()
     found = tuning.lookup(FOLDER, kind, f"forward {_key(depth, width, matrices, name)}")
     return _by_rule(depth, width, matrices, name, kind) if found is None else Blocks(**found)
+
+
+def takes(rows: int, w, dtype, implementation: str) -> bool:
+    """Whether `dense` is for these rows and this matrix, and can run."""
+    named = implementation == "pallas" or (implementation == "auto" and target_platform() == "tpu")
+    fits = not any(size % BLOCK for size in w.shape) and jnp.dtype(dtype).name in ALIGNMENT
+    return named and fits and rows <= FEW_ROWS and interpret.available()
+
+
+def dense(x_RK, w) -> jax.Array:
+    """x times a matrix [K, N] that is quantised or in a stack (few_rows.operands), read where it lies: [R, N]."""
+    values, scale, index = operands(w, x_RK.dtype)
+    return one_matmul(x_RK, values, index, scale=scale, blocks=blocks_for(*w.shape, 1, values.dtype))
 
 
 def _by_rule(depth: int, width: int, matrices: int, dtype: str, kind: str | None) -> Blocks:

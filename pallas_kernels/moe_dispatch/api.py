@@ -20,6 +20,16 @@ IMPLEMENTATIONS = ("auto", "reference", "batched", "ragged_dot", "pallas", "mosa
 MANY_ROWS = 64  # an expert, from which on one product for gate and up pays for writing their matrices side by side
 
 
+class InStack(Protocol):
+    """One layer's matrices [E, D, F] where they lie in a stack of all layers': arrays, or quantised ones."""
+
+    stack: jax.Array | Quantized
+    layer: jax.Array
+    shape: tuple[int, ...]
+
+    def astype(self, dtype) -> jax.Array: ...
+
+
 class Quantized(Protocol):
     """A stack of matrices [E, D, F] in few bits: values times the scale of their block [D / block[0], F / block[1]]."""
 
@@ -35,9 +45,9 @@ def routed_ffn(
     x_TD: jax.Array,
     expert_TK: jax.Array,
     weights_TK: jax.Array | None,
-    gate_EDF: jax.Array | Quantized,
-    up_EDF: jax.Array | Quantized,
-    down_EFD: jax.Array | Quantized,
+    gate_EDF: jax.Array | Quantized | InStack,
+    up_EDF: jax.Array | Quantized | InStack,
+    down_EFD: jax.Array | Quantized | InStack,
     *,
     implementation: str,
 ) -> jax.Array:
@@ -47,10 +57,10 @@ def routed_ffn(
       x_TD: tokens, [T, D].
       expert_TK: int32; an index outside of 0..E-1 means: no expert, which adds nothing.
       weights_TK: float; None: 1.
-      gate_EDF, up_EDF, down_EFD: matrices in x's type, or quantised, which have no gradient.
+      gate_EDF, up_EDF, down_EFD: matrices in x's type, or quantised or in a stack, which have no gradient.
       implementation: `pallas` for TPU: bfloat16 or float32, D and F multiples of 128. Without a gradient to come, up to
-        routed.FEW_ROWS rows (T * K) go through kernels that read each chosen matrix once, FP8 in 128 x 128 blocks as it is;
-        other quantised matrices, and all where rows are more, are turned into x's type first, as every other implementation does.
+        routed.FEW_ROWS rows (T * K) go through kernels that read each chosen matrix once, where it lies, FP8 in 128 x 128 blocks
+        and int8 in columns as they are; where rows are more they are turned into x's type first, as every other implementation does.
         `batched` for CPUs, `ragged_dot` for GPUs, `mosaic_gpu` for Hopper GPUs, `reference`; `auto`: pallas on a TPU,
         batched on a CPU, else ragged_dot.
 

@@ -19,13 +19,11 @@ from pallas_kernels.grouped_matmul.tiles import row_tiles
 from pallas_kernels.grouped_matmul.weight_gradient import weight_gradient
 from pallas_kernels.moe_dispatch.sorting import Dispatch, gather_rows, sort_by_expert, source_tokens, sum_words, take
 
-FEW_ROWS = 512  # up to which reading matrices is all that costs
-
 
 @jax.custom_vjp
 def routed_ffn(x_TD, expert_TK, weights_TK, gate_EDF, up_EDF, down_EFD):
     """As api.routed_ffn with `pallas`."""
-    if expert_TK.size <= FEW_ROWS:
+    if expert_TK.size <= few_rows_shapes.FEW_ROWS:
         return _few(x_TD, expert_TK, weights_TK, gate_EDF, up_EDF, down_EFD)
     matrices = [w.astype(x_TD.dtype) for w in (gate_EDF, up_EDF, down_EFD)]
     return _many(x_TD, expert_TK, weights_TK, *matrices, keep=False)[0]
@@ -89,20 +87,15 @@ def _few(x_TD, expert_TK, weights_TK, gate, up, down):
     num_experts, ffn, width = down.shape
     alignment = few_rows_shapes.alignment_for(expert_TK.size, num_experts, x_TD.dtype)
     plan = dataclasses.replace(_plan(expert_TK, num_experts, alignment), pallas=False)
-    (gate, gate_scale), (up, up_scale), (down, down_scale) = (_values_and_scale(w, x_TD.dtype) for w in (gate, up, down))
+    (gate, gate_scale, first), (up, up_scale, _), (down, down_scale, _) = (few_rows.operands(w, x_TD.dtype) for w in (gate, up, down))
     h_RF = few_rows.few_rows_swiglu(
-        gather_rows(x_TD, plan), gate, up, plan.group_sizes_E, gate_scale=gate_scale, up_scale=up_scale, alignment=alignment,
-        blocks=few_rows_shapes.blocks_for(width, ffn, 2, gate.dtype),
+        gather_rows(x_TD, plan), gate, up, plan.group_sizes_E, gate_scale=gate_scale, up_scale=up_scale, first=first,
+        alignment=alignment, blocks=few_rows_shapes.blocks_for(width, ffn, 2, gate.dtype),
     )  # fmt: skip
     blocks = few_rows_shapes.blocks_for(ffn, width, 1, down.dtype)
-    y_RD = few_rows.few_rows_matmul(h_RF, down, plan.group_sizes_E, scale=down_scale, alignment=alignment, blocks=blocks)
+    y_RD = few_rows.few_rows_matmul(
+        h_RF, down, plan.group_sizes_E, scale=down_scale, first=first, alignment=alignment, blocks=blocks
+    )  # fmt: skip
     y_TKD = take(y_RD, plan.slot_TK).astype(jnp.float32)
     y_TD = jnp.sum(y_TKD, axis=1) if weights_TK is None else jnp.einsum("tk,tkd->td", weights_TK.astype(jnp.float32), y_TKD)
     return y_TD.astype(x_TD.dtype)
-
-
-def _values_and_scale(w, dtype):
-    """Matrices for few_rows: FP8 in blocks with their scale, others in the rows' type, with none."""
-    if hasattr(w, "scale") and w.values.dtype == few_rows.FP8 and w.block == (few_rows.BLOCK, few_rows.BLOCK):
-        return w.values, w.scale
-    return w.astype(dtype), None

@@ -1,5 +1,7 @@
 """The grouped product of decoding, simulated, against float64; and through the real TPU compiler."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm_jax.infer.quantize import quantize
+from glm_jax.model.layers import InStack
 from pallas_kernels import compiler, interpret
 from pallas_kernels.grouped_matmul import few_rows_shapes
-from pallas_kernels.grouped_matmul.few_rows import Blocks, few_rows_matmul, few_rows_swiglu
+from pallas_kernels.grouped_matmul.few_rows import Blocks, few_rows_matmul, few_rows_swiglu, operands
 
 STRICT = {"detect_races": True, "uninitialized_memory": "nan"}
 LIMIT = {"float32": 1e-5, "bfloat16": 1e-2}
@@ -133,6 +136,34 @@ def test_swiglu(dtype, fp8, blocks):
     check(h, sizes, aligned(starts, alignment), expected, LIMIT[dtype])
 
 
+@pytest.mark.parametrize("format", ["compute", "fp8", "int8"])
+@pytest.mark.parametrize(("dtype", "blocks"), [("float32", CAST), ("bfloat16", WIDE_BITS)])
+def test_a_layers_matrix_is_read_where_it_lies(format, dtype, blocks, monkeypatch):
+    """Five rows, the fourth of five layers; every other layer is NaN. Experts: the second and third of three, of the fourth layer."""
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(size=(5, 3, 256, 384)), dtype)
+    x = jnp.asarray(rng.normal(size=(5, 256)), dtype)
+    stack = w if format == "compute" else quantize(w, format)
+    others = jnp.arange(5) != 3
+    if format == "compute":
+        hidden = jnp.where(others[:, None, None, None], jnp.nan, stack)
+    else:
+        hidden = dataclasses.replace(stack, scale=jnp.where(others[:, None, None, None], jnp.nan, stack.scale))
+    exact = np.asarray(stack.astype(jnp.float32)[3], np.float64)
+    monkeypatch.setattr(few_rows_shapes, "blocks_for", lambda *args: blocks)
+    one = jax.tree.map(lambda a: a[:, 1], hidden)
+    with interpret.on(**STRICT):
+        y = few_rows_shapes.dense(x, InStack(one, jnp.int32(3)))
+        values, scale, first = operands(InStack(hidden, jnp.int32(3)), x.dtype)
+        rows = jnp.concatenate([jnp.pad(x[part], ((0, 16 - len(x[part])), (0, 0))) for part in (slice(2), slice(2, 5))])
+        sizes = jnp.asarray([0, 2, 3], jnp.int32)
+        grouped = few_rows_matmul(rows, values, sizes, scale=scale, first=first, alignment=16, blocks=blocks)
+    x64 = np.asarray(x.astype(jnp.float32), np.float64)
+    check(y, [5], aligned([0], 8), lambda *_: x64 @ exact[1], LIMIT[dtype])
+    given = {1: x64[:2], 2: x64[2:]}
+    check(grouped, [0, 2, 3], aligned([0, 0, 16], 16), lambda group, *_: given[group] @ exact[group], LIMIT[dtype])
+
+
 @pytest.mark.parametrize("name", sorted(few_rows_shapes.SHAPES))
 def test_bytes_moved_are_at_most_a_tenth_over_those_needed(name):
     shape = few_rows_shapes.SHAPES[name]
@@ -162,9 +193,9 @@ def test_what_it_does_not_take_is_named():
         ("no TPU, and pallas_kernels.interpret is not on; grouped_matmul='batched' takes it", lambda: run(x, w)),
         ("rows of type float16: takes bfloat16 and float32", lambda: run(x.astype(jnp.float16), w)),
         ("matrices of 200 x 256: takes multiples of 128; grouped_matmul='ragged_dot' takes others", lambda: run(x[:, :200], w[:, :200])),
-        ("matrices of type int8: takes bfloat16 like the rows, or float8_e4m3fn with a scale", lambda: run(x, w.astype(jnp.int8))),
+        ("matrices of type int8: takes bfloat16 like the rows, or float8_e4m3fn or int8 with a scale", lambda: run(x, w.astype(jnp.int8))),
         ("matrices of type float8_e4m3fn: takes bfloat16", lambda: run(x, fp8.values)),
-        (r"scale float32\(2, 1, 2\): takes float32\(2, 2, 2\)", lambda: run(x, fp8.values, scale=fp8.scale[:, :1])),
+        (r"scale float32\(2, 1, 2\) of float8_e4m3fn: takes float32\(2, 2, 2\)", lambda: run(x, fp8.values, scale=fp8.scale[:, :1])),
         ("alignment=8 of 48 rows: takes multiples of 16 that divide the rows", lambda: run(x, w, alignment=8)),
         ("columns=192: takes multiples of 128 that divide 256", lambda: run(x, w, blocks=Blocks(192, 128, False))),
         ("depth=64: takes 128 or 256", lambda: run(x, w, blocks=Blocks(128, 64, False))),

@@ -91,7 +91,7 @@ def test_few_rows_without_a_gradient_take_quantised_matrices_as_they_are(format,
     run = lambda x, stored: api.routed_ffn(x, case.expert_TK, weights, *stored, implementation="pallas")  # noqa: E731
     with simulated():
         ours = jax.jit(run)(x, stored)
-    assert seen == [jnp.float8_e4m3fn if format == "fp8" else jnp.bfloat16]
+    assert seen == [{"compute": jnp.bfloat16, "fp8": jnp.float8_e4m3fn, "int8": jnp.int8}[format]]
     case.arguments = (x, weights, *(w.astype(jnp.bfloat16) for w in stored))
     assert errors([ours], oracle(case)[:1])["y"] <= 1e-2
     if format != "compute":
