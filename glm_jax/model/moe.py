@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from glm_jax.config import ModelConfig
 from glm_jax.model.layers import MLP, InStack, Matrix, normal, param
-from glm_jax.sharding import BATCH_AXES
+from glm_jax.sharding import BATCH_AXES, by_device
 from pallas_kernels.moe_dispatch.api import routed_ffn
 from pallas_kernels.moe_dispatch.exchange import Exchange, routed_exchange
 
@@ -76,13 +76,12 @@ def observe(scores_BLE: jax.Array, expert_BLK: jax.Array, segment_ids_BL: jax.Ar
     s_e / sum s. Documents are weighted by their tokens, so what is returned is sum over tokens t and experts e of
     f_{doc(t), e} * p_{t, e}; divided by the number of tokens it is DeepSeek's mean where all sequences are equally long.
     """
-    batch, length, num_experts = scores_BLE.shape
-    per_token = expert_BLK.shape[-1]
+    num_experts, per_token = scores_BLE.shape[-1], expert_BLK.shape[-1]
     real_BL = segment_ids_BL > 0
     chosen_BLE = jnp.sum(jax.nn.one_hot(expert_BLK, num_experts, dtype=jnp.float32), axis=-2) * real_BL[..., None]
-    row = jnp.arange(batch)[:, None]
-    document_counts = jnp.zeros((batch, length + 1, num_experts), jnp.float32).at[row, segment_ids_BL].add(chosen_BLE)
-    counts_BLE = document_counts[row, segment_ids_BL]
+    # By device: of the scatter of the global batch every device would hold the whole result.
+    wide, narrow = ("batch", None, None), ("batch", None)
+    counts_BLE = by_device(_document_counts, (wide, narrow), wide)(chosen_BLE, segment_ids_BL)
     tokens_BL = jnp.maximum(jnp.sum(counts_BLE, axis=-1) / per_token, 1)
     fraction_BLE = jax.lax.stop_gradient(counts_BLE * num_experts / (per_token * tokens_BL[..., None]))
     prob_BLE = scores_BLE / jnp.sum(scores_BLE, axis=-1, keepdims=True)
@@ -91,6 +90,14 @@ def observe(scores_BLE: jax.Array, expert_BLK: jax.Array, segment_ids_BL: jax.Ar
         balance_loss=jnp.sum(fraction_BLE * prob_BLE * real_BL[..., None]),
         experts=expert_BLK,
     )
+
+
+def _document_counts(chosen_BLE, segment_ids_BL):
+    """For each token, tokens of its document that chose each expert, [B, L, E]."""
+    batch, length, num_experts = chosen_BLE.shape
+    row = jnp.arange(batch)[:, None]
+    counts = jnp.zeros((batch, length + 1, num_experts), jnp.float32).at[row, segment_ids_BL].add(chosen_BLE)
+    return counts[row, segment_ids_BL]
 
 
 class Experts(nnx.Module):

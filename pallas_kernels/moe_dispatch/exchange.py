@@ -130,12 +130,12 @@ def ragged_layout(devices: int, quota: int, device, send_n, receive_n):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def send(exchange: Exchange, x_SD, send_n, receive_n):
-    """Slots [n * quota, D] to their devices, send_n rows of those for each; empty slots arrive as zeros. The gradient goes back."""
+    """Slots [n * quota, D] to their devices, send_n rows of those for each; what empty slots hold is unknown. The gradient goes back."""
     if exchange.collective == "all_to_all":
         return jax.lax.all_to_all(x_SD, exchange.axis, 0, 0, tiled=True)
     devices = jax.lax.axis_size(exchange.axis)
     layout = ragged_layout(devices, len(x_SD) // devices, jax.lax.axis_index(exchange.axis), send_n, receive_n)
-    return jax.lax.ragged_all_to_all(x_SD, jnp.zeros_like(x_SD), *layout, axis_name=exchange.axis)
+    return jax.lax.ragged_all_to_all(x_SD, jax.lax.empty(x_SD.shape, x_SD.dtype), *layout, axis_name=exchange.axis)
 
 
 send.defvjp(

@@ -61,14 +61,14 @@ def source_tokens(dispatch: Dispatch) -> jax.Array:
 
 @jax.custom_vjp
 def gather_rows(x_TD: jax.Array, dispatch: Dispatch) -> jax.Array:
-    """The token of every row, [R, D]; zeros where there is none. The gradient is a gather, too, and no scatter: a sum over each
-    token's rows.
+    """The token of every row, [R, D]; any token where there is none, as a mask over all rows is not free. The gradient is a gather,
+    too, and no scatter: a sum over each token's rows.
     """
     return _gather_rows(x_TD, dispatch)[0]
 
 
 def _gather_rows(x_TD, dispatch):
-    return _take(x_TD, source_tokens(dispatch), dispatch), dispatch
+    return _take_any(x_TD, source_tokens(dispatch)), dispatch
 
 
 def _gather_rows_backward(dispatch, dx_RD):
@@ -94,7 +94,7 @@ def _combine_rows_backward(residuals, dout_TD):
     if weights_TK is None:
         return dout_RD, None, None
     dweights_R = jnp.sum(y_RD.astype(jnp.float32) * dout_RD.astype(jnp.float32), axis=-1)
-    dy_RD = dout_RD * _take(weights_TK.reshape(-1), dispatch.source_R, dispatch)[:, None].astype(y_RD.dtype)
+    dy_RD = dout_RD * _take_any(weights_TK.reshape(-1), dispatch.source_R)[:, None].astype(y_RD.dtype)
     return dy_RD, _take(dweights_R, dispatch.slot_TK, dispatch).astype(weights_TK.dtype), None
 
 
@@ -124,3 +124,8 @@ def take(x, index):
 
 def _take(x, index, dispatch: Dispatch):
     return x[index] if dispatch.whole else take(x, index)
+
+
+def _take_any(x, index):
+    """x at the indices along its first axis; something of it at -1."""
+    return jnp.asarray(x).at[jnp.maximum(index, 0)].get(mode="clip")

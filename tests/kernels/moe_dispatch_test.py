@@ -55,7 +55,6 @@ def test_gather_and_combine_equal_plain_indexing_in_values_and_gradients(alignme
 
     for mine, theirs in zip(jax.value_and_grad(ours, (0, 1))(x, weights), jax.value_and_grad(plain, (0, 1))(x, weights), strict=True):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), mine, theirs)
-    assert not np.asarray(api.gather_rows(x, plan))[source < 0].any()
 
 
 @pytest.mark.parametrize("implementation", ["reference", "batched", "ragged_dot"])
