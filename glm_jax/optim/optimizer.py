@@ -74,9 +74,10 @@ def make_optimizer(config: OptimizerConfig, axes, shapes, head_size: int) -> opt
     if config.split_heads:
         splits = jax.tree.map(lambda a, s: head_split(a, s, head_size), axes, shapes, is_leaf=is_leaf)
         splits = jax.tree.map(lambda g, s: s if g == "muon" else optax.MaskedNode(), groups, splits, is_leaf=lambda x: isinstance(x, str))
+    placed = jax.tree.map(lambda g, a: a if g == "muon" else optax.MaskedNode(), groups, axes, is_leaf=lambda x: isinstance(x, str))
     muon = scale_by_muon(
         momentum=config.momentum, nesterov=config.nesterov, ns_steps=config.ns_steps, ns_dtype=config.ns_dtype,
-        update_rms=config.update_rms, head_splits=splits,
+        update_rms=config.update_rms, head_splits=splits, axes=placed,
     )  # fmt: skip
     adam = optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps)
     decay = optax.add_decayed_weights(config.weight_decay)

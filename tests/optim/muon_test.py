@@ -1,3 +1,6 @@
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 from configs import glm45
 from glm_jax.optim.muon import newton_schulz, scale_by_muon
 from glm_jax.optim.optimizer import OptimizerConfig, group_of, group_rms, group_tree, make_optimizer
+from glm_jax.sharding import MeshConfig, make_mesh, named
 
 SHAPES = {"square": (12, 12), "tall": (24, 8), "wide": (8, 24), "experts": (3, 4, 6, 10)}
 STEPS = 3
@@ -146,3 +150,77 @@ def test_group_rms_pools_all_elements_of_a_group():
 def test_unknown_optimizer_is_named():
     with pytest.raises(ValueError, match="'moun' is not one of muon, adamw. Did you mean 'muon'"):
         config(name="moun")
+
+
+# --- on a mesh ---
+
+WIDTH, HEADS = 16, 3
+LAYER_AXES = {
+    "experts_up": ("experts", "embed", "mlp"), "experts_down": ("experts", "mlp", "embed"), "shared": ("embed", "mlp"),
+    "q": ("embed", "heads"), "o": ("heads", "embed"), "router": ("embed", "router"),
+}  # fmt: skip
+OTHER_AXES = {"lm_head": ("embed", "vocab"), "eh_proj": (None, "embed")}
+MESHES = [(1, 8, 1), (1, 4, 2), (2, 2, 2), (1, 1, 8), (8, 1, 1)]
+
+
+def stacks(layers):
+    """Shapes and axes of a model's matrices; nothing divides by 8 but what sharding.RULES split."""
+    sizes = {
+        "experts_up": (8, WIDTH, 12), "experts_down": (8, 12, WIDTH), "shared": (WIDTH, 12), "router": (WIDTH, 8),
+        "q": (WIDTH, 8 * HEADS), "o": (8 * HEADS, WIDTH),
+    }  # fmt: skip
+    shapes = {name: (layers, *size) for name, size in sizes.items()} | {"lm_head": (WIDTH, 42), "eh_proj": (2 * WIDTH, WIDTH)}
+    return shapes, LAYER_AXES | OTHER_AXES
+
+
+def on_mesh(sizes, layers, *, abstract=False):
+    """The jitted update on a mesh, and placed gradients."""
+    shapes, axes = stacks(layers)
+    splits = {name: {"q": (-1, HEADS), "o": (-2, HEADS)}.get(name) for name in shapes}
+    transformation = muon(nesterov=True, head_splits=splits, axes=axes)
+    mesh = make_mesh(MeshConfig(*sizes, 1, 1))
+    rng = np.random.default_rng(0)
+
+    def place(name, shape):
+        sharding = named(mesh, (None,) * (len(shape) - len(axes[name])) + axes[name], shape)
+        if abstract:
+            return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+        return jax.device_put(np.asarray(rng.normal(size=shape), np.float32), sharding)
+
+    gradient = {name: place(name, shape) for name, shape in shapes.items()}
+    shardings = jax.tree.map(lambda x: x.sharding, gradient)
+
+    def update(gradient):
+        return transformation.update(gradient, transformation.init(gradient))[0]
+
+    return mesh, jax.jit(update, out_shardings=shardings), gradient
+
+
+@pytest.mark.parametrize("large", [2048, 12], ids=["dealt", "split"])
+@pytest.mark.parametrize("sizes", MESHES)
+def test_a_mesh_moves_whole_matrices_and_changes_nothing(sizes, large, monkeypatch):
+    monkeypatch.setattr("glm_jax.optim.muon.LARGE", large)
+    mesh, update, gradient = on_mesh(sizes, layers=5)
+    with jax.set_mesh(mesh):
+        ours = jax.device_get(update(gradient))
+    alone = jax.tree.map(lambda x: jnp.asarray(jax.device_get(x)), gradient)
+    splits = {name: {"q": (-1, HEADS), "o": (-2, HEADS)}.get(name) for name in alone}
+    theirs, _ = muon(nesterov=True, head_splits=splits).update(alone, muon().init(alone))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours, jax.device_get(theirs))
+
+
+def test_collectives_do_not_follow_the_number_of_layers():
+    """Nor do they stand in the loop of the iterations; nothing is gathered whole but what every device holds whole."""
+    counts = {}
+    for layers in (8, 89):
+        mesh, update, gradient = on_mesh((1, 4, 2), layers, abstract=True)
+        with jax.set_mesh(mesh):
+            text = update.trace(gradient).lower().compile().as_text()
+        loops = re.findall(r" while\(.*?body=%?([\w.\-]+)", text)
+        bodies = [re.search(rf"^%?{re.escape(name)} .*?^}}", text, re.M | re.S)[0] for name in loops]
+        assert bodies  # of the iterations
+        assert not any(re.search(r" (all-to-all|all-gather|all-reduce)(-start)?\(", body) for body in bodies)
+        counts[layers] = {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in ("all-to-all", "all-gather", "all-reduce")}
+        largest = max(math.prod(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]\S* all-(?:gather|to-all)", text))
+        assert largest <= 2 * layers * 8 * WIDTH * 12 // 8 * 2
+    assert counts[8] == counts[89]
