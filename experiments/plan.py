@@ -1,9 +1,12 @@
-"""Asks the real TPU compiler whether the engine's decode step fits a pod, and what a chip holds. Needs libtpu, no TPU.
+"""Asks the real TPU compiler whether a program fits a pod, what it takes there, and where its time goes. Needs libtpu, no TPU.
 
     python -m experiments.plan --config=configs/glm45.py --topology=v5p:4x4x4 --weights=fp8 \\
         --config.mesh.data=2 --config.mesh.fsdp=1 --config.mesh.expert=32
+    python -m experiments.plan --config=configs/glm45.py --topology=v5p:8x8x8 --mode=train --num_rows=4096 --config.mesh.expert=8
 
-The cache has --num_rows rows of --context tokens. Bytes are the compiler's, of one chip; nothing here is measured on hardware.
+Modes: `train`, a step of one microbatch of --num_rows rows of data.sequence_length tokens; `decode`, a token of every row over a cache
+of --num_rows rows of --context tokens; `prefill`, a chunk of 512 tokens of every row. Bytes and cycles are the compiler's, of one chip;
+the rest is estimated from them (glm_jax/plan/plan.py says what is left out); nothing here is measured on hardware.
 """
 
 from __future__ import annotations
@@ -16,13 +19,14 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import entry
-from glm_jax import pod
 from glm_jax.infer.engine import EngineConfig
+from glm_jax.plan.plan import plan_engine, plan_train, worst
 from pallas_kernels.compiler import tpu_devices
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
+MODE = flags.DEFINE_enum("mode", "decode", ["train", "decode", "prefill"], "The program.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and shape of the pod, as in v5p:4x4x4.")
-NUM_ROWS = flags.DEFINE_integer("num_rows", 0, "Requests in the batch at a time; 0: one a chip.", lower_bound=0)
+NUM_ROWS = flags.DEFINE_integer("num_rows", 0, "Rows of the batch; 0: one a chip.", lower_bound=0)
 CONTEXT = flags.DEFINE_integer("context", 8192, "Most tokens of a request.", lower_bound=2)
 PAGE_SIZE = flags.DEFINE_integer("page_size", 128, "Tokens of a page of the cache.", lower_bound=1)
 DECODE_STEPS = flags.DEFINE_integer("decode_steps", 16, "Tokens drawn in one call.", lower_bound=1)
@@ -38,17 +42,27 @@ def main(argv: list[str]):
     run = entry.run_config(CONFIG.value)
     model = run.model
     rows = NUM_ROWS.value or len(tpu_devices(TOPOLOGY.value))
-    engine = EngineConfig(
-        context=CONTEXT.value, num_rows=rows, page_size=PAGE_SIZE.value, prefill_chunk=512, min_rows=1, min_chunk=1,
-        decode_steps=DECODE_STEPS.value,
-        num_pages=rows * -(-(CONTEXT.value + DRAFT_TOKENS.value) // PAGE_SIZE.value), draft_tokens=DRAFT_TOKENS.value,
-        weights=WEIGHTS.value, cache_dtype=CACHE_DTYPE.value, keep_experts=False,
-    )  # fmt: skip
-    plan, more = pod.plan_decode(model, engine, run.mesh, TOPOLOGY.value)
+    more = {}
+    if MODE.value == "train":
+        balance, length = run.schedule.balance_weight, run.data.sequence_length
+        plan, program = plan_train(model, run.optimizer, balance, run.mesh, TOPOLOGY.value, rows, length)
+    else:
+        engine = EngineConfig(
+            context=CONTEXT.value, num_rows=rows, page_size=PAGE_SIZE.value, prefill_chunk=512, min_rows=1, min_chunk=1,
+            decode_steps=DECODE_STEPS.value,
+            num_pages=rows * -(-(CONTEXT.value + DRAFT_TOKENS.value) // PAGE_SIZE.value), draft_tokens=DRAFT_TOKENS.value,
+            weights=WEIGHTS.value, cache_dtype=CACHE_DTYPE.value, keep_experts=False,
+        )  # fmt: skip
+        plan, program, more = plan_engine(model, engine, run.mesh, TOPOLOGY.value, MODE.value)
     result = dataclasses.asdict(plan) | more
     gib = {key: f"{value / 2**30:,.2f} GiB" for key, value in result.items() if "bytes" in key and "token" not in key}
     for key, value in (result | gib).items():
         print(f"{key:24} {value}")
+    if program is not None:
+        print("\nmost of XLA's cycles: times, cycles of one, kind, shape, line")
+        for operation, times in worst(program, outer_loops=int(MODE.value != "train")):
+            shape, where = operation.shape.partition("{")[0], operation.source or operation.op_name[-60:]
+            print(f"{times:6} x {operation.cycles:12,}  {operation.kind:10} {shape:32} {where}")
     if JSON.value:
         with open(JSON.value, "w") as file:
             json.dump(result, file, indent=1)

@@ -34,7 +34,9 @@ ARROWS = {
         "glm_jax.infer.engine",  # samples during training
     ),
     "glm_jax.hf": ("glm_jax.config", "glm_jax.model"),
-    "glm_jax.pod": ("glm_jax.config", "glm_jax.sharding", "glm_jax.model", "glm_jax.infer", "glm_jax.train", "pallas_kernels"),
+    "glm_jax.plan": (
+        "glm_jax.config", "glm_jax.sharding", "glm_jax.model", "glm_jax.optim", "glm_jax.infer", "glm_jax.train", "pallas_kernels",
+    ),
     "glm_jax.sandbox": (),
     "glm_jax.rewards": ("data", "glm_jax.sandbox"),
     "glm_jax.envs": ("data", "glm_jax.sandbox", "glm_jax.rewards"),

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 from flax import nnx
 
-from glm_jax import hf, pod
+from glm_jax import hf
 from glm_jax.infer.engine import Engine, EngineConfig, SamplingParams
 from glm_jax.model.transformer import GLM
+from glm_jax.plan.plan import plan_engine
 from glm_jax.sharding import MeshConfig
 from pallas_kernels import interpret
 from tests.infer.engine_test import SIZES, assert_all_returned, prompts
@@ -46,7 +47,7 @@ def test_greedy_output_is_that_of_xla(state, changes):
 def test_the_decode_step_of_a_pod_compiles():
     model = dataclasses.replace(CONFIG, compute_dtype="bfloat16", attention="pallas", grouped_matmul="ragged_dot")
     engine = EngineConfig(**LONG | {"num_rows": 8, "num_pages": 32, "weights": "fp8", "cache_dtype": "float8_e4m3fn", "draft_tokens": 1})
-    plan, _ = pod.plan_decode(model, engine, MeshConfig(data=1, fsdp=2, expert=2, context=1, tensor=1), "v5p:2x2x1")
+    plan, *_ = plan_engine(model, engine, MeshConfig(data=1, fsdp=2, expert=2, context=1, tensor=1), "v5p:2x2x1", "decode")
     assert plan.fits and plan.num_devices == 4
 
 

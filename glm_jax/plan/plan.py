@@ -1,0 +1,188 @@
+"""The real TPU compiler as a planner: does a program fit a pod, what does it take there, and where does its time go?
+
+Needs libtpu, no hardware. Everything here is *compiled* or *estimated*, nothing measured. What the estimate of time leaves out:
+kernels run at the rate of their limit (matrix unit or HBM), collectives that XLA starts early are hidden whole, links carry their
+full rate, and nothing is said about the host.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+import time
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+
+from glm_jax.config import ModelConfig
+from glm_jax.infer.engine import EngineConfig
+from glm_jax.optim.optimizer import OptimizerConfig
+from glm_jax.plan import program as programs_text
+from glm_jax.plan.program import Operation, Program
+from glm_jax.plan.programs import on_a_chip, trace_engine, trace_train
+from glm_jax.sharding import MeshConfig, make_mesh
+from glm_jax.train.metrics import PEAK_FLOPS, flops_per_token, matmul_parameters
+from pallas_kernels import compiler
+from pallas_kernels.target import TWO_CORES, target_kind
+
+HBM_GIB = {"v4": 15.25, "v5e": 15.75, "v5p": 95.73, "v6e": 31.24, "tpu7x": 94.74}  # that the compiler gives a program
+RING_BYTES = {"v4": 90e9, "v5e": 90e9, "v5p": 180e9, "v6e": 180e9, "tpu7x": 180e9}  # a second, both ways around one axis of the torus
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the compiler says of a program; bytes are of one device, which is a chip, or half of one on v4 and tpu7x.
+
+    Seconds are of one step: a training step, a token of every row, or a chunk of every row. estimated_step_seconds: XLA's operations by
+    its own cycles, kernels by their limit, exposed collectives. needed_hbm_seconds: what the step must read and write, once.
+    """
+
+    mode: str
+    topology: str
+    num_devices: int
+    fits: bool
+    hbm_capacity_bytes: int
+    hbm_bytes_per_chip: int  # the compiler's peak; 0 where it gave up
+    weight_bytes: int
+    cache_bytes: int
+    lower_seconds: float
+    compile_seconds: float
+    params_total: int
+    params_active: int
+    flops_per_token: float
+    xla_seconds: float = 0.0
+    kernel_seconds: float = 0.0
+    exposed_collective_seconds: float = 0.0
+    estimated_step_seconds: float = 0.0
+    estimated_mfu: float = 0.0
+    needed_hbm_seconds: float = 0.0
+    kernel_calls: int = 0
+    distinct_kernels: int = 0
+    message: str = ""  # the compiler's, where it does not fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a step needs of one device: useful floating-point operations, and bytes that it must read and write once."""
+
+    flops: float
+    hbm_bytes: float
+
+
+def plan_train(
+    model: ModelConfig, optimizer: OptimizerConfig, balance_weight: float, mesh_config: MeshConfig, topology: str, rows: int, length: int
+) -> tuple[Plan, Program | None]:
+    """A training step of one microbatch of `rows` rows. HBM: the state is read and written once."""
+    devices = compiler.tpu_devices(topology)
+    mesh = make_mesh(mesh_config, devices)
+
+    def trace():
+        traced, state = trace_train(model, optimizer, balance_weight, mesh, rows, length)
+        held = on_a_chip(state)
+        return traced, on_a_chip(state.params), 0, Work(rows * length * flops_per_token(model, length) / len(devices), 2 * held)
+
+    return _plan("train", model, mesh, topology, trace, length=length, outer_loops=0)
+
+
+def plan_engine(
+    model: ModelConfig, engine: EngineConfig, mesh_config: MeshConfig, topology: str, mode: str
+) -> tuple[Plan, Program | None, dict]:
+    """The engine's call with all rows; mode: `decode`, a token of every row over a full cache, or `prefill`, a chunk of every row.
+
+    Returns, besides, `cache_bytes_per_token` (of its own chip) and `cached_tokens_that_fit` on the whole pod: those of the plan's cache
+    and of what it leaves free.
+    """
+    devices = compiler.tpu_devices(topology)
+    mesh = make_mesh(mesh_config, devices)
+
+    def trace():
+        traced, state, pages = trace_engine(model, engine, mesh, prefilling=mode == "prefill")
+        weights, cache = on_a_chip(state), on_a_chip(pages)
+        tokens = engine.num_rows * (engine.prefill_chunk if mode == "prefill" else 1 + engine.draft_tokens)
+        flops = tokens * flops_per_token(model, engine.context) / 3 / len(devices)
+        return traced, weights, cache, Work(flops, weights + cache)
+
+    plan, read = _plan(mode, model, mesh, topology, trace, length=engine.context, outer_loops=1)
+    shards = len(devices)
+    a_token = plan.cache_bytes / (engine.num_pages // shards * engine.page_size)
+    fit = int(shards * (plan.cache_bytes + plan.hbm_capacity_bytes - plan.hbm_bytes_per_chip) / a_token) if plan.fits else 0
+    return plan, read, {"cache_bytes_per_token": a_token, "cached_tokens_that_fit": fit}
+
+
+def _plan(mode: str, model: ModelConfig, mesh, topology: str, trace, *, length: int, outer_loops: int) -> tuple[Plan, Program | None]:
+    kind = topology.split(":", maxsplit=1)[0]
+    capacity = int(HBM_GIB[kind] * 2**30)
+    with jax.set_mesh(mesh):
+        start = time.perf_counter()
+        traced, weights, cache, work = trace()
+        lowered = traced.lower(lowering_platforms=("tpu",))
+        kernels = re.findall(r'@tpu_custom_call.*?backend_config = "((?:[^"\\]|\\.)*)"', lowered.as_text())
+        lowering = time.perf_counter() - start
+        start, message, peak, text = time.perf_counter(), "", 0, ""
+        try:
+            compiled = lowered.compile()
+            peak, text = compiled.memory_analysis().peak_memory_in_bytes, compiled.as_text()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            message = str(error)
+        compiling = time.perf_counter() - start
+    plan = Plan(
+        mode, topology, mesh.size, not message, capacity, peak, weights, cache, round(lowering, 1), round(compiling, 1),
+        _parameters(model), matmul_parameters(model), flops_per_token(model, length),
+        kernel_calls=len(kernels), distinct_kernels=len(set(kernels)), message=message,
+    )  # fmt: skip
+    if message:
+        return plan, None
+    read = programs_text.read(text)
+    return dataclasses.replace(plan, **_estimate(read, work, topology, mesh.devices.flat[0].device_kind, outer_loops)), read
+
+
+def _parameters(model: ModelConfig) -> int:
+    """All of them, inactive experts included."""
+    inactive = model.num_experts - model.num_experts_per_token
+    moe_layers = model.num_moe_layers + model.num_mtp_layers
+    return (
+        matmul_parameters(model)
+        + moe_layers * inactive * 3 * model.hidden_size * model.expert_ffn_size
+        + (model.vocab_size * model.hidden_size)
+    )
+
+
+def _estimate(read: Program, work: Work, topology: str, device_kind: str, outer_loops: int) -> dict:
+    """The seconds of a Plan. Kernels take what the work needs of the matrix unit or HBM beyond XLA's own products."""
+    with jax.set_mesh(compiler.one_device(topology)):
+        kind, info, peak = target_kind(), pltpu.get_tpu_info(), PEAK_FLOPS[device_kind]
+    cores = 2 if kind in TWO_CORES else 1
+    clock = peak / (2 * 4 * info.mxu_column_size**2 * cores)
+    hbm_seconds = work.hbm_bytes / info.mem_bw_bytes_per_second
+    xla = products = collective = 0.0
+    for operation, times in read.executed(outer_loops):
+        xla += operation.cycles * times / clock
+        products += operation.cycles * times / clock if operation.kind == "product" else 0.0
+        if operation.kind == "collective" and not operation.opcode.endswith("-start"):
+            collective += times * collective_seconds(operation, RING_BYTES[kind])
+    needed = max(work.flops / peak, hbm_seconds)
+    kernels = max(0.0, needed - products)
+    total = xla + kernels + collective
+    return {
+        "xla_seconds": xla, "kernel_seconds": kernels, "exposed_collective_seconds": collective, "estimated_step_seconds": total,
+        "estimated_mfu": work.flops / peak / total, "needed_hbm_seconds": hbm_seconds,
+    }  # fmt: skip
+
+
+def collective_seconds(operation: Operation, ring_bytes: float) -> float:
+    """By the largest array, over one axis of a torus, both ways around."""
+    size, kind = max(operation.group, 1), operation.opcode.removesuffix("-start")
+    share = operation.bytes * (size - 1) / size / ring_bytes
+    factor = {"all-reduce": 2.0, "all-to-all": size / 4, "ragged-all-to-all": size / 4}.get(kind, 1.0)  # an all-to-all makes size / 4 hops
+    return share * max(factor, 1.0)
+
+
+def worst(read: Program, outer_loops: int, count: int = 10) -> list[tuple[Operation, int]]:
+    """The operations with the most estimated cycles, with how often each runs."""
+    total = collections.Counter()
+    for operation, times in read.executed(outer_loops):
+        total[operation] += times
+    return sorted(total.items(), key=lambda item: -item[0].cycles * item[1])[:count]

@@ -1,0 +1,114 @@
+"""The planner with the real TPU compiler, on a toy model."""
+
+import dataclasses
+
+import pytest
+
+from glm_jax.infer.engine import EngineConfig
+from glm_jax.plan import program
+from glm_jax.plan.plan import collective_seconds, plan_engine
+from glm_jax.sharding import MeshConfig
+from tests.model.oracle import tiny_config
+
+ENGINE = EngineConfig(
+    context=64, num_rows=8, page_size=16, num_pages=32, prefill_chunk=16, min_rows=1, min_chunk=1,
+    decode_steps=4, draft_tokens=1, weights="fp8",
+    cache_dtype="float8_e4m3fn", keep_experts=False,
+)  # fmt: skip
+MESH = MeshConfig(data=1, fsdp=2, expert=2, context=1, tensor=1)
+TOPOLOGY = "v5e:2x2"
+
+
+def test_a_toy_decode_step_fits_and_its_bytes_are_counted():
+    model = dataclasses.replace(tiny_config(), compute_dtype="bfloat16", grouped_matmul="ragged_dot")
+    plan, read, more = plan_engine(model, ENGINE, MESH, TOPOLOGY, "decode")
+    assert plan.fits and plan.num_devices == 4 and not plan.message
+    layers, pages = model.num_layers + 1, ENGINE.num_pages // 4
+    assert plan.cache_bytes == layers * pages * ENGINE.page_size * 2 * model.num_kv_heads * model.head_size  # a byte each
+    assert more["cache_bytes_per_token"] == plan.cache_bytes / (pages * ENGINE.page_size)
+    assert plan.weight_bytes + plan.cache_bytes < plan.hbm_bytes_per_chip < plan.hbm_capacity_bytes
+    free = plan.hbm_capacity_bytes - plan.hbm_bytes_per_chip + plan.cache_bytes
+    assert more["cached_tokens_that_fit"] == int(4 * free / more["cache_bytes_per_token"])
+
+    loops = {loop.trips for found in read.loops.values() for loop in found}
+    assert {None, model.num_moe_layers} <= loops  # tokens, layers
+    assert plan.estimated_step_seconds >= plan.xla_seconds > 0 and plan.needed_hbm_seconds > 0
+    assert any(operation.source.startswith("glm_jax/model/") for operation, _ in read.executed(1))
+
+
+PROGRAM = """HloModule step
+
+FileNames
+1 "/somewhere/glm_jax/model/moe.py"
+2 "/elsewhere/jax/lax.py"
+
+FunctionNames
+1 "observe"
+2 "add"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=7 end_line=7 column=1 end_column=2}
+2 {file_name_id=2 function_name_id=2 line=9 end_line=9 column=1 end_column=2}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=2}
+
+%cond (p: (s32[])) -> pred[] {
+  %five = s32[] constant(5)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %five), direction=LT
+}
+
+%rounds (p: (s32[])) -> pred[] {
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] get-tuple-element(%p), index=1
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%further (p: (s32[])) -> (s32[]) {
+  %copy.1 = bf16[4,8]{1,0} copy(%x), backend_config={"estimated_cycles":"1000000"}
+}
+
+%layer (p: (s32[])) -> (s32[]) {
+  %fusion.1 = bf16[4,8]{1,0} fusion(%x), metadata={op_name="dot_general" stack_frame_id=2}, backend_config={"estimated_cycles":"30"}
+  %copy.2 = (f32[2]{0}, bf16[4,8]{1,0}) copy(%x), backend_config={"estimated_cycles":"7"}
+  %gather.1 = bf16[64,8]{1,0} all-gather(%x), replica_groups=mesh['data'=2,'fsdp'=8] {'fsdp'}, dimensions={0}
+  %reduce.1 = bf16[64,8]{1,0} all-reduce(%x), replica_groups=[4,16]<=[64]
+  %kernel.1 = bf16[4,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"
+  %w = (s32[]) while(%x), condition=%rounds, body=%further
+}
+
+ENTRY %main (x: f32[2]) -> f32[2] {
+  %w = (s32[]) while(%x), condition=%cond, body=%layer
+  %copy.3 = f32[2]{0} copy(%x), backend_config={"estimated_cycles":"9223372036854775807"}
+}
+"""
+
+
+def test_a_program_is_read():
+    read = program.read(PROGRAM)
+    assert read.entry == "main" and read.times(1) == {"main": 1, "layer": 5, "further": 0}
+    found = {operation.name: (operation, times) for operation, times in read.executed(1)}
+    assert found.keys() == {"fusion.1", "copy.2", "gather.1", "reduce.1", "kernel.1", "copy.1"}
+    assert {name: operation.kind for name, (operation, _) in found.items()} == {
+        "fusion.1": "product", "copy.2": "copy", "gather.1": "collective", "reduce.1": "collective", "kernel.1": "kernel", "copy.1": "copy",
+    }  # fmt: skip
+    assert sum(operation.cycles * times for operation, times in found.values()) == 5 * 37
+    assert found["fusion.1"][0].source == "glm_jax/model/moe.py:7 observe" and found["copy.2"][0].bytes == 64
+    gather, reduce = found["gather.1"][0], found["reduce.1"][0]
+    assert (gather.group, reduce.group) == (8, 16)
+    assert collective_seconds(gather, 1024) == pytest.approx(7 / 8)
+    assert collective_seconds(reduce, 1024) == pytest.approx(2 * 15 / 16)
+
+
+def test_what_does_not_fit_says_so():
+    model = dataclasses.replace(tiny_config(), compute_dtype="bfloat16", grouped_matmul="ragged_dot")
+    plan, read, more = plan_engine(model, dataclasses.replace(ENGINE, num_pages=40_000_000), MESH, TOPOLOGY, "decode")
+    assert not plan.fits and "exceeds available HBM" in plan.message
+    assert more["cached_tokens_that_fit"] == 0 and read is None
+
+
+def test_rows_that_cannot_be_split_are_named():
+    with pytest.raises(ValueError, match=r"engine.num_rows=6 cannot be split over 4 shards"):
+        plan_engine(tiny_config(), dataclasses.replace(ENGINE, num_rows=6), MESH, TOPOLOGY, "decode")
