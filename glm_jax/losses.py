@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from glm_jax.sharding import constrain
+from glm_jax.sharding import by_device, gathered, summed
 
 
 def chunked_cross_entropy(h_BLD, head_DV, targets_BL, weights_BL, chunk: int) -> jax.Array:
@@ -38,10 +38,21 @@ def chunked_token_loss(token_loss, h_BLD, head_DV, targets_BL, inputs, chunk: in
 
 
 def _token_loss(token_loss, h_BLD, head_DV, targets_BL, inputs, chunk, observe, *, with_gradient):
+    """Loss, observations, gradients of h and head. By device: the head is gathered once, and its gradient is summed over all chunks
+    before it moves, once."""
+    rows, head = ("batch", "length"), ("embed", "vocab")
+    run = functools.partial(_token_loss_of_device, token_loss, chunk=chunk, observe=observe, with_gradient=with_gradient)
+    each = jax.tree.map(lambda x: (*rows, *[None] * (x.ndim - 2)), inputs)
+    given = (*rows, None), head, rows, each
+    found = (), (rows, rows) if observe else None, (*rows, None) if with_gradient else None, head if with_gradient else ()
+    return by_device(run, given, found)(h_BLD, head_DV, targets_BL, inputs)
+
+
+def _token_loss_of_device(token_loss, h_BLD, head_DV, targets_BL, inputs, *, chunk, observe, with_gradient):
     batch, length, _ = h_BLD.shape
     chunk = min(chunk, length)
     pad = -length % chunk
-    head = constrain(head_DV.astype(h_BLD.dtype), "act_embed", "act_vocab")  # gathered once, not once a chunk
+    head = gathered(head_DV.astype(h_BLD.dtype), "embed", 0)
 
     def chunks(x):
         x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
@@ -74,11 +85,11 @@ def _token_loss(token_loss, h_BLD, head_DV, targets_BL, inputs, chunk, observe, 
         dhead += jnp.einsum("bcd,bcv->dv", h, dlogits, preferred_element_type=jnp.float32)
         return (loss, dhead), (observed, dh)
 
-    dhead = jnp.zeros(head_DV.shape if with_gradient else (), jnp.float32)
+    dhead = jnp.zeros(head.shape if with_gradient else (), jnp.float32)
     scanned = chunks(h_BLD), chunks(targets_BL), jax.tree.map(chunks, inputs)
     (loss, dhead), outputs = jax.lax.scan(body, (jnp.zeros((), jnp.float32), dhead), scanned)
     observed, dh = jax.tree.map(whole, outputs)
-    return loss, observed, dh, dhead
+    return summed(loss, "batch"), observed, dh, summed(dhead, "batch", "embed", 0) if with_gradient else dhead
 
 
 def _token_loss_forward(token_loss, h_BLD, head_DV, targets_BL, inputs, chunk, observe):

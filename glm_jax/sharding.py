@@ -113,16 +113,46 @@ def constrain(x: jax.Array, *axes) -> jax.Array:
 
 
 def by_device(function, in_axes, out_axes):
-    """The function with each device working on its own part, of arguments and results split by logical axes (None: whole).
+    """The function with each device working on its own part, of arguments and results split by logical axes (None: whole), or trees
+    of them.
 
-    Without a mesh of several devices, the function itself. Nothing is exchanged, so what it does must need nothing of others.
+    Without a mesh of several devices, the function itself. What it needs of others it gets by `gathered`, `summed` and `dealt`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function
-    specs = [spec(axes or ()) for axes in in_axes]
-    out_specs = jax.tree.map(spec, out_axes, is_leaf=lambda axes: all(a is None or isinstance(a, str) for a in axes))
-    return jax.shard_map(function, in_specs=tuple(specs), out_specs=out_specs, check_vma=False)
+    is_axes = lambda axes: axes is None or (isinstance(axes, tuple) and all(a is None or isinstance(a, str) for a in axes))  # noqa: E731
+    in_specs, out_specs = (jax.tree.map(lambda axes: spec(axes or ()), tree, is_leaf=is_axes) for tree in (tuple(in_axes), out_axes))
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def gathered(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """Inside by_device: x whole along a dimension that a logical axis splits."""
+    over = _several(axis)
+    return jax.lax.all_gather(x, over, axis=dim, tiled=True) if over else x
+
+
+def summed(x: jax.Array, axis: str, scattered: str | None = None, dim: int = 0) -> jax.Array:
+    """Inside by_device: x summed over the devices that a logical axis splits; with `scattered`, another logical axis, its dimension
+    `dim` is split as that says."""
+    over, split = _several(axis), _several(scattered)
+    if set(split) - set(over):
+        raise ValueError(f"{scattered!r} is split over {split}, which are not all of {axis!r}'s {over}")
+    x = jax.lax.psum_scatter(x, split, scatter_dimension=dim, tiled=True) if split else x
+    rest = tuple(a for a in over if a not in split)
+    return jax.lax.psum(x, rest) if rest else x
+
+
+def dealt(x: jax.Array, axis: str, split: int, joined: int) -> jax.Array:
+    """Inside by_device: each device's part of dimension `split`, whole along dimension `joined`, which a logical axis splits."""
+    over = _several(axis)
+    return jax.lax.all_to_all(x, over, split, joined, tiled=True) if over else x
+
+
+def _several(axis: str | None) -> tuple[str, ...]:
+    """The axes of the current mesh, of more than one device, that split a logical axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return () if mesh.empty or axis is None else tuple(a for a in RULES[axis] if mesh.shape[a] > 1)
 
 
 def parts(axis: str | None) -> int:

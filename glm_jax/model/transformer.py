@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from glm_jax.model.cache import Cache
 from glm_jax.model.layers import MLP, RMSNorm, in_stack, rope_angles
 from glm_jax.model.moe import MoE, RouterObservation
 from glm_jax.model.mtp import MTP, Weight
-from glm_jax.sharding import constrain
+from glm_jax.sharding import by_device, constrain, dealt, gathered
 
 
 class Layer(nnx.Module):
@@ -118,8 +119,9 @@ class GLM(nnx.Module):
         return run((graphdef, state), h_BLD, embedding, segment_ids_BL, positions_BL, cache)
 
     def embed(self, table: Weight, tokens_BL) -> jax.Array:
-        x_BLD = jnp.take(table.weight[...], tokens_BL, axis=0).astype(self.config.compute_dtype)
-        return constrain(x_BLD, "batch", "length", "act_embed")
+        rows = ("batch", "length")
+        run = by_device(functools.partial(_look_up, self.config.compute_dtype), (("vocab", "embed"), rows), (*rows, None))
+        return run(table.weight[...], tokens_BL)
 
     @property
     def mtp_head(self) -> Weight:
@@ -129,6 +131,14 @@ class GLM(nnx.Module):
         """Float32 logits [B, L, V]; for training use losses.chunked_cross_entropy, which never holds them whole."""
         weight = (head or self.lm_head).weight.astype(h_BLD.dtype)
         return jnp.einsum("bld,dv->blv", h_BLD, weight, preferred_element_type=jnp.float32)
+
+
+def _look_up(dtype: str, table_VD, tokens_BL) -> jax.Array:
+    """Each device looks up its part of the width for the tokens of all that share the table, and they exchange states: fewer bytes
+    than the table, and its gradient stays where it lies."""
+    tokens_NBL = gathered(tokens_BL[None], "embed", 0)
+    x_NBLD = jnp.take(table_VD, tokens_NBL, axis=0).astype(dtype)
+    return dealt(x_NBLD, "embed", 0, 3)[0]
 
 
 def abstract_model(config: ModelConfig) -> GLM:
