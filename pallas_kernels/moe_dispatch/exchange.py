@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.moe_dispatch.api import chosen, routed_ffn
-from pallas_kernels.moe_dispatch.sorting import Dispatch, combine_rows, gather_rows, sort_by_expert, take
+from pallas_kernels.moe_dispatch.kernel import unwritten
+from pallas_kernels.moe_dispatch.sorting import Dispatch, combine_rows, gather_rows, gather_weights, sort_by_expert, take
 from pallas_kernels.target import target_platform
 
 COLLECTIVES = ("all_to_all", "ragged_all_to_all")
@@ -131,17 +132,28 @@ def ragged_layout(devices: int, quota: int, device, send_n, receive_n):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def send(exchange: Exchange, x_SD, send_n, receive_n):
     """Slots [n * quota, D] to their devices, send_n rows of those for each; what empty slots hold is unknown. The gradient goes back."""
+    return _send(exchange, "forth", x_SD, send_n, receive_n)
+
+
+def _send(exchange: Exchange, direction: str, x_SD, send_n, receive_n):
     if exchange.collective == "all_to_all":
         return jax.lax.all_to_all(x_SD, exchange.axis, 0, 0, tiled=True)
     devices = jax.lax.axis_size(exchange.axis)
     layout = ragged_layout(devices, len(x_SD) // devices, jax.lax.axis_index(exchange.axis), send_n, receive_n)
-    return jax.lax.ragged_all_to_all(x_SD, jax.lax.empty(x_SD.shape, x_SD.dtype), *layout, axis_name=exchange.axis)
+    # XLA sends rows of two lines. Asked for so, it gets them in buffers that nobody has to fill or to lay out anew.
+    rows = x_SD.reshape(len(x_SD), 2, -1)
+    if target_platform() == "tpu":
+        buffer = unwritten(rows.shape, rows.dtype, send_n, name=f"unwritten_{direction}")
+    else:
+        buffer = jax.lax.empty(rows.shape, rows.dtype)
+    return jax.lax.ragged_all_to_all(rows, buffer, *layout, axis_name=exchange.axis).reshape(x_SD.shape)
 
 
-send.defvjp(
-    lambda exchange, x_SD, send_n, receive_n: (send(exchange, x_SD, send_n, receive_n), (send_n, receive_n)),
-    lambda exchange, sizes, dy_SD: (send(exchange, dy_SD, *reversed(sizes)), None, None),
-)
+def _send_backward(exchange, sizes, dy_SD):
+    return _send(exchange, "back", dy_SD, *reversed(sizes)), None, None
+
+
+send.defvjp(lambda exchange, x_SD, *sizes: (send(exchange, x_SD, *sizes), sizes), _send_backward)
 
 
 def _round(exchange: Exchange, route: Route, number, x_TD, weights_TK, matrices):
@@ -150,8 +162,10 @@ def _round(exchange: Exchange, route: Route, number, x_TD, weights_TK, matrices)
     dispatch = route.dispatch(number, implementation == "pallas")
     there = dispatch.group_sizes_E, route.sizes(jnp.sum(route.received_ne, axis=1), number)
     x_SD = checkpoint_name(send(exchange, gather_rows(x_TD, dispatch), *there), "expert_rows")
-    y_SD = routed_ffn(x_SD, route.received_experts(number), None, *matrices, implementation=implementation)
-    return combine_rows(send(exchange, y_SD, *reversed(there)), weights_TK, dispatch)
+    # Weights go along, so that the expert's kernels multiply by them and find their gradients: here that would take passes over all rows.
+    weights_S1 = jax.lax.all_to_all(gather_weights(weights_TK, dispatch)[:, None], exchange.axis, 0, 0, tiled=True)
+    y_SD = routed_ffn(x_SD, route.received_experts(number), weights_S1, *matrices, implementation=implementation)
+    return combine_rows(send(exchange, y_SD, *reversed(there)), None, dispatch)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -99,3 +99,18 @@ def _combine_kernel(slots, next_slots, *refs, per_token: int, weighted: bool):
     @pl.when(step == num_steps - 1)
     def _():
         wait(1 - now)
+
+
+def unwritten(shape, dtype, after_N, *, name: str) -> jax.Array:
+    """An array of unknown contents, made once `after_N` is and no other: jax.lax.empty moves out of loops, which then copy it.
+
+    Two of one name and one `after_N` are one.
+    """
+    return pl.pallas_call(
+        lambda after, out: None,
+        out_shape=jax.ShapeDtypeStruct(shape, dtype),
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)],
+        out_specs=pl.BlockSpec(memory_space=pl.ANY),
+        interpret=interpret.params(),
+        name=name,
+    )(after_N)

@@ -19,11 +19,13 @@ from pallas_kernels.grouped_matmul.tiles import row_tiles
 from pallas_kernels.grouped_matmul.weight_gradient import weight_gradient
 from pallas_kernels.moe_dispatch.sorting import Dispatch, gather_rows, sort_by_expert, source_tokens, sum_words, take
 
+FEW_PAIRS = 2048  # of token and expert, up to which reading matrices is all that costs
+
 
 @jax.custom_vjp
 def routed_ffn(x_TD, expert_TK, weights_TK, gate_EDF, up_EDF, down_EFD):
     """As api.routed_ffn with `pallas`."""
-    if expert_TK.size <= few_rows_shapes.FEW_ROWS:
+    if expert_TK.size <= FEW_PAIRS:
         return _few(x_TD, expert_TK, weights_TK, gate_EDF, up_EDF, down_EFD)
     matrices = [w.astype(x_TD.dtype) for w in (gate_EDF, up_EDF, down_EFD)]
     return _many(x_TD, expert_TK, weights_TK, *matrices, keep=False)[0]

@@ -79,6 +79,18 @@ gather_rows.defvjp(_gather_rows, _gather_rows_backward)
 
 
 @jax.custom_vjp
+def gather_weights(weights_TK: jax.Array, dispatch: Dispatch) -> jax.Array:
+    """The weight of every row's pair, [R]; any weight where there is none. The gradient is a gather, too."""
+    return _take_any(weights_TK.reshape(-1), dispatch.source_R)
+
+
+gather_weights.defvjp(
+    lambda weights_TK, dispatch: (gather_weights(weights_TK, dispatch), dispatch),
+    lambda dispatch, d_R: (_take(d_R, dispatch.slot_TK, dispatch), None),
+)
+
+
+@jax.custom_vjp
 def combine_rows(y_RD: jax.Array, weights_TK: jax.Array | None, dispatch: Dispatch) -> jax.Array:
     """y_t = sum_k weights_tk y_row(t, k), [T, D]; weights None: 1."""
     return sum_rows(y_RD, weights_TK, dispatch)
