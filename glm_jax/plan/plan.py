@@ -22,9 +22,9 @@ from glm_jax.plan import program as programs_text
 from glm_jax.plan.program import Operation, Program
 from glm_jax.plan.programs import on_a_chip, trace_engine, trace_train
 from glm_jax.sharding import MeshConfig, make_mesh
-from glm_jax.train.metrics import PEAK_FLOPS, flops_per_token, matmul_parameters
+from glm_jax.train.metrics import flops_per_token, matmul_parameters
 from pallas_kernels import compiler
-from pallas_kernels.target import TWO_CORES, target_kind
+from pallas_kernels.target import target_kind
 
 HBM_GIB = {"v4": 15.25, "v5e": 15.75, "v5p": 95.73, "v6e": 31.24, "tpu7x": 94.74}  # that the compiler gives a program
 RING_BYTES = {"v4": 90e9, "v5e": 90e9, "v5p": 180e9, "v6e": 180e9, "tpu7x": 180e9}  # a second, both ways around one axis of the torus
@@ -136,7 +136,7 @@ def _plan(mode: str, model: ModelConfig, mesh, topology: str, trace, *, length: 
     if message:
         return plan, None
     read = programs_text.read(text)
-    return dataclasses.replace(plan, **_estimate(read, work, topology, mesh.devices.flat[0].device_kind, outer_loops)), read
+    return dataclasses.replace(plan, **_estimate(read, work, topology, outer_loops)), read
 
 
 def _parameters(model: ModelConfig) -> int:
@@ -150,13 +150,13 @@ def _parameters(model: ModelConfig) -> int:
     )
 
 
-def _estimate(read: Program, work: Work, topology: str, device_kind: str, outer_loops: int) -> dict:
+def _estimate(read: Program, work: Work, topology: str, outer_loops: int) -> dict:
     """The seconds of a Plan. Kernels take what the work needs of the matrix unit or HBM beyond XLA's own products."""
     with jax.set_mesh(compiler.one_device(topology)):
-        kind, info, peak = target_kind(), pltpu.get_tpu_info(), PEAK_FLOPS[device_kind]
-    cores = 2 if kind in TWO_CORES else 1
-    clock = peak / (2 * 4 * info.mxu_column_size**2 * cores)
-    hbm_seconds = work.hbm_bytes / info.mem_bw_bytes_per_second
+        kind, core = target_kind(), pltpu.get_tpu_info()
+    cores = 2 if kind == "v5p" else 1  # of a device
+    peak, clock = cores * core.bf16_ops_per_second, core.bf16_ops_per_second / (8 * core.mxu_column_size**2)
+    hbm_seconds = work.hbm_bytes / (cores * core.mem_bw_bytes_per_second)
     xla = products = collective = 0.0
     for operation, times in read.executed(outer_loops):
         xla += operation.cycles * times / clock
