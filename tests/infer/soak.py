@@ -13,6 +13,7 @@ import sys
 
 from absl import app, flags
 
+from glm_jax.devices import choose_platforms
 from tests.infer.serving import serving, tiny_engine
 from tests.infer.soaking import Report, soak
 
@@ -33,6 +34,7 @@ def failures(report: Report) -> list[str]:
 
 def main(argv: list[str]):
     del argv
+    choose_platforms()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     engine = tiny_engine(draft_tokens=DRAFT_TOKENS.value)
     with serving(engine, queue_limit=16) as running:
