@@ -122,11 +122,13 @@ def _plan(mode: str, model: ModelConfig, mesh, topology: str, trace, *, length: 
         start, message, peak, text = time.perf_counter(), "", 0, ""
         try:
             compiled = lowered.compile()
-            peak, text = compiled.memory_analysis().peak_memory_in_bytes, compiled.as_text()
+            peak = compiled.memory_analysis().peak_memory_in_bytes
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             message = str(error)
+        else:
+            text = _text(compiled)
         compiling = time.perf_counter() - start
     plan = Plan(
         mode, topology, mesh.size, not message, capacity, peak, weights, cache, round(lowering, 1), round(compiling, 1),
@@ -137,6 +139,15 @@ def _plan(mode: str, model: ModelConfig, mesh, topology: str, trace, *, length: 
         return plan, None
     read = programs_text.read(text)
     return dataclasses.replace(plan, **_estimate(read, work, topology, outer_loops)), read
+
+
+def _text(compiled) -> str:
+    """The program's text. Raises ValueError where this libtpu cannot give it."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        pairs = "jax 0.12 with libtpu 0.0.50 or 0.0.52, jax 0.10 with libtpu 0.0.42"
+        raise ValueError(f"jax {jax.__version__} and this libtpu compiled the program but cannot write it down: use {pairs}") from error
 
 
 def _parameters(model: ModelConfig) -> int:

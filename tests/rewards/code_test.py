@@ -325,11 +325,11 @@ def test_comparing_takes_time_in_proportion_to_an_answer():
     """A key or member of a set was a text in a text: each level doubled its backslashes."""
     for wrap in (lambda t: {"$frozenset": [t]}, lambda t: {"$dict": [[1, t]]}, lambda t: {"$set": [1, t, t]}, lambda t: {"$tuple": [t]}):
         shared = nested(100, wrap)
-        started = time.perf_counter()
+        started = time.process_time()  # of this process: others may keep the machine busy
         assert code.same(nested(15, wrap), nested(15, wrap)) and not code.same(nested(14, wrap), nested(15, wrap))
         if "$set" not in wrap(0):
             assert code.same(shared, nested(100, wrap)) and not code.same(nested(5000, wrap), shared)
-        assert time.perf_counter() - started < 2
+        assert time.process_time() - started < 2
 
 
 @pytest.mark.parametrize(
