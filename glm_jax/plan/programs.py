@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from glm_jax.config import ModelConfig
 from glm_jax.infer import quantize
@@ -71,7 +71,7 @@ def _pages(model: ModelConfig, engine: EngineConfig, mesh: Mesh):
 
 def _rows(engine: EngineConfig, mesh: Mesh):
     """Rows, last tokens and page tables of a full batch, replicated as the host sends them."""
-    size, whole = engine.num_rows, NamedSharding(mesh, PartitionSpec())
+    size, whole = engine.num_rows, named(mesh, ())
     array = lambda dtype, *shape: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=whole)  # noqa: E731
     ints, floats = array(jnp.int32), array(jnp.float32)
     params = RowParams(floats, ints, floats, floats, array(jnp.uint32, 3), array(jnp.int32, MAX_STOP_TOKENS), floats)

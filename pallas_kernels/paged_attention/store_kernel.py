@@ -25,8 +25,7 @@ def store(k_SLGH, v_SLGH, k_pages, v_pages, layer, tables_SP, starts_S, counts_S
     """As api.store. cores: of the chip, which share the heads where they can, else the pages."""
     length, groups, size = k_SLGH.shape[1:]
     page_size = k_pages.shape[4]
-    is_fp8 = k_pages.dtype == jnp.float8_e4m3fn
-    new_dtype = jnp.bfloat16 if is_fp8 else k_pages.dtype
+    new_dtype = jnp.bfloat16 if k_pages.dtype == jnp.float8_e4m3fn else k_pages.dtype
     rows = 32 // jnp.dtype(new_dtype).itemsize  # of a tile
     real_SL = (jnp.arange(length) < counts_S[:, None])[..., None, None]  # what others hold is multiplied by zero, which NaN would survive
     padding = ((0, 0), (0, 0), (0, -length % rows), (0, 0))
@@ -38,7 +37,7 @@ def store(k_SLGH, v_SLGH, k_pages, v_pages, layer, tables_SP, starts_S, counts_S
     k_window, v_window = (_window(length, tile, page_size) for tile in (LANES, 32 // k_pages.dtype.itemsize))
     new_window = min(k_SGLH.shape[2], page_size + rows)
     kernel = functools.partial(
-        _kernel, heads=heads, shared=heads != groups, page_size=page_size, length=k_SGLH.shape[2], rows=rows, is_fp8=is_fp8,
+        _kernel, heads=heads, shared=heads != groups, page_size=page_size, length=k_SGLH.shape[2], rows=rows,
     )  # fmt: skip
     scratch = [(heads, size, k_window), (heads, v_window, size), (heads, new_window, size), (heads, new_window, size)]
     dtypes = (k_pages.dtype, v_pages.dtype, new_dtype, new_dtype)
@@ -95,7 +94,7 @@ def _work(starts_S, counts_S, tables_SP, length, page_size, cores, *, split: boo
 def _kernel(
     row_W, block_W, page_W, part, starts_S, counts_S, layer, k_new_hbm, v_new_hbm, _k, _v, k_hbm, v_hbm,
     k_buf, v_buf, k_new, v_new, load_sems, store_sems,
-    *, heads: int, shared: bool, page_size: int, length: int, rows: int, is_fp8: bool,
+    *, heads: int, shared: bool, page_size: int, length: int, rows: int,
 ):  # fmt: skip
     """One core's part of the list. first: the new token, of a row, that a page's first position is for; may be negative."""
     core = pl.program_id(0)
@@ -105,17 +104,13 @@ def _kernel(
     precision = lax.Precision.HIGHEST if k_new.dtype == jnp.float32 else None
     dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
 
-    def place(w):
-        row = row_W[w]
-        first = block_W[w] * page_size - starts_S[row]
-        low, high = jnp.maximum(-first, 0), jnp.minimum(counts_S[row] - first, page_size)  # positions of the page that get tokens
-        return row, first, low, high
-
     def offset(low, window, tile):
         return pl.multiple_of(jnp.minimum(low // tile * tile, page_size - window), math.gcd(tile, page_size - window))
 
     def offsets(w):
-        row, first, low, high = place(w)
+        row = row_W[w]
+        first = block_W[w] * page_size - starts_S[row]
+        low, high = jnp.maximum(-first, 0), jnp.minimum(counts_S[row] - first, page_size)  # positions of the page that get tokens
         tile = 32 // v_buf.dtype.itemsize
         k_at, v_at = offset(low, k_window, LANES), offset(low, v_window, tile)
         new_at = pl.multiple_of(jnp.clip(first // rows * rows, 0, length - new_window), rows)
@@ -139,14 +134,6 @@ def _kernel(
         def _():
             of_pages(w, load_sems, do, to_hbm=False)
 
-    def merged(old, new, mask):
-        if not is_fp8:
-            return jnp.where(mask, new, old.astype(jnp.float32)).astype(old.dtype)
-        bits = pltpu.bitcast(old, jnp.int8).astype(jnp.int32)
-        new = new.astype(jnp.int32)
-        new = jnp.where(new > 127, new - 256, new)
-        return pltpu.bitcast(jnp.where(mask, new, bits).astype(jnp.int8), old.dtype)
-
     def compute(w):
         _, first, low, high, k_at, v_at, new_at = offsets(w)
         slot = (w - begin) % SLOTS
@@ -159,8 +146,8 @@ def _kernel(
         for h in range(heads):
             k = dot(k_new[slot, h], k_place, (((0,), (0,)), ((), ())))
             v = dot(v_place, v_new[slot, h], (((1,), (0,)), ((), ())))
-            k_buf[slot, h] = merged(k_buf[slot, h], k, (k_position >= low) & (k_position < high))
-            v_buf[slot, h] = merged(v_buf[slot, h], v, (v_position >= low) & (v_position < high))
+            k_buf[slot, h] = _merged(k_buf[slot, h], k, (k_position >= low) & (k_position < high))
+            v_buf[slot, h] = _merged(v_buf[slot, h], v, (v_position >= low) & (v_position < high))
 
     start, wait = (lambda copy: copy.start()), (lambda copy: copy.wait())
     for ahead in range(2):
@@ -189,3 +176,13 @@ def _kernel(
         @pl.when(stop - begin >= back)
         def _(back=back):
             of_pages(stop - back, store_sems, wait, to_hbm=True)
+
+
+def _merged(old, new, mask):
+    """A page's values with new ones, float32 as `_numbers` has them, where the mask says."""
+    if old.dtype != jnp.float8_e4m3fn:
+        return jnp.where(mask, new, old.astype(jnp.float32)).astype(old.dtype)
+    bits = pltpu.bitcast(old, jnp.int8).astype(jnp.int32)
+    new = new.astype(jnp.int32)
+    new = jnp.where(new > 127, new - 256, new)
+    return pltpu.bitcast(jnp.where(mask, new, bits).astype(jnp.int8), old.dtype)
