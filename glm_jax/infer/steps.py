@@ -49,20 +49,20 @@ class Drawn:
 
 def trunk(model, pages, tokens_SL, tables_SP, stored_S, counts_S):
     """States [S, L, D] of new tokens and the pages with the first counts_S of them written."""
-    out = model.trunk(tokens_SL, *_placed(pages, tokens_SL, tables_SP, stored_S, counts_S))
+    out = model.trunk(tokens_SL, *_placed(model.config, pages, tokens_SL, tables_SP, stored_S, counts_S))
     return out.h, out.cache.pages
 
 
 def mtp(model, pages, h_SLD, next_tokens_SL, tables_SP, stored_S, counts_S):
     """The same for the MTP block: states before its head."""
-    x_SLD, _, cache = model.mtp_hidden(h_SLD, next_tokens_SL, *_placed(pages, next_tokens_SL, tables_SP, stored_S, counts_S))
+    x_SLD, _, cache = model.mtp_hidden(h_SLD, next_tokens_SL, *_placed(model.config, pages, next_tokens_SL, tables_SP, stored_S, counts_S))
     return x_SLD, cache.pages
 
 
-def _placed(pages, tokens_SL, tables_SP, stored_S, counts_S):
+def _placed(config, pages, tokens_SL, tables_SP, stored_S, counts_S):
     """Segment ids (1 for real tokens, 0 for padding) and positions, both [S, L], and the cache that they go to."""
     step = jnp.arange(tokens_SL.shape[1])
-    cache = Cache(*pages, tables_SP=tables_SP, starts_S=stored_S, counts_S=counts_S)
+    cache = Cache.placed(config, pages, tokens_SL.shape[1], tables_SP, stored_S, counts_S)
     return (step < counts_S[:, None]).astype(jnp.int32), stored_S[:, None] + step, cache
 
 

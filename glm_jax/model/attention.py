@@ -12,7 +12,8 @@ from glm_jax.config import ModelConfig
 from glm_jax.model.cache import Cache
 from glm_jax.model.layers import Linear, RMSNorm, apply_rope
 from glm_jax.sharding import by_device
-from pallas_kernels.attention.api import attention
+from pallas_kernels.attention import rotary
+from pallas_kernels.attention.api import attention, chosen, rotary_attention
 
 
 class Attention(nnx.Module):
@@ -27,6 +28,21 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(config, config.head_size, rngs=rngs) if config.qk_norm else None
         self.k_norm = RMSNorm(config, config.head_size, rngs=rngs) if config.qk_norm else None
 
+    def context(self, x_BLD: jax.Array, segment_ids_BL, angles) -> jax.Array:
+        """What attention without a cache adds up, [B, L, N x H]."""
+        size, scale, implementation = self.config.head_size, self.config.head_size**-0.5, self.config.attention
+        queries, keys, row = ("batch", None, "heads"), ("batch", None, "kv_heads"), ("batch", None, None)
+        if chosen(implementation) == "pallas" and size == rotary.SIZE:
+            projected = self.q_proj.product(x_BLD), self.k_proj.product(x_BLD), self.v_proj(x_BLD)
+            biases = [proj.bias if proj.bias is None else proj.bias[...] for proj in (self.q_proj, self.k_proj)]
+            weights = [norm if norm is None else norm.weight[...] for norm in (self.q_norm, self.k_norm)]
+            run = functools.partial(rotary_attention, scale=scale, eps=self.config.norm_eps)
+            run = by_device(run, (queries, keys, keys, ("heads",), ("kv_heads",), None, None, (row, row), ("batch", None)), queries)
+            return run(*projected, *biases, *weights, angles, segment_ids_BL)
+        run = functools.partial(attention, scale=scale, implementation=implementation)
+        run = by_device(run, ((*queries, None), (*keys, None), (*keys, None), ("batch", None)), (*queries, None))
+        return run(*self.queries_keys_values(x_BLD, angles), segment_ids_BL).reshape(*x_BLD.shape[:2], -1)
+
     def queries_keys_values(self, x_BLD: jax.Array, angles) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q [B, L, N, H], k and v [B, L, G, H]; normalised per head before RoPE."""
         batch, length, _ = x_BLD.shape
@@ -37,15 +53,11 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array, segment_ids_BL: jax.Array, angles, cache: Cache | None = None, layer=None):
         """Returns [B, L, D] and the cache with layer number `layer` written (None without a cache)."""
-        q_BLNH, k_BLGH, v_BLGH = self.queries_keys_values(x_BLD, angles)
-        scale, implementation = self.config.head_size**-0.5, self.config.attention
         if cache is None:
-            run = functools.partial(attention, scale=scale, implementation=implementation)
-            queries, keys = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
-            run = by_device(run, (queries, keys, keys, ("batch", None)), queries)
-            context_BLNH = run(q_BLNH, k_BLGH, v_BLGH, segment_ids_BL)
+            context_BLX = self.context(x_BLD, segment_ids_BL, angles)
         else:
+            q_BLNH, k_BLGH, v_BLGH = self.queries_keys_values(x_BLD, angles)
+            scale, implementation = self.config.head_size**-0.5, self.config.attention
             cache = cache.write(layer, k_BLGH, v_BLGH, implementation=implementation)
-            context_BLNH = cache.attend(layer, q_BLNH, scale=scale, implementation=implementation)
-        context_BLNH = checkpoint_name(context_BLNH, "context")
-        return self.o_proj(context_BLNH.reshape(*x_BLD.shape[:2], -1)), cache
+            context_BLX = cache.attend(layer, q_BLNH, scale=scale, implementation=implementation).reshape(*x_BLD.shape[:2], -1)
+        return self.o_proj(checkpoint_name(context_BLX, "context")), cache

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from glm_jax.config import ModelConfig
 from glm_jax.sharding import by_device, constrain
 from pallas_kernels.paged_attention import reference
-from pallas_kernels.paged_attention.api import paged_attention, store
+from pallas_kernels.paged_attention.api import Lists, lists, paged_attention, store
 
 PAGES = ("layers", "pages", "kv_heads", None, None)
 EXPERT_PAGES = ("layers", "pages", None, None)
@@ -25,7 +25,8 @@ class Cache:
 
     k: [layers, pages, G, H, page size]; v: [layers, pages, G, page size, H]. experts: the routed experts of every position,
     int16 [layers, pages, page size, K], or None. tables_SP: int32 page of each block of positions of a row. starts_S: tokens
-    of a row stored before this call. counts_S: how many of this call's L tokens are real; the others are not stored.
+    of a row stored before this call. counts_S: how many of this call's L tokens are real; the others are not stored. lists: what the
+    kernels make of these, once for all layers.
 
     On a mesh every device holds the pages of its own rows, and tables count from its first page.
     """
@@ -36,6 +37,14 @@ class Cache:
     tables_SP: jax.Array
     starts_S: jax.Array
     counts_S: jax.Array
+    lists: Lists | None
+
+    @classmethod
+    def placed(cls, config: ModelConfig, pages, length: int, tables_SP, starts_S, counts_S) -> Cache:
+        """Of `pages` (see below), for a call with `length` tokens of each row."""
+        per_group, at = config.num_heads // config.num_kv_heads, (tables_SP, starts_S, counts_S)
+        run = functools.partial(lists, length, per_group, implementation=config.attention)
+        return cls(*pages, *at, by_device(run, (PAGES, TABLES, ROWS, ROWS), ROWS)(pages[0], *at))
 
     @property
     def pages(self) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -46,8 +55,8 @@ class Cache:
         """The cache with one layer's keys and values of the new tokens in their pages."""
         new = ("batch", None, "kv_heads", None)
         run = functools.partial(store, implementation=implementation)
-        run = by_device(run, (new, new, PAGES, PAGES, None, TABLES, ROWS, ROWS), (PAGES, PAGES))
-        k, v = run(k_SLGH, v_SLGH, self.k, self.v, layer, self.tables_SP, self.starts_S, self.counts_S)
+        run = by_device(run, (new, new, PAGES, PAGES, None, TABLES, ROWS, ROWS, ROWS), (PAGES, PAGES))
+        k, v = run(k_SLGH, v_SLGH, self.k, self.v, layer, self.tables_SP, self.starts_S, self.counts_S, self.lists)
         return dataclasses.replace(self, k=k, v=v)
 
     def write_experts(self, layer, expert_SLK: jax.Array) -> Cache:
@@ -66,8 +75,8 @@ class Cache:
         def run(*args):
             return paged_attention(*args, scale=scale, implementation=implementation)
 
-        run = by_device(run, (queries, PAGES, PAGES, None, TABLES, ROWS, ROWS), queries)
-        return run(q_SLNH, self.k, self.v, layer, self.tables_SP, self.starts_S, self.counts_S)
+        run = by_device(run, (queries, PAGES, PAGES, None, TABLES, ROWS, ROWS, ROWS), queries)
+        return run(q_SLNH, self.k, self.v, layer, self.tables_SP, self.starts_S, self.counts_S, self.lists)
 
 
 def empty_pages(config: ModelConfig, num_layers: int, num_pages: int, page_size: int, dtype: str, keep_experts: bool):

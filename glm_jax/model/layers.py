@@ -105,8 +105,12 @@ class Linear(nnx.Module):
         self.weight = param(rngs, (size_in, size_out), axes, normal(config), Matrix)
         self.bias = param(rngs, (size_out,), axes[1:], jax.nn.initializers.zeros) if bias else None
 
+    def product(self, x_BLD: jax.Array) -> jax.Array:
+        """Without the bias."""
+        return product(x_BLD, self.weight.get_value(), self.weight.get_metadata("axes"), self.implementation)
+
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        y_BLF = product(x_BLD, self.weight.get_value(), self.weight.get_metadata("axes"), self.implementation)
+        y_BLF = self.product(x_BLD)
         return y_BLF if self.bias is None else y_BLF + self.bias.astype(x_BLD.dtype)
 
 

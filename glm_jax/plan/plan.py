@@ -1,8 +1,8 @@
 """The real TPU compiler as a planner: does a program fit a pod, what does it take there, and where does its time go?
 
 Needs libtpu, no hardware. Everything here is *compiled* or *estimated*, nothing measured. What the estimate of time leaves out:
-kernels run at the rate of their limit (matrix unit or HBM), collectives that XLA starts early are hidden whole, links carry their
-full rate, and nothing is said about the host.
+kernels run at the rate of their limit (matrix unit or HBM), a collective that XLA starts early is hidden by all that is scheduled until
+its end, routing is balanced, links carry their full rate, and nothing is said about the host.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pallas_kernels import compiler
 from pallas_kernels.target import target_kind
 
 HBM_GIB = {"v4": 15.25, "v5e": 15.75, "v5p": 95.73, "v6e": 31.24, "tpu7x": 94.74}  # that the compiler gives a program
+ROW_KERNELS = ("grouped_", "copy_rows")  # whose estimates count an exchange's whole buffers
 RING_BYTES = {"v4": 90e9, "v5e": 90e9, "v5p": 180e9, "v6e": 180e9, "tpu7x": 180e9}  # a second, both ways around one axis of the torus
 
 
@@ -57,17 +58,20 @@ class Plan:
     estimated_step_seconds: float = 0.0
     estimated_mfu: float = 0.0
     needed_hbm_seconds: float = 0.0
-    kernel_calls: int = 0
+    kernel_calls: int = 0  # of the compiled program
+    lowered_kernels: int = 0
     distinct_kernels: int = 0
     message: str = ""  # the compiler's, where it does not fit
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a step needs of one device: useful floating-point operations, and bytes that it must read and write once."""
+    """What a step needs of one device: useful floating-point operations, and bytes that it must read and write once. filled: share of an
+    exchange's buffers that balanced routing fills."""
 
     flops: float
     hbm_bytes: float
+    filled: float = 1.0
 
 
 def plan_train(
@@ -80,7 +84,8 @@ def plan_train(
     def trace():
         traced, state = trace_train(model, optimizer, balance_weight, mesh, rows, length)
         held = on_a_chip(state)
-        return traced, on_a_chip(state.params), 0, Work(rows * length * flops_per_token(model, length) / len(devices), 2 * held)
+        filled = 1 / model.expert_buffer if mesh.shape["expert"] > 1 else 1.0
+        return traced, on_a_chip(state.params), 0, Work(rows * length * flops_per_token(model, length) / len(devices), 2 * held, filled)
 
     return _plan("train", model, mesh, topology, trace, length=length, outer_loops=0)
 
@@ -113,27 +118,26 @@ def plan_engine(
 def _plan(mode: str, model: ModelConfig, mesh, topology: str, trace, *, length: int, outer_loops: int) -> tuple[Plan, Program | None]:
     kind = topology.split(":", maxsplit=1)[0]
     capacity = int(HBM_GIB[kind] * 2**30)
-    with jax.set_mesh(mesh):
-        start = time.perf_counter()
-        traced, weights, cache, work = trace()
-        lowered = traced.lower(lowering_platforms=("tpu",))
-        kernels = re.findall(r'@tpu_custom_call.*?backend_config = "((?:[^"\\]|\\.)*)"', lowered.as_text())
-        lowering = time.perf_counter() - start
-        start, message, peak, text = time.perf_counter(), "", 0, ""
-        try:
-            compiled = lowered.compile()
-            peak = compiled.memory_analysis().peak_memory_in_bytes
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            message = str(error)
-        else:
-            text = _text(compiled)
-        compiling = time.perf_counter() - start
+    start = time.perf_counter()
+    traced, weights, cache, work = trace()
+    lowered = traced.lower(lowering_platforms=("tpu",))
+    kernels = re.findall(r'@tpu_custom_call.*?backend_config = "((?:[^"\\]|\\.)*)"', lowered.as_text())
+    lowering = time.perf_counter() - start
+    start, message, peak, text = time.perf_counter(), "", 0, ""
+    try:
+        compiled = lowered.compile()
+        peak = compiled.memory_analysis().peak_memory_in_bytes
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        message = str(error)
+    else:
+        text = _text(compiled)
+    compiling = time.perf_counter() - start
     plan = Plan(
         mode, topology, mesh.size, not message, capacity, peak, weights, cache, round(lowering, 1), round(compiling, 1),
         _parameters(model), matmul_parameters(model), flops_per_token(model, length),
-        kernel_calls=len(kernels), distinct_kernels=len(set(kernels)), message=message,
+        lowered_kernels=len(kernels), distinct_kernels=len(set(kernels)), message=message,
     )  # fmt: skip
     if message:
         return plan, None
@@ -162,24 +166,33 @@ def _parameters(model: ModelConfig) -> int:
 
 
 def _estimate(read: Program, work: Work, topology: str, outer_loops: int) -> dict:
-    """The seconds of a Plan. Kernels take what the work needs of the matrix unit or HBM beyond XLA's own products."""
+    """The seconds of a Plan, and its number of kernel calls."""
     with jax.set_mesh(compiler.one_device(topology)):
         kind, core = target_kind(), pltpu.get_tpu_info()
     cores = 2 if kind == "v5p" else 1  # of a device
     peak, clock = cores * core.bf16_ops_per_second, core.bf16_ops_per_second / (8 * core.mxu_column_size**2)
-    hbm_seconds = work.hbm_bytes / (cores * core.mem_bw_bytes_per_second)
-    xla = products = collective = 0.0
+    bandwidth = cores * core.mem_bw_bytes_per_second
+
+    def seconds(operation: Operation) -> float:
+        if operation.kind == "collective":
+            return collective_seconds(operation, RING_BYTES[kind])
+        if operation.kind == "kernel":
+            filled = work.filled if operation.name.startswith(ROW_KERNELS) else 1.0
+            return filled * max(operation.flops / peak, operation.moved_bytes / bandwidth)
+        return operation.cycles / clock
+
+    total, calls = collections.Counter(), 0
     for operation, times in read.executed(outer_loops):
-        xla += operation.cycles * times / clock
-        products += operation.cycles * times / clock if operation.kind == "product" else 0.0
-        if operation.kind == "collective" and not operation.opcode.endswith("-start"):
-            collective += times * collective_seconds(operation, RING_BYTES[kind])
-    needed = max(work.flops / peak, hbm_seconds)
-    kernels = max(0.0, needed - products)
-    total = xla + kernels + collective
+        spent = seconds(operation)
+        if operation.kind == "collective":
+            spent = max(0.0, spent - sum(map(seconds, read.meanwhile.get(operation.name, ()))))
+        total[{"collective": "collective", "kernel": "kernel"}.get(operation.kind, "xla")] += times * spent
+        calls += operation.kind == "kernel"
+    step = sum(total.values())
     return {
-        "xla_seconds": xla, "kernel_seconds": kernels, "exposed_collective_seconds": collective, "estimated_step_seconds": total,
-        "estimated_mfu": work.flops / peak / total, "needed_hbm_seconds": hbm_seconds,
+        "xla_seconds": total["xla"], "kernel_seconds": total["kernel"], "exposed_collective_seconds": total["collective"],
+        "estimated_step_seconds": step, "estimated_mfu": work.flops / peak / step, "needed_hbm_seconds": work.hbm_bytes / bandwidth,
+        "kernel_calls": calls,
     }  # fmt: skip
 
 

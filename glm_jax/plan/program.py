@@ -1,7 +1,7 @@
 """A program of the TPU compiler, read: which operations take its time, how often they run, and which line of ours made them.
 
-Cycles are the compiler's own estimates, of a cost model that knows no kernels of ours and no collectives: both are listed with their
-bytes instead.
+Cycles are the compiler's own estimates, of a cost model that knows no kernels of ours and no collectives: kernels bring estimates of
+their own (pallas_kernels/cost.py), collectives are listed with their bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 class Operation:
     """One instruction. bytes: of the largest array that it makes. cycles: of one execution, 0 where there is no estimate. source: the
     innermost line of this project that made it, as file:line function, and op_name, JAX's name for it; both may be empty. group: devices
-    that a collective is among, else 0."""
+    that a collective is among, else 0. flops, moved_bytes: of a kernel, by its own estimate."""
 
     name: str
     opcode: str
@@ -34,6 +34,8 @@ class Operation:
     source: str
     op_name: str
     group: int = 0
+    flops: int = 0
+    moved_bytes: int = 0
 
     @property
     def kind(self) -> str:
@@ -60,12 +62,14 @@ class Loop:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """operations, and computations called besides loops' bodies, of each computation; loops by the computation that they stand in."""
+    """operations, as scheduled, and computations called besides loops' bodies, of each computation; loops by the computation that they
+    stand in. meanwhile: by the name of the start of a collective, the operations that are scheduled before its end."""
 
     entry: str
     operations: Mapping[str, list[Operation]]
     calls: Mapping[str, list[str]]
     loops: Mapping[str, list[Loop]]
+    meanwhile: Mapping[str, list[Operation]]
 
     def times(self, outer: int) -> dict[str, int]:
         """How often each computation runs. Loops whose trips are not known run `outer` times where they are outermost, and else not at
@@ -95,6 +99,7 @@ def read(text: str) -> Program:
     sources = _sources(text)
     entry, computation, conditions = "", "", collections.defaultdict(list)
     operations, calls, found = collections.defaultdict(list), collections.defaultdict(list), []
+    started, meanwhile = {}, {}
     for line in text.splitlines():
         if not line.startswith(" "):
             if head := _HEAD.match(line):
@@ -116,19 +121,29 @@ def read(text: str) -> Program:
             calls[computation] += [branch.strip().lstrip("%") for branch in named]
         elif opcode in ("call", "async-start"):
             calls[computation] += re.findall(r"(?:to_apply|calls)=%?([\w.\-]+)", line)[:1]
+        if opcode.endswith("-done") and (start := re.search(r"-done\(%?([\w.\-]+)", line)[1]) in started:
+            meanwhile[start] = operations[computation][started[start] :]
         cycles = _CYCLES.search(line)
         cycles = int(cycles[1]) if cycles and int(cycles[1]) < NO_WORK else 0
         if cycles or _is_counted(opcode, line):
             frame, op_name = re.search(r"stack_frame_id=(\d+)", line), re.search(r'op_name="([^"]*)"', line)
             source = sources.get(int(frame[1]), "") if frame else ""
             operations[computation].append(
-                Operation(name, opcode, shape, largest(shape), cycles, source, op_name[1] if op_name else "", _group(line))
+                Operation(name, opcode, shape, largest(shape), cycles, source, op_name[1] if op_name else "", _group(line), *_cost(line))
             )  # fmt: skip
+            if opcode.endswith("-start"):
+                started[name] = len(operations[computation])
     loops = collections.defaultdict(list)
     for where, body, condition in found:
         loops[where].append(Loop(body, condition, _trips(conditions[condition])))
     every = {*operations, *calls, *loops, *conditions}
-    return Program(entry, {name: operations[name] for name in every}, dict(calls), dict(loops))
+    return Program(entry, {name: operations[name] for name in every}, dict(calls), dict(loops), meanwhile)
+
+
+def _cost(line: str) -> tuple[int, int]:
+    """Floating-point operations and bytes moved that a kernel says."""
+    found = re.search(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"', line)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def largest(shape: str) -> int:

@@ -23,7 +23,7 @@ from glm_jax.train.step import Knobs, compile_step
 
 
 def trace_train(model: ModelConfig, optimizer: OptimizerConfig, balance_weight: float, mesh: Mesh, rows: int, length: int):
-    """The training step of one microbatch of `rows` rows, traced under the mesh; and its state as placed shapes."""
+    """The training step of one microbatch of `rows` rows, traced for the mesh; and its state as placed shapes."""
     trainee = Trainee.create(model, optimizer)
     state, shape = trainee.abstract_state(mesh), (1, rows, length)
     array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=named(mesh, (None, "batch", "length"), shape, "batch"))  # noqa: E731
@@ -31,11 +31,12 @@ def trace_train(model: ModelConfig, optimizer: OptimizerConfig, balance_weight: 
     scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=named(mesh, ()))  # noqa: E731
     knobs = Knobs(scalar(jnp.int32), *[scalar(jnp.float32)] * 3)
     step = compile_step(trainee, balance_weight, mesh)
-    return step.trace(state, batch | {"loss_weights": array(jnp.float32)}, knobs), state
+    with jax.set_mesh(mesh):  # not around the above, which runs operations of its own: the devices are not here
+        return step.trace(state, batch | {"loss_weights": array(jnp.float32)}, knobs), state
 
 
 def trace_engine(model: ModelConfig, engine: EngineConfig, mesh: Mesh, *, prefilling: bool):
-    """The engine's call with all rows, traced under the mesh; and the weights and the cache as placed shapes.
+    """The engine's call with all rows, traced for the mesh; and the weights and the cache as placed shapes.
 
     prefilling: a chunk of engine.prefill_chunk tokens of each row; else engine.decode_steps tokens are drawn.
     """
@@ -43,16 +44,17 @@ def trace_engine(model: ModelConfig, engine: EngineConfig, mesh: Mesh, *, prefil
     for field in ("num_rows", "num_pages"):
         if getattr(engine, field) % shards:
             raise ValueError(f"engine.{field}={getattr(engine, field)} cannot be split over {shards} shards of the mesh")
-    graphdef, state = nnx.split(abstract_model(model))
-    state = quantize.abstract(state, engine.weights, model.compute_dtype, mesh)
-    pages = _pages(model, engine, mesh)
-    rows, tokens, tables = _rows(engine, mesh)
-    drafting = engine.draft_tokens > 0
-    if prefilling:
-        chunk = jax.ShapeDtypeStruct((engine.num_rows, engine.prefill_chunk), jnp.int32, sharding=tokens.sharding)
-        traced = prefill.trace(graphdef, state, pages, rows, chunk, chunk, tables, drafting, False, False)
-    else:
-        traced = decode.trace(graphdef, state, pages, rows, tokens, tables, engine.decode_steps, engine.draft_tokens)
+    with jax.set_mesh(mesh):
+        graphdef, state = nnx.split(abstract_model(model))
+        state = quantize.abstract(state, engine.weights, model.compute_dtype, mesh)
+        pages = _pages(model, engine, mesh)
+        rows, tokens, tables = _rows(engine, mesh)
+        drafting = engine.draft_tokens > 0
+        if prefilling:
+            chunk = jax.ShapeDtypeStruct((engine.num_rows, engine.prefill_chunk), jnp.int32, sharding=tokens.sharding)
+            traced = prefill.trace(graphdef, state, pages, rows, chunk, chunk, tables, drafting, False, False)
+        else:
+            traced = decode.trace(graphdef, state, pages, rows, tokens, tables, engine.decode_steps, engine.draft_tokens)
     return traced, state, pages
 
 

@@ -16,8 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
-from pallas_kernels.attention.kernel import LN2, head, is_full, is_visited, key_copies, product, query_specs, write_bias
+from pallas_kernels.attention.kernel import LN2, causal_macs, head, is_full, is_visited, key_copies, product, query_specs, write_bias
 from pallas_kernels.attention.tiles import FIRST, NEXT, STOP, Tiles
+from pallas_kernels.cost import cost
+from pallas_kernels.once import once
 
 # The kernel's state: key blocks seen, the buffer of the sums, whether the next sums are on their way in, and for each buffer whether
 # it is on its way out.
@@ -180,7 +182,7 @@ def _backward(
     lax.fori_loop(0, heads, write, 0)
 
 
-@functools.partial(jax.jit, static_argnums=(9, 10, 11, 12))
+@once("heads", "blocks", "vmem_bytes", "force")
 def backward(
     q_BLX, do_BLX, lse_BGPL, delta_BGPL, q_ids_B1L, k_BMY, v_BMY, kv_ids_BJ1C, tiles: Tiles, heads: int, blocks, vmem_bytes: int,
     force: str | None = None,
@@ -215,6 +217,7 @@ def backward(
         ),
         out_shape=[jax.ShapeDtypeStruct(q_BLX.shape, q_BLX.dtype), *[jax.ShapeDtypeStruct(zeros.shape, zeros.dtype)] * 2],
         input_output_aliases={11: 1, 12: 2},
+        cost_estimate=cost(q_BLX, q_BLX, q_BLX, k_BMY, v_BMY, zeros, zeros, macs=5 * causal_macs(q_BLX, k_BMY)),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes),
         interpret=interpret.params(),
         name="attention_backward",

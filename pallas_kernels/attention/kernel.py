@@ -23,6 +23,8 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import interpret
 from pallas_kernels.attention.reference import NO_KEY
 from pallas_kernels.attention.tiles import FIRST, GREATEST, LEAST, NEXT, ONLY, STOP, Tiles
+from pallas_kernels.cost import cost
+from pallas_kernels.once import once
 
 HEADROOM = 80.0  # log2; 2^80 x 2^17 keys x values up to 2^30 is a float32
 VANISHED = 2.0**-90  # a row sum below, at a shift above SURE, may have lost terms that matter: 2^17 of up to 2^-126
@@ -233,7 +235,12 @@ def _forward(
         finish(lambda h, part: best[h, :1, part])
 
 
-@functools.partial(jax.jit, static_argnums=(7, 8, 9, 10))
+def causal_macs(q_BLX, k_BMY) -> int:
+    """Of one product of all queries with the keys that are not behind them."""
+    return q_BLX.size * k_BMY.shape[1] // 2
+
+
+@once("heads", "blocks", "vmem_bytes", "force")
 def forward(
     q_BLX, shift_BGPL, q_ids_B1L, k_BMY, v_BMY, kv_ids_BJ1C, tiles: Tiles, heads: int, blocks, vmem_bytes: int, force: str | None = None
 ):
@@ -266,6 +273,7 @@ def forward(
             ],
         ),
         out_shape=[jax.ShapeDtypeStruct(q_BLX.shape, v_BMY.dtype), jax.ShapeDtypeStruct(shift_BGPL.shape, jnp.float32)],
+        cost_estimate=cost(q_BLX, q_BLX, k_BMY, v_BMY, macs=2 * causal_macs(q_BLX, k_BMY)),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes),
         interpret=interpret.params(),
         name="attention_forward",

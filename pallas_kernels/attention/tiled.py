@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.attention import kernel
 from pallas_kernels.attention.backward_kernel import backward
 from pallas_kernels.attention.kernel import LANES, forward
+from pallas_kernels.attention.rotary import head_products
 from pallas_kernels.attention.shapes import Blocks, blocks_for
 from pallas_kernels.attention.tiles import tiles
 from pallas_kernels.tuning import vmem_limit
@@ -20,49 +21,53 @@ LOG2_E = math.log2(math.e)
 
 def attention(q_BLNH, k_BMGH, v_BMGH, q_ids_BL, kv_ids_BM, scale: float, q_offset, kv_offset):
     """As api.attention with all arguments given: out [B, L, N, H] and log-sum-exp [B, L, N]."""
-    _, length, heads, size = q_BLNH.shape
-    shape = length, k_BMGH.shape[1], heads // k_BMGH.shape[2], q_BLNH.dtype
-    blocks = {pass_: blocks_for(*shape, pass_) for pass_ in ("forward", "backward")}
-    # A half-filled head costs the unit as much as a full one. Whole blocks; what is added sees nothing and is not seen.
+    size = q_BLNH.shape[-1]
+    # A half-filled head costs the unit as much as a full one.
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -size % LANES)))  # noqa: E731
+    q_BLNH, k_BMGH, v_BMGH = pad((q_BLNH * (scale * LOG2_E)).astype(q_BLNH.dtype)), pad(k_BMGH), pad(v_BMGH)
+    flat = (x.reshape(*x.shape[:2], -1) for x in (q_BLNH, k_BMGH, v_BMGH))
+    norms = (_norms(x).swapaxes(1, 2) for x in (q_BLNH, k_BMGH))
+    out_BLX, lse_BNL = attention_of_heads(*flat, *norms, q_ids_BL, kv_ids_BM, q_offset, kv_offset)
+    return out_BLX.reshape(q_BLNH.shape)[..., :size], lse_BNL.swapaxes(1, 2)
+
+
+def attention_of_heads(q_BLX, k_BMY, v_BMY, q_norms_BNL, k_norms_BGM, q_ids_BL, kv_ids_BM, q_offset=0, kv_offset=0):
+    """The same of heads side by side whose queries have been multiplied by scale x log2 e, given bounds of the heads' lengths: out
+    [B, L, N x H] and log-sum-exp [B, N, L]."""
+    length, heads, groups = q_BLX.shape[1], q_norms_BNL.shape[1], k_norms_BGM.shape[1]
+    per_group = heads // groups
+    blocks = {pass_: blocks_for(length, k_BMY.shape[1], per_group, q_BLX.dtype, pass_) for pass_ in ("forward", "backward")}
+    # Whole blocks; what is added sees nothing and is not seen.
     q_block, kv_block = (math.lcm(*(getattr(b, name) for b in blocks.values())) for name in ("q", "kv"))
-    pad = lambda x, block: jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, -size % LANES)))  # noqa: E731
-    pad_ids = lambda ids, block: jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % block)))  # noqa: E731
-    scaled = (q_BLNH * (scale * LOG2_E)).astype(q_BLNH.dtype)
+    pad = lambda x, block, axis=1: jnp.pad(x, [(0, -n % block if a == axis else 0) for a, n in enumerate(x.shape)])  # noqa: E731
     offsets = jnp.asarray(q_offset, jnp.int32), jnp.asarray(kv_offset, jnp.int32)
-    arrays = pad(scaled, q_block), pad(k_BMGH, kv_block), pad(v_BMGH, kv_block), pad_ids(q_ids_BL, q_block), pad_ids(kv_ids_BM, kv_block)
-    out, lse = _attend(*arrays, offsets, blocks["forward"], blocks["backward"])
-    return out[:, :length, :, :size], lse[:, :length]
+    bound_BNL = q_norms_BNL * jnp.repeat(jnp.max(k_norms_BGM, axis=-1), per_group, axis=1)[..., None] * 1.001  # for roundings of both
+    shift_BNL = jnp.maximum(pad(bound_BNL, q_block, 2) - kernel.HEADROOM, 0)
+    shift_BGPL = jax.lax.stop_gradient(shift_BNL).reshape(len(shift_BNL), groups, per_group, -1)
+    wide = pad(q_BLX, q_block), pad(k_BMY, kv_block), pad(v_BMY, kv_block)
+    ids = pad(q_ids_BL, q_block), pad(kv_ids_BM, kv_block)
+    out_BLX, lse_BGPL = _attend(*wide, shift_BGPL, *ids, offsets, blocks["forward"], blocks["backward"])
+    return out_BLX[:, :length], lse_BGPL.reshape(shift_BNL.shape)[..., :length]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _attend(q_BLNH, k_BMGH, v_BMGH, q_ids_BL, kv_ids_BM, offsets, forward_blocks: Blocks, backward_blocks: Blocks):
-    return _attend_forward(q_BLNH, k_BMGH, v_BMGH, q_ids_BL, kv_ids_BM, offsets, forward_blocks, backward_blocks)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _attend(q_BLX, k_BMY, v_BMY, shift_BGPL, q_ids_BL, kv_ids_BM, offsets, forward_blocks: Blocks, backward_blocks: Blocks):
+    return _attend_forward(q_BLX, k_BMY, v_BMY, shift_BGPL, q_ids_BL, kv_ids_BM, offsets, forward_blocks, backward_blocks)[0]
 
 
-def _attend_forward(q_BLNH, k_BMGH, v_BMGH, q_ids_BL, kv_ids_BM, offsets, blocks, _):
-    groups, heads = k_BMGH.shape[2], q_BLNH.shape[2] // k_BMGH.shape[2]
-    longest_BG = jnp.max(_norms(k_BMGH), axis=1)
-    bound = _norms(q_BLNH) * jnp.repeat(longest_BG, heads, axis=1)[:, None] * 1.001  # for the roundings of both norms
-    shift = _by_group(jnp.maximum(bound - kernel.HEADROOM, 0), groups)
-    ids = _ids(q_ids_BL, kv_ids_BM, blocks)
-    listed = tiles(q_ids_BL, kv_ids_BM, *offsets, blocks.q, blocks.kv)
-    out, lse = forward(_flat(q_BLNH), shift, ids[0], _flat(k_BMGH), _flat(v_BMGH), ids[1], listed, heads, blocks, vmem_limit())
-    out, lse = out.reshape(q_BLNH.shape), lse.reshape(lse.shape[0], -1, lse.shape[-1]).swapaxes(1, 2)
-    return (out, lse), (q_BLNH, k_BMGH, v_BMGH, q_ids_BL, kv_ids_BM, offsets, out, lse)
+def _attend_forward(q_BLX, k_BMY, v_BMY, shift_BGPL, q_ids_BL, kv_ids_BM, offsets, blocks, _):
+    ids, listed = _ids(q_ids_BL, kv_ids_BM, blocks), tiles(q_ids_BL, kv_ids_BM, *offsets, blocks.q, blocks.kv)
+    out, lse = forward(q_BLX, shift_BGPL, ids[0], k_BMY, v_BMY, ids[1], listed, shift_BGPL.shape[2], blocks, vmem_limit())
+    return (out, lse), (q_BLX, k_BMY, v_BMY, q_ids_BL, kv_ids_BM, offsets, out, lse)
 
 
 def _attend_backward(_, blocks, residuals, cotangents):
-    q_BLNH, k_BMGH, v_BMGH, q_ids_BL, kv_ids_BM, offsets, out, lse = residuals
+    q_BLX, k_BMY, v_BMY, q_ids_BL, kv_ids_BM, offsets, out, lse = residuals
     dout, dlse = cotangents
-    groups, heads = k_BMGH.shape[2], q_BLNH.shape[2] // k_BMGH.shape[2]
-    delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1) - dlse
-    rows = _by_group(lse * LOG2_E, groups), _by_group(delta, groups)
-    ids = _ids(q_ids_BL, kv_ids_BM, blocks)
-    listed = tiles(q_ids_BL, kv_ids_BM, *offsets, blocks.q, blocks.kv)
-    wide = _flat(q_BLNH), _flat(dout)
-    dq, dk, dv = backward(*wide, *rows, ids[0], _flat(k_BMGH), _flat(v_BMGH), ids[1], listed, heads, blocks, vmem_limit())
-    dk, dv = (d.reshape(x.shape).astype(x.dtype) for d, x in ((dk, k_BMGH), (dv, v_BMGH)))
-    return dq.reshape(q_BLNH.shape), dk, dv, None, None, None
+    delta = head_products(out, dout).reshape(lse.shape) - dlse
+    ids, listed = _ids(q_ids_BL, kv_ids_BM, blocks), tiles(q_ids_BL, kv_ids_BM, *offsets, blocks.q, blocks.kv)
+    dq, dk, dv = backward(q_BLX, dout, lse * LOG2_E, delta, ids[0], k_BMY, v_BMY, ids[1], listed, lse.shape[2], blocks, vmem_limit())
+    return dq, dk.astype(k_BMY.dtype), dv.astype(v_BMY.dtype), None, None, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -70,16 +75,6 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _norms(x):
     return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1))
-
-
-def _flat(x_BLNH):
-    """[B, L, N x H], as it lies in memory."""
-    return x_BLNH.reshape(*x_BLNH.shape[:2], -1)
-
-
-def _by_group(x_BLN, groups: int):
-    """[B, G, N / G, L]."""
-    return x_BLN.swapaxes(1, 2).reshape(x_BLN.shape[0], groups, -1, x_BLN.shape[1])
 
 
 def _ids(q_ids_BL, kv_ids_BM, blocks: Blocks):

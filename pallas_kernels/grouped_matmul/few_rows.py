@@ -17,6 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import fp8_bits, interpret, tuning
+from pallas_kernels.cost import cost
+from pallas_kernels.once import once
 
 BLOCK = 128  # rows and columns of a matrix that share a scale
 ALIGNMENT = {"bfloat16": 16, "float32": 8}  # rows of a register
@@ -34,6 +36,7 @@ class Blocks:
     bits: bool
 
 
+@once("alignment", "blocks")
 def few_rows_matmul(x_RK, w_EKN, group_sizes_E, *, scale=None, first=0, alignment: int, blocks: Blocks) -> jax.Array:
     """y_r = x_r w_(first + g) for the group g that row r belongs to.
 
@@ -55,6 +58,7 @@ def few_rows_matmul(x_RK, w_EKN, group_sizes_E, *, scale=None, first=0, alignmen
     return _call("few_rows_matmul", _whole, x_RK, [w_EKN], [scale], group_sizes_E, first, alignment, blocks)
 
 
+@once("alignment", "blocks")
 def few_rows_swiglu(
     x_RD, gate_EDF, up_EDF, group_sizes_E, *, gate_scale=None, up_scale=None, first=0, alignment: int, blocks: Blocks
 ) -> jax.Array:
@@ -154,6 +158,7 @@ def _call(name, join, x_RK, matrices, scales, group_sizes_E, first, alignment: i
     call = pl.pallas_call(
         functools.partial(_kernel, join, len(matrices), alignment, blocks),
         out_shape=jax.ShapeDtypeStruct((rows, width), x_RK.dtype),
+        cost_estimate=cost(x_RK, *(jax.ShapeDtypeStruct((len(group_sizes_E), *w.shape[1:]), w.dtype) for w in matrices)),
         grid_spec=grid_spec,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tuning.vmem_limit()),
         interpret=interpret.params(),

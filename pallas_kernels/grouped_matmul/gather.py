@@ -16,6 +16,7 @@ from pallas_kernels.grouped_matmul.shapes import LANES
 from pallas_kernels.grouped_matmul.tiles import Steps
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("words", "source_R"), meta_fields=("dtype",))
 @dataclasses.dataclass(frozen=True)
 class Gathered:
     """An operand [R, D] whose row r is x_TD[source_R[r]], or zeros where source is not in 0..T-1.

@@ -13,6 +13,7 @@ from pallas_kernels.grouped_matmul.rows import store_columns
 from pallas_kernels.grouped_matmul.shapes import LANES, Blocks
 from pallas_kernels.grouped_matmul.sweep import Matrices, Result, Rows, sweep
 from pallas_kernels.grouped_matmul.tiles import RowTiles, row_tiles
+from pallas_kernels.once import once
 
 __all__ = ["RowTiles", "matmul", "row_tiles", "swiglu", "swiglu_backward", "two_matmul"]
 
@@ -34,6 +35,7 @@ def rows_of(x: jax.Array | Gathered):
     return x if isinstance(x, Gathered) else Rows(x)
 
 
+@once("transposed", "words", "blocks")
 def matmul(
     x_RK: jax.Array, w_EKN: jax.Array, tiles: RowTiles, *, transposed: bool = False, words: bool = False, blocks: Blocks
 ) -> jax.Array:
@@ -50,6 +52,7 @@ def matmul(
     return sweep(compute, tiles, rows, matrices, results, blocks=blocks, name=name)[0]
 
 
+@once("words", "blocks")
 def two_matmul(
     a_RF: jax.Array, b_RF: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, tiles: RowTiles, *, words: bool = False, blocks: Blocks
 ) -> jax.Array:
@@ -69,28 +72,49 @@ def two_matmul(
     return sweep(compute, tiles, rows, matrices, results, blocks=blocks, name="grouped_two")[0]
 
 
+@once("keep", "blocks")
 def swiglu(
-    x_RD: jax.Array | Gathered, gate_EDF: jax.Array, up_EDF: jax.Array, tiles: RowTiles, *, keep: bool = True, blocks: Blocks
+    x_RD: jax.Array | Gathered,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    tiles: RowTiles,
+    weights_R: jax.Array | None = None,
+    *,
+    keep: bool = True,
+    blocks: Blocks,
 ) -> tuple[jax.Array, ...]:
-    """h = silu(x gate_e) * (x up_e), and gate and up as they were before: (h_RF, gate_RF, up_RF); only (h_RF,) without `keep`."""
+    """h = silu(x gate_e) * (x up_e), times its row's weight if there are weights, and gate and up as they were before: (h_RF, gate_RF,
+    up_RF); only (h_RF,) without `keep`."""
 
     def compute(rows, matrices, results, beside):
-        (x,), (gate, up) = rows, matrices
+        (x, *weights), (gate, up) = rows, matrices
+        spread = _spread(weights[0], tiles.tile) if weights else 1.0
         parts = chunks(results[0].shape[1], LANES)
         for n, part in enumerate(parts):
             beside(n, len(parts))
             # Side by side, 128 columns of each: what a 256-wide unit takes, even where F is an odd multiple of 128.
             both = product(x[...], jnp.concatenate([gate[:, part], up[:, part]], axis=1), transposed=False)
             g, u = jnp.split(both, 2, axis=1)
-            values = (g * jax.nn.sigmoid(g) * u, g, u)
+            values = (spread * (g * jax.nn.sigmoid(g) * u), g, u)
             for result, value in zip(results, values, strict=False):
                 result[:, part] = value.astype(result.dtype)
 
     results = [Result(gate_EDF.shape[2], x_RD.dtype)] * (3 if keep else 1)
     matrices = [Matrices(gate_EDF, 2), Matrices(up_EDF, 2)]
-    return tuple(sweep(compute, tiles, [rows_of(x_RD)], matrices, results, blocks=blocks, name="grouped_swiglu"))
+    rows = [rows_of(x_RD)] if weights_R is None else [rows_of(x_RD), _numbers(weights_R, tiles)]
+    return tuple(sweep(compute, tiles, rows, matrices, results, blocks=blocks, name="grouped_swiglu"))
 
 
+def _numbers(numbers_R, tiles: RowTiles) -> Rows:
+    return Rows(numbers_R.astype(jnp.float32).reshape(1, len(tiles.expert), 1, tiles.tile), number=True)
+
+
+def _spread(numbers, tile: int) -> jax.Array:
+    """Numbers [n, 1, tile] of rows, which lie along lanes, in all lanes of their rows: [n * tile, 128]."""
+    return jnp.concatenate([jnp.broadcast_to(numbers[n], (LANES, tile)).T for n in range(numbers.shape[0])])
+
+
+@once("blocks")
 def swiglu_backward(
     dout_RD: jax.Array | Gathered,
     down_EFD: jax.Array,
@@ -107,13 +131,11 @@ def swiglu_backward(
     With u = dout down_e^T, returns dgate_RF and dup_RF (of dh = weights * u), hw_RF = weights * h (for down's gradient: hw^T dout), and
     dweights_R = sum over f of u * h, float32.
     """
-    tile, num_tiles = tiles.tile, len(tiles.expert)
+    tile = tiles.tile
 
     def compute(rows, matrices, results, beside):
         (dout, gate, up, weights), (down,), (dgate, dup, hw, dweights) = rows, matrices, results
-        count = weights.shape[0]
-        # A row's number, from lanes to all lanes of its row.
-        spread = jnp.concatenate([jnp.broadcast_to(weights[n], (LANES, tile)).T for n in range(count)])
+        count, spread = weights.shape[0], _spread(weights, tile)
         sums = jnp.zeros((count * tile, LANES), jnp.float32)
         parts = chunks(gate.shape[1], CHUNK)
         for n, part in enumerate(parts):
@@ -135,8 +157,7 @@ def swiglu_backward(
             dweights[n] = jnp.sum(sums[n * tile : (n + 1) * tile].T, axis=0, keepdims=True)
 
     width = gate_RF.shape[1]
-    weights = weights_R.astype(jnp.float32).reshape(1, num_tiles, 1, tile)
-    rows = [rows_of(dout_RD), Rows(gate_RF, split=True), Rows(up_RF, split=True), Rows(weights, number=True)]
+    rows = [rows_of(dout_RD), Rows(gate_RF, split=True), Rows(up_RF, split=True), _numbers(weights_R, tiles)]
     results = [Result(width, gate_RF.dtype)] * 3 + [Result(1, jnp.float32, number=True)]
     *grads, dweights = sweep(compute, tiles, rows, [Matrices(down_EFD, 1)], results, blocks=blocks, name="grouped_swiglu_backward")
     return *grads, jnp.sum(dweights, axis=0).reshape(-1)

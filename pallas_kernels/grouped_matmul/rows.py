@@ -16,7 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
+from pallas_kernels.cost import cost
 from pallas_kernels.grouped_matmul.shapes import LANES
+from pallas_kernels.once import once
 
 HIGH = 0xFFFF0000
 PACKED_ROWS = 128  # of a step
@@ -53,6 +55,7 @@ def from_rows(words_R1W: jax.Array, dtype) -> jax.Array:
     return jax.lax.bitcast_convert_type(halves, jnp.bfloat16).reshape(num_rows, -1).astype(dtype)
 
 
+@once("zeros")
 def pack(x_RD: jax.Array, *, zeros: int = 0) -> jax.Array:
     """to_rows as a kernel that reads and writes once, where XLA goes over the array five times; `zeros` rows of zeros behind."""
     (num_rows, width), dtype = x_RD.shape, x_RD.dtype
@@ -69,6 +72,7 @@ def pack(x_RD: jax.Array, *, zeros: int = 0) -> jax.Array:
         in_specs=[pl.BlockSpec((block, width), lambda step: (jnp.minimum(step, last), 0))],
         out_specs=pl.BlockSpec((block, 1, words.shape[2]), lambda step: (step, 0, 0)),
         out_shape=words,
+        cost_estimate=cost(x_RD, words),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=16 * PACKED_ROWS * width + (4 << 20)),
         interpret=interpret.params(),
         name="pack_rows",

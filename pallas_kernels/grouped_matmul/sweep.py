@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
+from pallas_kernels.cost import cost
 from pallas_kernels.grouped_matmul.gather import Gathered, GatherStream
 from pallas_kernels.grouped_matmul.rows import row_shape
 from pallas_kernels.grouped_matmul.shapes import Blocks
@@ -104,6 +106,13 @@ def sweep(compute, tiles: RowTiles, rows, matrices, results, *, blocks: Blocks, 
             scratch_shapes=scratch,
         ),
         out_shape=shapes,
+        cost_estimate=cost(
+            *(row.array for row in rows if isinstance(row, Rows)),
+            *shapes,
+            *(operand.array for operand in matrices),
+            *(jax.ShapeDtypeStruct(row.shape, row.dtype) for row in rows if isinstance(row, Gathered)),
+            macs=sum(tiles.rows * math.prod(operand.array.shape[1:]) for operand in matrices),
+        ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=blocks.vmem_bytes,

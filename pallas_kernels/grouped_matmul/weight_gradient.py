@@ -10,13 +10,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
+from pallas_kernels.cost import cost
 from pallas_kernels.grouped_matmul.gather import Gathered, GatherStream
 from pallas_kernels.grouped_matmul.kernel import CHUNK, chunks, product
 from pallas_kernels.grouped_matmul.shapes import GradientBlocks
 from pallas_kernels.grouped_matmul.sweep import RowStream
 from pallas_kernels.grouped_matmul.tiles import RowTiles, Steps, row_steps
+from pallas_kernels.once import once
 
 
+@once("blocks")
 def weight_gradient(x_RK: jax.Array | Gathered, dy_RN: jax.Array | Gathered, tiles: RowTiles, *, blocks: GradientBlocks) -> jax.Array:
     """dw_e = sum over the rows r of expert e of x_r^T dy_r, [E, K, N]; zeros for an expert without rows. Summed in float32.
 
@@ -41,6 +44,9 @@ def weight_gradient(x_RK: jax.Array | Gathered, dy_RN: jax.Array | Gathered, til
         specs.append(operand_specs)
         scratch.append(buffers)
     sums = [pltpu.VMEM(tuple(widths), jnp.float32), pltpu.VMEM(tuple(widths), dtype), pltpu.SemaphoreType.DMA(())]
+    (num_rows, height), width = x_RK.shape, dy_RN.shape[1]
+    result = jax.ShapeDtypeStruct((num_experts, height, width), dtype)
+    read = [jax.ShapeDtypeStruct(operand.shape, dtype) for operand in operands]
     return pl.pallas_call(
         functools.partial(_kernel, blocks, operands, tile, [len(i) for i in inputs], [len(s) for s in scratch]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -50,7 +56,8 @@ def weight_gradient(x_RK: jax.Array | Gathered, dy_RN: jax.Array | Gathered, til
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=[*scratch[0], *scratch[1], *sums],
         ),
-        out_shape=jax.ShapeDtypeStruct((num_experts, operands[0].shape[1], operands[1].shape[1]), dtype),
+        out_shape=result,
+        cost_estimate=cost(*read, result, macs=num_rows * height * width),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=blocks.vmem_bytes, disable_bounds_checks=True
         ),

@@ -1,4 +1,6 @@
-"""The way back as one kernel: each token's rows are fetched by copies of their own and added in float32; no [T, K, D] in HBM."""
+"""Rows as words (grouped_matmul/rows.py) on their way: copied one by one to where they are sent from, and on the way back each token's
+fetched and added in float32, with no [T, K, D] in HBM.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
+from pallas_kernels.cost import cost
 from pallas_kernels.grouped_matmul import rows
 from pallas_kernels.moe_dispatch.shapes import Blocks
+from pallas_kernels.once import once
 
 CORES = 2  # of a v4 or v5p chip; elsewhere one core takes both halves of the tokens, one after the other
 
 
+@once("width", "dtype", "blocks")
 def combine(words_R1W: jax.Array, slot_TK: jax.Array, weights_TK: jax.Array | None, *, width: int, dtype, blocks: Blocks) -> jax.Array:
     """y_t = sum_k weights_tk row(slot_tk), [T, width] in dtype; without weights the plain sum.
 
@@ -36,13 +41,14 @@ def combine(words_R1W: jax.Array, slot_TK: jax.Array, weights_TK: jax.Array | No
     if weights_TK is not None:
         scalars.append(by_block(weights_TK.astype(jnp.float32), 0.0))
         in_specs.append(pl.BlockSpec((1, 1, block * per_token), here, memory_space=pltpu.SMEM))
-    words = words_R1W.shape[2]
+    words, result = words_R1W.shape[2], jax.ShapeDtypeStruct((steps * CORES * block, width), dtype)
     y_TD = pl.pallas_call(
         functools.partial(_combine_kernel, per_token=per_token, weighted=weights_TK is not None),
         grid=(CORES, steps),
         in_specs=[*in_specs, pl.BlockSpec(memory_space=pl.ANY)],
         out_specs=pl.BlockSpec((block, width), lambda core, step: (core * steps + step, 0)),
-        out_shape=jax.ShapeDtypeStruct((steps * CORES * block, width), dtype),
+        out_shape=result,
+        cost_estimate=cost(jax.ShapeDtypeStruct((slot_TK.size, words), words_R1W.dtype), result),
         scratch_shapes=[
             pltpu.VMEM((2, block * per_token, 1, words), words_R1W.dtype),
             pltpu.SemaphoreType.DMA((2,)),
@@ -101,16 +107,73 @@ def _combine_kernel(slots, next_slots, *refs, per_token: int, weighted: bool):
         wait(1 - now)
 
 
+COPIED_ROWS = 64  # of a step; those of two steps are in flight
+
+
+@once()
+def copy_rows(words_R1W: jax.Array, source_S: jax.Array) -> jax.Array:
+    """Row source_s of the words in place s, [S, 1, W]; unwritten memory where source is -1."""
+    num_rows = len(source_S)
+    result = jax.ShapeDtypeStruct((num_rows, *words_R1W.shape[1:]), words_R1W.dtype)
+    steps = pl.cdiv(num_rows, COPIED_ROWS * CORES)
+    source = jnp.pad(source_S, (0, steps * CORES * COPIED_ROWS - num_rows), constant_values=-1).reshape(-1, 1, COPIED_ROWS)
+    table = lambda step_of: pl.BlockSpec(  # noqa: E731
+        (1, 1, COPIED_ROWS), lambda core, step: (core * steps + step_of(step), 0, 0), memory_space=pltpu.SMEM
+    )
+    now, before = table(lambda step: jnp.minimum(step, steps - 1)), table(lambda step: jnp.maximum(step - 1, 0))
+    return pl.pallas_call(
+        functools.partial(_copy_rows_kernel, steps),
+        grid=(CORES, steps + 1),
+        in_specs=[now, before, pl.BlockSpec(memory_space=pl.ANY)],
+        out_specs=pl.BlockSpec(memory_space=pl.ANY),
+        out_shape=result,
+        cost_estimate=cost(result, result),
+        scratch_shapes=[pltpu.SemaphoreType.DMA((2,))],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), disable_bounds_checks=True),
+        interpret=interpret.params(),
+        name="copy_rows",
+    )(source, source, words_R1W)
+
+
+def _copy_rows_kernel(steps, source, source_before, words_hbm, out_hbm, semaphore):
+    """Starts the copies of a step and waits for those of the step before."""
+    core, step = pl.program_id(0), pl.program_id(1)
+
+    def each(table, step, do):
+        def row(n, _):
+            copy = pltpu.make_async_copy(
+                words_hbm.at[jnp.maximum(table[0, 0, n], 0)], out_hbm.at[(core * steps + step) * COPIED_ROWS + n], semaphore.at[step % 2]
+            )
+            pl.when(table[0, 0, n] >= 0)(lambda: do(copy))
+
+        jax.lax.fori_loop(0, COPIED_ROWS, row, None)
+
+    pl.when(step < steps)(lambda: each(source, step, lambda copy: copy.start()))
+    pl.when(step > 0)(lambda: each(source_before, step - 1, lambda copy: copy.wait()))
+
+
+@once("shape", "dtype", "name")
 def unwritten(shape, dtype, after_N, *, name: str) -> jax.Array:
-    """An array of unknown contents, made once `after_N` is and no other: jax.lax.empty moves out of loops, which then copy it.
+    """Rows [R, 1, W] of unknown contents and one of zeros behind, made once `after_N` is and no other: jax.lax.empty moves out of loops,
+    which then copy it.
 
     Two of one name and one `after_N` are one.
     """
+
+    def kernel(after, out, zeros, semaphore):
+        del after
+        zeros[...] = jnp.zeros_like(zeros)
+        copy = pltpu.make_async_copy(zeros, out.at[pl.ds(shape[0] - 1, 1)], semaphore)
+        copy.start()
+        copy.wait()
+
     return pl.pallas_call(
-        lambda after, out: None,
+        kernel,
         out_shape=jax.ShapeDtypeStruct(shape, dtype),
+        cost_estimate=cost(),
         in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)],
         out_specs=pl.BlockSpec(memory_space=pl.ANY),
+        scratch_shapes=[pltpu.VMEM((1, *shape[1:]), dtype), pltpu.SemaphoreType.DMA(())],
         interpret=interpret.params(),
         name=name,
     )(after_N)

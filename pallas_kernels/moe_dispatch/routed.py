@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import few_rows, few_rows_shapes, kernel
-from pallas_kernels.grouped_matmul.gather import gathered
+from pallas_kernels.grouped_matmul.gather import Gathered
+from pallas_kernels.grouped_matmul.rows import pack
 from pallas_kernels.grouped_matmul.shapes import TILE, blocks_for
 from pallas_kernels.grouped_matmul.tiles import row_tiles
 from pallas_kernels.grouped_matmul.weight_gradient import weight_gradient
@@ -25,13 +26,14 @@ FEW_PAIRS = 2048  # of token and expert, up to which reading matrices is all tha
 @jax.custom_vjp
 def routed_ffn(x_TD, expert_TK, weights_TK, gate_EDF, up_EDF, down_EFD):
     """As api.routed_ffn with `pallas`."""
+    matrices = gate_EDF, up_EDF, down_EFD
     if expert_TK.size <= FEW_PAIRS:
-        return _few(x_TD, expert_TK, weights_TK, gate_EDF, up_EDF, down_EFD)
-    matrices = [w.astype(x_TD.dtype) for w in (gate_EDF, up_EDF, down_EFD)]
-    return _many(x_TD, expert_TK, weights_TK, *matrices, keep=False)[0]
+        return _few(x_TD, expert_TK, weights_TK, *matrices)
+    matrices = in_type(matrices, x_TD.dtype)
+    return _whole(x_TD, plan_rows(expert_TK, len(matrices[2])), weights_TK, matrices, keep=False)[0]
 
 
-def _plan(expert_TK, num_experts: int, alignment: int) -> Dispatch:
+def plan_rows(expert_TK, num_experts: int, alignment: int = TILE) -> Dispatch:
     """The sort, pairs without an expert in no row: what the kernels leave there is unwritten memory."""
     plan = sort_by_expert(expert_TK, num_experts, alignment)
     known = (expert_TK >= 0) & (expert_TK < num_experts)
@@ -39,46 +41,65 @@ def _plan(expert_TK, num_experts: int, alignment: int) -> Dispatch:
     return dataclasses.replace(plan, source_R=source_R, slot_TK=jnp.where(known, plan.slot_TK, -1), whole=False, pallas=True)
 
 
-def _many(x_TD, expert_TK, weights_TK, gate_EDF, up_EDF, down_EFD, *, keep: bool):
-    """y [T, D], and with `keep` what the backward pass takes: the plan, gate and up of each row."""
-    num_experts, ffn, width = down_EFD.shape
-    plan = _plan(expert_TK, num_experts, TILE)
-    tiles = row_tiles(plan.group_sizes_E, len(plan.source_R), TILE)
-    x_RD = gathered(x_TD, source_tokens(plan))
-    h_RF, *kept = kernel.swiglu(x_RD, gate_EDF, up_EDF, tiles, keep=keep, blocks=blocks_for("swiglu", width, ffn, x_TD.dtype))
-    y = kernel.matmul(h_RF, down_EFD, tiles, words=True, blocks=blocks_for("matmul", ffn, width, x_TD.dtype))
-    return sum_words(y, weights_TK, plan, width=width, dtype=x_TD.dtype), (plan, *kept)
-
-
-def _forward(x_TD, expert_TK, weights_TK, gate_EDF, up_EDF, down_EFD):
-    matrices = gate_EDF, up_EDF, down_EFD
+def in_type(matrices, dtype, *, differentiable: bool = False) -> list[jax.Array]:
+    """Matrices in a type. Raises ValueError for quantised ones where there is to be a gradient."""
     for w in matrices:
-        if hasattr(w, "scale"):
+        if differentiable and hasattr(w, "scale"):
             raise ValueError(f"routed_ffn: matrices of type {w.values.dtype} in blocks of {w.block} have no gradient: dequantise them")
-    y_TD, kept = _many(x_TD, expert_TK, weights_TK, *(w.astype(x_TD.dtype) for w in matrices), keep=True)
-    return y_TD, (x_TD, weights_TK, matrices, kept)
+    return [w.astype(dtype) for w in matrices]
 
 
-def _backward(residuals, dout_TD):
-    x_TD, weights_TK, matrices, (plan, gate_RF, up_RF) = residuals
-    gate_EDF, up_EDF, down_EFD = (w.astype(x_TD.dtype) for w in matrices)
+def forward(x_words, plan: Dispatch, weights_R, matrices, dtype, *, keep: bool):
+    """(w_r h_r) down of each row as words [R, 1, W], weights None: 1; and with `keep` gate and up of each row.
+
+    x_words: of tokens and one of zeros behind; plan: as plan_rows makes it.
+    """
+    gate_EDF, up_EDF, down_EFD = matrices
     ffn, width = down_EFD.shape[1:]
-    tiles, dtype = row_tiles(plan.group_sizes_E, len(plan.source_R), TILE), x_TD.dtype
-    tokens_R = source_tokens(plan)
-    x_RD, dout_RD = gathered(x_TD, tokens_R), gathered(dout_TD, tokens_R)
-    ones = jnp.ones(plan.slot_TK.shape, jnp.float32) if weights_TK is None else weights_TK.astype(jnp.float32)
+    tiles = row_tiles(plan.group_sizes_E, len(plan.source_R), TILE)
+    x_RD = Gathered(x_words, source_tokens(plan), dtype)
+    h_RF, *kept = kernel.swiglu(x_RD, gate_EDF, up_EDF, tiles, weights_R, keep=keep, blocks=blocks_for("swiglu", width, ffn, dtype))
+    return kernel.matmul(h_RF, down_EFD, tiles, words=True, blocks=blocks_for("matmul", ffn, width, dtype)), kept
+
+
+def backward(x_words, dout_words, plan: Dispatch, weights_R, matrices, kept, dtype):
+    """Gradients of rows as words, of their weights, and of the matrices. dout_words: of tokens, and one of zeros behind."""
+    (gate_EDF, up_EDF, down_EFD), (gate_RF, up_RF) = matrices, kept
+    ffn, width = down_EFD.shape[1:]
+    tiles, tokens_R = row_tiles(plan.group_sizes_E, len(plan.source_R), TILE), source_tokens(plan)
+    x_RD, dout_RD = (Gathered(words, tokens_R, dtype) for words in (x_words, dout_words))
     dgate_RF, dup_RF, hw_RF, dweights_R = kernel.swiglu_backward(
-        dout_RD, down_EFD, gate_RF, up_RF, take(ones.reshape(-1), plan.source_R), tiles,
-        blocks=blocks_for("swiglu_backward", width, ffn, dtype),
-    )  # fmt: skip
+        dout_RD, down_EFD, gate_RF, up_RF, weights_R, tiles, blocks=blocks_for("swiglu_backward", width, ffn, dtype)
+    )
     dx = kernel.two_matmul(dgate_RF, dup_RF, gate_EDF, up_EDF, tiles, words=True, blocks=blocks_for("two_matmul", ffn, width, dtype))
-    dx_TD = sum_words(dx, None, plan, width=width, dtype=dtype)
     blocks = blocks_for("gathered_x_gradient", width, ffn, dtype)
     dgate_EDF, dup_EDF = (weight_gradient(x_RD, d_RF, tiles, blocks=blocks) for d_RF in (dgate_RF, dup_RF))
     ddown_EFD = weight_gradient(hw_RF, dout_RD, tiles, blocks=blocks_for("gathered_dy_gradient", ffn, width, dtype))
+    return dx, dweights_R, (dgate_EDF, dup_EDF, ddown_EFD)
+
+
+def _whole(x_TD, plan: Dispatch, weights_TK, matrices, *, keep: bool):
+    y, kept = forward(pack(x_TD, zeros=1), plan, None, matrices, x_TD.dtype, keep=keep)
+    return sum_words(y, weights_TK, plan, width=x_TD.shape[1], dtype=x_TD.dtype), kept
+
+
+def _forward(x_TD, expert_TK, weights_TK, *matrices):
+    typed = in_type(matrices, x_TD.dtype, differentiable=True)
+    plan = plan_rows(expert_TK, len(typed[2]))
+    y_TD, kept = _whole(x_TD, plan, weights_TK, typed, keep=True)
+    return y_TD, (x_TD, weights_TK, matrices, plan, kept)
+
+
+def _backward(residuals, dout_TD):
+    x_TD, weights_TK, matrices, plan, kept = residuals
+    dtype = x_TD.dtype
+    ones = jnp.ones(plan.slot_TK.shape, jnp.float32) if weights_TK is None else weights_TK.astype(jnp.float32)
+    dx, dweights_R, gradients = backward(
+        pack(x_TD, zeros=1), pack(dout_TD, zeros=1), plan, take(ones.reshape(-1), plan.source_R), in_type(matrices, dtype), kept, dtype
+    )
+    dx_TD = sum_words(dx, None, plan, width=x_TD.shape[1], dtype=dtype)
     dweights_TK = None if weights_TK is None else take(dweights_R, plan.slot_TK).astype(weights_TK.dtype)
-    gradients = (d.astype(w.dtype) for d, w in zip((dgate_EDF, dup_EDF, ddown_EFD), matrices, strict=True))
-    return dx_TD, None, dweights_TK, *gradients
+    return dx_TD, None, dweights_TK, *(d.astype(w.dtype) for d, w in zip(gradients, matrices, strict=True))
 
 
 routed_ffn.defvjp(_forward, _backward)
@@ -88,7 +109,7 @@ def _few(x_TD, expert_TK, weights_TK, gate, up, down):
     """Decoding: every chosen expert's matrices are read once, quantised ones as they are."""
     num_experts, ffn, width = down.shape
     alignment = few_rows_shapes.alignment_for(expert_TK.size, num_experts, x_TD.dtype)
-    plan = dataclasses.replace(_plan(expert_TK, num_experts, alignment), pallas=False)
+    plan = dataclasses.replace(plan_rows(expert_TK, num_experts, alignment), pallas=False)
     (gate, gate_scale, first), (up, up_scale, _), (down, down_scale, _) = (few_rows.operands(w, x_TD.dtype) for w in (gate, up, down))
     h_RF = few_rows.few_rows_swiglu(
         gather_rows(x_TD, plan), gate, up, plan.group_sizes_E, gate_scale=gate_scale, up_scale=up_scale, first=first,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 
 from pallas_kernels import interpret
@@ -16,7 +18,31 @@ CACHE_DTYPES = (*DTYPES, "float8_e4m3fn")
 TABLE_ENTRIES = 2**17  # half of a chip's scalar memory
 
 
-def paged_attention(q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts_S, *, scale: float, implementation: str) -> jax.Array:
+class Lists(NamedTuple):
+    """What the kernels walk over, for reading and for storing."""
+
+    read: tuple[jax.Array, ...]
+    written: tuple[jax.Array, ...]
+
+
+def lists(length: int, per_group: int, k_pages, tables_SP, starts_S, counts_S, *, implementation: str) -> Lists | None:
+    """What paged_attention and store take as `lists` in each of several layers, so that it is made once; None: nothing.
+
+    length: new tokens of a row. per_group: query heads of a key-value head. Others as for paged_attention.
+    """
+    if _implementation(implementation) != "pallas":
+        return None
+    cores = shapes.num_cores()
+    blocks = shapes.blocks_for((len(starts_S), length, per_group * k_pages.shape[2], k_pages.shape[3]), k_pages)
+    return Lists(
+        kernel.work(length, k_pages, starts_S, counts_S, blocks, cores),
+        store_kernel.work(length, k_pages, tables_SP, starts_S, counts_S, cores),
+    )
+
+
+def paged_attention(
+    q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts_S, lists: Lists | None = None, *, scale: float, implementation: str
+) -> jax.Array:
     """softmax(scale q k^T) v of each row's new tokens over everything that the row has stored up to them.
 
     Args:
@@ -27,6 +53,7 @@ def paged_attention(q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts
       tables_SP: int32 page of each block of positions of a row; blocks past a row's end may hold any valid page.
       starts_S: int32, tokens stored before the new ones.
       counts_S: int32, how many of the L new tokens are real; what the others get means nothing.
+      lists: as `lists` gives them for these rows; None: made here.
       scale: factor on the scores.
       implementation: one of IMPLEMENTATIONS. `pallas`, the TPU kernel, reads each row's own pages and gives zeros where no token is
         real; `xla`: blocked.py; `auto`: pallas where the trace is for a TPU, else xla.
@@ -42,11 +69,12 @@ def paged_attention(q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts
     args = q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts_S, scale
     if name == "pallas":
         _check_pallas(q_SLNH, k_pages, v_pages, tables_SP)
-        return kernel.paged_attention(*args, shapes.blocks_for(q_SLNH.shape, k_pages), shapes.num_cores())
+        works = None if lists is None else lists.read
+        return kernel.paged_attention(*args, shapes.blocks_for(q_SLNH.shape, k_pages), shapes.num_cores(), works)
     return (reference if name == "reference" else blocked).paged_attention(*args)
 
 
-def store(k_SLGH, v_SLGH, k_pages, v_pages, layer, tables_SP, starts_S, counts_S, *, implementation: str):
+def store(k_SLGH, v_SLGH, k_pages, v_pages, layer, tables_SP, starts_S, counts_S, lists: Lists | None = None, *, implementation: str):
     """The pages with one layer's keys and values of rows' new tokens, the first counts_S at positions from starts_S on.
 
     Arguments as for paged_attention; `pallas`, the TPU kernel, changes the pages in place where their old value is not used any more,
@@ -56,7 +84,8 @@ def store(k_SLGH, v_SLGH, k_pages, v_pages, layer, tables_SP, starts_S, counts_S
     _check_shapes(k_SLGH, k_pages, v_pages, tables_SP, starts_S, counts_S)
     if name == "pallas":
         _check_pallas(k_SLGH, k_pages, v_pages, tables_SP)
-        return tuple(store_kernel.store(k_SLGH, v_SLGH, k_pages, v_pages, *at, shapes.num_cores()))
+        works = None if lists is None else lists.written
+        return tuple(store_kernel.store(k_SLGH, v_SLGH, k_pages, v_pages, *at, shapes.num_cores(), works))
     return reference.store(k_SLGH, k_pages, *at, -1), reference.store(v_SLGH, v_pages, *at, -2)
 
 

@@ -17,13 +17,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import fp8_bits, interpret, tuning
+from pallas_kernels.cost import cost
+from pallas_kernels.once import once
 
 LANES = 128
 MASKED = -1e38
 
 
-def paged_attention(q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts_S, scale, blocks, cores: int) -> jax.Array:
-    """As api.paged_attention. blocks: shapes.Blocks. cores: of the chip, which share the work."""
+@once("scale", "blocks", "cores")
+def paged_attention(q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts_S, scale, blocks, cores: int, works=None) -> jax.Array:
+    """As api.paged_attention. blocks: shapes.Blocks. cores: of the chip, which share the work. works: as `work` gives them."""
     rows, length, num_heads, size = q_SLNH.shape
     groups, page_size = k_pages.shape[2], k_pages.shape[4]
     per_group, tokens = num_heads // groups, min(blocks.tokens, length)
@@ -38,8 +41,9 @@ def paged_attention(q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts
         q, scale = fp8_bits.in_order(q * fp8_bits.LIFT), scale / fp8_bits.LIFT / fp8_bits.SCALE
     q_SBGQH = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, q_rows - used), (0, 0)))
 
-    heads = groups // cores if groups % cores == 0 else groups
-    works = _work(starts_S, counts_S, tokens, num_blocks, page_size, blocks.pages, cores, split=heads == groups)
+    heads = _heads_of_core(groups, cores)
+    if works is None:
+        works = work(length, k_pages, starts_S, counts_S, blocks, cores)
     kernel = functools.partial(
         _kernel, heads=heads, shared=heads != groups, width=tables_SP.shape[1], per_group=per_group, tokens=tokens,
         page_size=page_size, pages=blocks.pages, join=blocks.join, turn=math.gcd(heads, blocks.turn),
@@ -51,6 +55,7 @@ def paged_attention(q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts
     out = pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct(q_SBGQH.shape, q_SBGQH.dtype),
+        cost_estimate=cost(q_SBGQH, q_SBGQH, *(jax.ShapeDtypeStruct((tables_SP.size, *p.shape[2:]), p.dtype) for p in (k_pages, v_pages))),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=8,
             grid=(cores,),
@@ -74,6 +79,17 @@ def paged_attention(q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts
     out = out.reshape(rows, num_blocks * tokens, num_heads, size)[:, :length]
     # What no core has written is unknown.
     return jnp.where((jnp.arange(length) < counts_S[:, None])[..., None, None], out, 0)
+
+
+def work(length: int, k_pages, starts_S, counts_S, blocks, cores: int) -> tuple[jax.Array, ...]:
+    """What the kernel walks over for `length` new tokens of a row: the same in every layer."""
+    groups, tokens = k_pages.shape[2], min(blocks.tokens, length)
+    split = _heads_of_core(groups, cores) == groups
+    return _work(starts_S, counts_S, tokens, -(-length // tokens), k_pages.shape[4], blocks.pages, cores, split=split)
+
+
+def _heads_of_core(groups: int, cores: int) -> int:
+    return groups // cores if groups % cores == 0 else groups
 
 
 def _work(starts_S, counts_S, tokens, num_blocks, page_size, pages, cores, *, split: bool):

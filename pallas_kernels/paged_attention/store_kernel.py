@@ -15,14 +15,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret, tuning
+from pallas_kernels.cost import cost
+from pallas_kernels.once import once
 from pallas_kernels.paged_attention.reference import saturated
 
 LANES = 128
 SLOTS = 4  # pages in flight: two are fetched and two written while one is changed
 
 
-def store(k_SLGH, v_SLGH, k_pages, v_pages, layer, tables_SP, starts_S, counts_S, cores: int):
-    """As api.store. cores: of the chip, which share the heads where they can, else the pages."""
+@once("cores")
+def store(k_SLGH, v_SLGH, k_pages, v_pages, layer, tables_SP, starts_S, counts_S, cores: int, works=None):
+    """As api.store. cores: of the chip, which share the heads where they can, else the pages. works: as `work` gives them."""
     length, groups, size = k_SLGH.shape[1:]
     page_size = k_pages.shape[4]
     new_dtype = jnp.bfloat16 if k_pages.dtype == jnp.float8_e4m3fn else k_pages.dtype
@@ -32,7 +35,8 @@ def store(k_SLGH, v_SLGH, k_pages, v_pages, layer, tables_SP, starts_S, counts_S
     k_SGLH, v_SGLH = (jnp.pad(_numbers(jnp.where(real_SL, x, 0), k_pages.dtype).swapaxes(1, 2), padding) for x in (k_SLGH, v_SLGH))
 
     heads = groups // cores if groups % cores == 0 else groups
-    works = _work(starts_S, counts_S, tables_SP, length, page_size, cores, split=heads == groups)
+    if works is None:
+        works = work(length, k_pages, tables_SP, starts_S, counts_S, cores)
     # What of a page is read and written: along lanes for keys, along sublanes for values.
     k_window, v_window = (_window(length, tile, page_size) for tile in (LANES, 32 // k_pages.dtype.itemsize))
     new_window = min(k_SGLH.shape[2], page_size + rows)
@@ -45,6 +49,7 @@ def store(k_SLGH, v_SLGH, k_pages, v_pages, layer, tables_SP, starts_S, counts_S
     return pl.pallas_call(
         kernel,
         out_shape=[jax.ShapeDtypeStruct(pages.shape, pages.dtype) for pages in (k_pages, v_pages)],
+        cost_estimate=cost(k_SGLH, v_SGLH),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(cores,),
@@ -72,6 +77,11 @@ def _numbers(x, dtype) -> jax.Array:
 def _window(length: int, tile: int, page_size: int) -> int:
     """Positions that `length` tokens of a row lie within, in whole tiles."""
     return min(page_size, tile * (-(-(length - 1) // tile) + 1))
+
+
+def work(length: int, k_pages, tables_SP, starts_S, counts_S, cores: int) -> tuple[jax.Array, ...]:
+    """What the kernel walks over for `length` new tokens of a row: the same in every layer."""
+    return _work(starts_S, counts_S, tables_SP, length, k_pages.shape[4], cores, split=k_pages.shape[2] % cores != 0)
 
 
 def _work(starts_S, counts_S, tables_SP, length, page_size, cores, *, split: bool):

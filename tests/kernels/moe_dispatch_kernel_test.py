@@ -34,6 +34,18 @@ def test_packed_rows_are_whole_rows_and_come_back(dtype, width):
     assert ahead.shape[0] == 300 and not np.any(ahead[150:])
 
 
+@pytest.mark.parametrize("count", [1, 64, 300])
+def test_copied_rows_stand_where_they_are_sent_from(count):
+    """300: two cores of three steps each, the last one empty."""
+    rng = np.random.default_rng(count)
+    words = rows.to_rows(jnp.asarray(rng.normal(size=(60, 256)), jnp.bfloat16))
+    source = rng.integers(-1, 60, count).astype(np.int32)
+    with simulated():
+        ours = jax.jit(kernel.copy_rows)(words, source)
+    assert ours.shape == (count, 1, 128)
+    np.testing.assert_array_equal(ours[source >= 0], words[source[source >= 0]])
+
+
 @functools.cache
 def combined(dtype, width, weighted):
     def run(words, slot, weights):
