@@ -1,13 +1,18 @@
 """The planner with the real TPU compiler, on a toy model."""
 
 import dataclasses
+import re
 
 import pytest
 
+from configs import glm45
 from glm_jax.infer.engine import EngineConfig
+from glm_jax.optim.optimizer import OptimizerConfig
 from glm_jax.plan import program
-from glm_jax.plan.plan import collective_seconds, plan_engine
-from glm_jax.sharding import MeshConfig
+from glm_jax.plan.plan import collective_seconds, plan_engine, plan_train
+from glm_jax.plan.programs import trace_train
+from glm_jax.sharding import MeshConfig, make_mesh
+from pallas_kernels.compiler import tpu_devices
 from tests.model.oracle import tiny_config
 
 ENGINE = EngineConfig(
@@ -17,6 +22,7 @@ ENGINE = EngineConfig(
 )  # fmt: skip
 MESH = MeshConfig(data=1, fsdp=2, expert=2, context=1, tensor=1)
 TOPOLOGY = "v5e:2x2"
+OPTIMIZER = OptimizerConfig(**glm45.get_config().optimizer.to_dict())
 
 
 def test_a_toy_decode_step_fits_and_its_bytes_are_counted():
@@ -73,9 +79,12 @@ StackFrames
 %layer (p: (s32[])) -> (s32[]) {
   %fusion.1 = bf16[4,8]{1,0} fusion(%x), metadata={op_name="dot_general" stack_frame_id=2}, backend_config={"estimated_cycles":"30"}
   %copy.2 = (f32[2]{0}, bf16[4,8]{1,0}) copy(%x), backend_config={"estimated_cycles":"7"}
+  %rows-start = ((u32[8,1,2]{2,1,0}), u32[8,1,2]{2,1,0}) ragged-all-to-all-start(%x), replica_groups=[4,16]<=[64]
   %gather.1 = bf16[64,8]{1,0} all-gather(%x), replica_groups=mesh['data'=2,'fsdp'=8] {'fsdp'}, dimensions={0}
   %reduce.1 = bf16[64,8]{1,0} all-reduce(%x), replica_groups=[4,16]<=[64]
-  %kernel.1 = bf16[4,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"
+  %kernel.1 = bf16[4,8] custom-call(%x), custom_call_target="tpu_custom_call", {"cost_estimate":{"flops":"64","bytes_accessed":"256"}}
+  %rows-done = u32[8,1,2]{2,1,0} ragged-all-to-all-done(%rows-start)
+  %copy.4 = bf16[4,8]{1,0} copy(%x), backend_config={"estimated_cycles":"2"}
   %w = (s32[]) while(%x), condition=%rounds, body=%further
 }
 
@@ -90,16 +99,37 @@ def test_a_program_is_read():
     read = program.read(PROGRAM)
     assert read.entry == "main" and read.times(1) == {"main": 1, "layer": 5, "further": 0}
     found = {operation.name: (operation, times) for operation, times in read.executed(1)}
-    assert found.keys() == {"fusion.1", "copy.2", "gather.1", "reduce.1", "kernel.1", "copy.1"}
     assert {name: operation.kind for name, (operation, _) in found.items()} == {
         "fusion.1": "product", "copy.2": "copy", "gather.1": "collective", "reduce.1": "collective", "kernel.1": "kernel", "copy.1": "copy",
+        "copy.4": "copy", "rows-start": "collective",
     }  # fmt: skip
-    assert sum(operation.cycles * times for operation, times in found.values()) == 5 * 37
+    assert sum(operation.cycles * times for operation, times in found.values()) == 5 * 39
+    assert (found["kernel.1"][0].flops, found["kernel.1"][0].moved_bytes) == (64, 256)
+    assert [operation.name for operation in read.meanwhile["rows-start"]] == ["gather.1", "reduce.1", "kernel.1"]
     assert found["fusion.1"][0].source == "glm_jax/model/moe.py:7 observe" and found["copy.2"][0].bytes == 64
     gather, reduce = found["gather.1"][0], found["reduce.1"][0]
     assert (gather.group, reduce.group) == (8, 16)
     assert collective_seconds(gather, 1024) == pytest.approx(7 / 8)
     assert collective_seconds(reduce, 1024) == pytest.approx(2 * 15 / 16)
+
+
+def test_a_toy_training_step_fits_and_its_work_is_counted():
+    """5 MoE layers on 4 devices."""
+    model = dataclasses.replace(tiny_config(), num_layers=6, num_dense_layers=1, compute_dtype="bfloat16", grouped_matmul="ragged_dot")
+    plan, read = plan_train(model, OPTIMIZER, 1e-4, MESH, TOPOLOGY, rows=8, length=64)
+    assert plan.fits and plan.num_devices == 4 and plan.weight_bytes < plan.hbm_bytes_per_chip < plan.hbm_capacity_bytes
+    assert 0 < plan.xla_seconds < plan.estimated_step_seconds and 0 < plan.estimated_mfu < 1
+    assert 5 in {loop.trips for found in read.loops.values() for loop in found}
+
+
+def test_a_training_step_lowers_a_kernel_for_few_of_its_calls():
+    """Before kernels were traced once, such a step lowered some 100 calls of them, and took over a minute for it."""
+    changes = {"hidden_size": 256, "head_size": 128, "expert_ffn_size": 128, "num_experts": 8, "num_experts_per_token": 4, "num_layers": 6}
+    more = {"compute_dtype": "bfloat16", "attention": "pallas", "grouped_matmul": "pallas", "expert_exchange": "ragged_all_to_all"}
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=4, context=1, tensor=1), tpu_devices("v5e:2x4"))
+    traced, _ = trace_train(tiny_config(**changes, num_dense_layers=1, remat="full", **more), OPTIMIZER, 1e-4, mesh, 16, 512)
+    kernels = re.findall(r'@tpu_custom_call.*?backend_config = "((?:[^"\\]|\\.)*)"', traced.lower(lowering_platforms=("tpu",)).as_text())
+    assert len(set(kernels)) <= 24 and len(kernels) <= 75
 
 
 def test_what_does_not_fit_says_so():

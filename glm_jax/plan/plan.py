@@ -27,6 +27,7 @@ from pallas_kernels import compiler
 from pallas_kernels.target import target_kind
 
 HBM_GIB = {"v4": 15.25, "v5e": 15.75, "v5p": 95.73, "v6e": 31.24, "tpu7x": 94.74}  # that the compiler gives a program
+SENT_ONCE = ("send_rows", "send_result_gradients")  # scopes of moe_dispatch.exchange
 ROW_KERNELS = ("grouped_", "copy_rows")  # whose estimates count an exchange's whole buffers
 RING_BYTES = {"v4": 90e9, "v5e": 90e9, "v5p": 180e9, "v6e": 180e9, "tpu7x": 180e9}  # a second, both ways around one axis of the torus
 
@@ -66,12 +67,13 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a step needs of one device: useful floating-point operations, and bytes that it must read and write once. filled: share of an
-    exchange's buffers that balanced routing fills."""
+    """What a step needs of one device: useful floating-point operations, and bytes that it must read and write once. Of an exchange's
+    buffers, balanced routing fills the share `filled`, and `once` of that where a token goes once to a device."""
 
     flops: float
     hbm_bytes: float
     filled: float = 1.0
+    once: float = 1.0
 
 
 def plan_train(
@@ -84,8 +86,9 @@ def plan_train(
     def trace():
         traced, state = trace_train(model, optimizer, balance_weight, mesh, rows, length)
         held = on_a_chip(state)
-        filled = 1 / model.expert_buffer if mesh.shape["expert"] > 1 else 1.0
-        return traced, on_a_chip(state.params), 0, Work(rows * length * flops_per_token(model, length) / len(devices), 2 * held, filled)
+        flops, parts, choices = rows * length * flops_per_token(model, length), mesh.shape["expert"], model.num_experts_per_token
+        shares = (1 / model.expert_buffer, parts * (1 - (1 - 1 / parts) ** choices) / choices) if parts > 1 else ()
+        return traced, on_a_chip(state.params), 0, Work(flops / len(devices), 2 * held, *shares)
 
     return _plan("train", model, mesh, topology, trace, length=length, outer_loops=0)
 
@@ -175,7 +178,9 @@ def _estimate(read: Program, work: Work, topology: str, outer_loops: int) -> dic
 
     def seconds(operation: Operation) -> float:
         if operation.kind == "collective":
-            return collective_seconds(operation, RING_BYTES[kind])
+            share = work.filled if operation.opcode.startswith("ragged") else 1.0
+            share *= work.once if any(scope in operation.op_name for scope in SENT_ONCE) else 1.0
+            return share * collective_seconds(operation, RING_BYTES[kind])
         if operation.kind == "kernel":
             filled = work.filled if operation.name.startswith(ROW_KERNELS) else 1.0
             return filled * max(operation.flops / peak, operation.moved_bytes / bandwidth)

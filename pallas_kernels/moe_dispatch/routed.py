@@ -49,24 +49,24 @@ def in_type(matrices, dtype, *, differentiable: bool = False) -> list[jax.Array]
     return [w.astype(dtype) for w in matrices]
 
 
-def forward(x_words, plan: Dispatch, weights_R, matrices, dtype, *, keep: bool):
+def forward(x_words, tokens_R, plan: Dispatch, weights_R, matrices, dtype, *, keep: bool):
     """(w_r h_r) down of each row as words [R, 1, W], weights None: 1; and with `keep` gate and up of each row.
 
-    x_words: of tokens and one of zeros behind; plan: as plan_rows makes it.
+    x_words: of tokens and one of zeros behind; tokens_R: the token of each row, -1: none; plan: as plan_rows makes it.
     """
     gate_EDF, up_EDF, down_EFD = matrices
     ffn, width = down_EFD.shape[1:]
     tiles = row_tiles(plan.group_sizes_E, len(plan.source_R), TILE)
-    x_RD = Gathered(x_words, source_tokens(plan), dtype)
+    x_RD = Gathered(x_words, tokens_R, dtype)
     h_RF, *kept = kernel.swiglu(x_RD, gate_EDF, up_EDF, tiles, weights_R, keep=keep, blocks=blocks_for("swiglu", width, ffn, dtype))
     return kernel.matmul(h_RF, down_EFD, tiles, words=True, blocks=blocks_for("matmul", ffn, width, dtype)), kept
 
 
-def backward(x_words, dout_words, plan: Dispatch, weights_R, matrices, kept, dtype):
+def backward(x_words, dout_words, tokens_R, plan: Dispatch, weights_R, matrices, kept, dtype):
     """Gradients of rows as words, of their weights, and of the matrices. dout_words: of tokens, and one of zeros behind."""
     (gate_EDF, up_EDF, down_EFD), (gate_RF, up_RF) = matrices, kept
     ffn, width = down_EFD.shape[1:]
-    tiles, tokens_R = row_tiles(plan.group_sizes_E, len(plan.source_R), TILE), source_tokens(plan)
+    tiles = row_tiles(plan.group_sizes_E, len(plan.source_R), TILE)
     x_RD, dout_RD = (Gathered(words, tokens_R, dtype) for words in (x_words, dout_words))
     dgate_RF, dup_RF, hw_RF, dweights_R = kernel.swiglu_backward(
         dout_RD, down_EFD, gate_RF, up_RF, weights_R, tiles, blocks=blocks_for("swiglu_backward", width, ffn, dtype)
@@ -79,7 +79,7 @@ def backward(x_words, dout_words, plan: Dispatch, weights_R, matrices, kept, dty
 
 
 def _whole(x_TD, plan: Dispatch, weights_TK, matrices, *, keep: bool):
-    y, kept = forward(pack(x_TD, zeros=1), plan, None, matrices, x_TD.dtype, keep=keep)
+    y, kept = forward(pack(x_TD, zeros=1), source_tokens(plan), plan, None, matrices, x_TD.dtype, keep=keep)
     return sum_words(y, weights_TK, plan, width=x_TD.shape[1], dtype=x_TD.dtype), kept
 
 
@@ -92,11 +92,11 @@ def _forward(x_TD, expert_TK, weights_TK, *matrices):
 
 def _backward(residuals, dout_TD):
     x_TD, weights_TK, matrices, plan, kept = residuals
-    dtype = x_TD.dtype
+    dtype, tokens_R = x_TD.dtype, source_tokens(plan)
     ones = jnp.ones(plan.slot_TK.shape, jnp.float32) if weights_TK is None else weights_TK.astype(jnp.float32)
-    dx, dweights_R, gradients = backward(
-        pack(x_TD, zeros=1), pack(dout_TD, zeros=1), plan, take(ones.reshape(-1), plan.source_R), in_type(matrices, dtype), kept, dtype
-    )
+    weights_R = take(ones.reshape(-1), plan.source_R)
+    words = pack(x_TD, zeros=1), pack(dout_TD, zeros=1)
+    dx, dweights_R, gradients = backward(*words, tokens_R, plan, weights_R, in_type(matrices, dtype), kept, dtype)
     dx_TD = sum_words(dx, None, plan, width=x_TD.shape[1], dtype=dtype)
     dweights_TK = None if weights_TK is None else take(dweights_R, plan.slot_TK).astype(weights_TK.dtype)
     return dx_TD, None, dweights_TK, *(d.astype(w.dtype) for d, w in zip(gradients, matrices, strict=True))

@@ -77,8 +77,8 @@ def test_rows_that_travel_as_words_equal_one_device(name, monkeypatch):
     """The TPU kernels, simulated on two devices with unwritten memory NaN, in several rounds."""
     monkeypatch.setattr(exchange, "FEW_PAIRS", 0)
     monkeypatch.setattr(routed, "FEW_PAIRS", 0)
-    rng, tokens = np.random.default_rng(1), 2 * 37
-    others = (np.arange(tokens) // 37 * 3 + 3)[:, None] % 6 + [[0, 1, 2]]
+    rng, tokens = np.random.default_rng(1), 2 * 13
+    others = (np.arange(tokens) // 13 * 3 + 3)[:, None] % 6 + [[0, 1, 2]]
     choices = {"uniform": rng.integers(-1, 7, (tokens, 3)), "each device to the next": others}
     case = draw(rng, tokens=tokens, per_token=3, experts=6, width=256, ffn=128, dtype=jnp.bfloat16, expert_TK=choices[name])
     mesh = Mesh(np.asarray(jax.devices()[:2]).reshape(1, 2), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)

@@ -17,7 +17,7 @@ TOLERANCE = {"float32": 1e-6, "bfloat16": 5e-3}
 
 
 def expected(x, bias, weight, angles):
-    """In float64 where jax allows it, else in float32."""
+    """rotary.rotated's values, in float32."""
     x = jnp.asarray(x, jnp.float32) + (0 if bias is None else bias.astype(jnp.float32))
     x = x.reshape(*x.shape[:2], -1, 128)
     if weight is not None:
