@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from data.pipeline import DataConfig
 from glm_jax.config import ModelConfig, check_choice, from_mapping
-from glm_jax.devices import choose_platforms, describe
+from glm_jax.devices import choose_platforms, describe, keep_compiled_programs
 from glm_jax.infer.engine import EngineConfig
 from glm_jax.optim.optimizer import OptimizerConfig
 from glm_jax.optim.schedules import ScheduleConfig
@@ -100,6 +100,7 @@ def run(main: Callable[[list[str]], None]):
     python_logging.raiseExceptions = False  # a log.txt that cannot be written is no news beside the error that says so
     log_background_errors()
     choose_platforms()
+    keep_compiled_programs()
     app.run(lambda argv: guarded(main, argv), flags_parser=parse_flags)
 
 

@@ -1,4 +1,4 @@
-"""Which devices there are: found at start-up and said, and no TPU is asked for where there is none."""
+"""Which devices there are: found at start-up and said, and no TPU is asked for where there is none. What is compiled for them is kept."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 TPU_VENDOR = "0x1ae0"  # of the PCI devices of TPU hosts
 TPU_VARIABLES = ("TPU_NAME", "TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES")  # set on TPU VMs and by GKE
+COMPILED = pathlib.Path("~/.cache/glm_jax/compiled").expanduser()
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")
 
 
@@ -35,6 +36,13 @@ def choose_platforms():
     """
     if not (jax.config.jax_platforms or has_tpu() or has_gpu()):
         jax.config.update("jax_platforms", "cpu")
+
+
+def keep_compiled_programs():
+    """Keeps compiled programs in COMPILED for the next start, where this host has an accelerator and nothing names another folder:
+    a large model's step compiles for minutes."""
+    if jax.config.jax_compilation_cache_dir is None and (has_tpu() or has_gpu()):
+        jax.config.update("jax_compilation_cache_dir", str(COMPILED))
 
 
 def describe() -> str:

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from glm_jax import devices
 
 PROGRAM = "from glm_jax import devices; devices.choose_platforms(); import jax; print(jax.devices()[0].platform)"
@@ -30,6 +32,21 @@ def test_a_tpu_that_is_said_to_be_there_is_asked_for(monkeypatch):
     monkeypatch.setenv("TPU_NAME", "local")
     assert devices.has_tpu()
     devices.choose_platforms()
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "named", "kept"), [(True, None, str(devices.COMPILED)), (True, "/mine", "/mine"), (False, None, None)]
+)
+def test_programs_are_kept_where_there_is_an_accelerator(monkeypatch, accelerator, named, kept):
+    monkeypatch.setattr(devices, "has_tpu", lambda: accelerator)
+    monkeypatch.setattr(devices, "has_gpu", lambda: False)
+    before = devices.jax.config.jax_compilation_cache_dir
+    try:
+        devices.jax.config.update("jax_compilation_cache_dir", named)
+        devices.keep_compiled_programs()
+        assert devices.jax.config.jax_compilation_cache_dir == kept
+    finally:
+        devices.jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_devices_are_described():
