@@ -60,7 +60,8 @@ def test_values_and_gradients_equal_the_formula(dtype, half, biased, normed):
 
 
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
-def test_the_tpu_compiler_takes_96_heads(topology):
+def test_the_tpu_compiler_takes_96_heads_and_four_of_them_take_few_cycles(topology, schedules):
+    """A core of a v5p gets what 128 tokens of four heads read and write in some 370 cycles, 560 backward."""
     array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)  # noqa: E731
     x, angle = array(1, 256, 96 * 128), array(1, 256, 32)
 
@@ -68,7 +69,10 @@ def test_the_tpu_compiler_takes_96_heads(topology):
         (y, lengths), pullback = jax.vjp(lambda *a: rotary.rotated(*a, (cos, sin), EPS, FACTOR), x, bias, weight)
         return y, lengths, pullback((dy, lengths)), rotary.head_products(x, dy)
 
+    compiler.take(schedules)
     compiler.compile_kernel(run, (x, array(96 * 128), array(128), angle, angle, x), topology)
+    found, _ = compiler.take(schedules)
+    assert found["rotate_heads"].cycles <= 500 and found["rotate_heads_backward"].cycles <= 500
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
