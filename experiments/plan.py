@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 from absl import flags
@@ -20,6 +21,7 @@ from ml_collections import config_flags
 
 from experiments import entry
 from glm_jax.infer.engine import EngineConfig
+from glm_jax.plan.page import page
 from glm_jax.plan.plan import plan_engine, plan_train, worst
 from pallas_kernels.compiler import tpu_devices
 
@@ -34,6 +36,7 @@ DRAFT_TOKENS = flags.DEFINE_integer("draft_tokens", 0, "Guessed by the MTP block
 WEIGHTS = flags.DEFINE_string("weights", "compute", "Format of the weights: compute precision, fp8 or int8.")
 CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "compute", "Of keys and values: compute precision, bfloat16 or float8_e4m3fn.")
 JSON = flags.DEFINE_string("json", None, "File for the same figures.")
+HTML = flags.DEFINE_string("html", None, "File for a page that shows where the time goes.")
 
 
 def main(argv: list[str]):
@@ -57,15 +60,22 @@ def main(argv: list[str]):
     result = dataclasses.asdict(plan) | more
     gib = {key: f"{value / 2**30:,.2f} GiB" for key, value in result.items() if "bytes" in key and "token" not in key}
     for key, value in (result | gib).items():
-        print(f"{key:24} {value}")
+        if key != "parts":
+            print(f"{key:24} {value}")
+    operations = [] if program is None else worst(program, outer_loops=int(MODE.value != "train"))
     if program is not None:
+        print("\nwhere the time goes: seconds, share")
+        for name, seconds in plan.parts.items():
+            print(f"{seconds:12.6f} {seconds / plan.estimated_step_seconds:7.1%}  {name}")
         print("\nmost of XLA's cycles: times, cycles of one, kind, shape, line")
-        for operation, times in worst(program, outer_loops=int(MODE.value != "train")):
+        for operation, times in operations:
             shape, where = operation.shape.partition("{")[0], operation.source or operation.op_name[-60:]
             print(f"{times:6} x {operation.cycles:12,}  {operation.kind:10} {shape:32} {where}")
     if JSON.value:
         with open(JSON.value, "w") as file:
             json.dump(result, file, indent=1)
+    if HTML.value:
+        pathlib.Path(HTML.value).write_text(page(plan, operations))
 
 
 if __name__ == "__main__":

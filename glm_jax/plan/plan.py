@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import re
 import time
+from collections.abc import Mapping
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
@@ -37,7 +38,8 @@ class Plan:
     """What the compiler says of a program; bytes are of one device, which is a chip, or half of one on v4 and tpu7x.
 
     Seconds are of one step: a training step, a token of every row, or a chunk of every row. estimated_step_seconds: XLA's operations by
-    its own cycles, kernels by their limit, exposed collectives. needed_hbm_seconds: what the step must read and write, once.
+    its own cycles, kernels by their limit, exposed collectives; parts: the same by kind of operation, kernel and collective, most first.
+    needed_hbm_seconds: what the step must read and write, once.
     """
 
     mode: str
@@ -62,6 +64,7 @@ class Plan:
     kernel_calls: int = 0  # of the compiled program
     lowered_kernels: int = 0
     distinct_kernels: int = 0
+    parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
     message: str = ""  # the compiler's, where it does not fit
 
 
@@ -186,19 +189,29 @@ def _estimate(read: Program, work: Work, topology: str, outer_loops: int) -> dic
             return filled * max(operation.flops / peak, operation.moved_bytes / bandwidth)
         return operation.cycles / clock
 
-    total, calls = collections.Counter(), 0
+    total, parts, calls = collections.Counter(), collections.Counter(), 0
     for operation, times in read.executed(outer_loops):
         spent = seconds(operation)
         if operation.kind == "collective":
             spent = max(0.0, spent - sum(map(seconds, read.meanwhile.get(operation.name, ()))))
         total[{"collective": "collective", "kernel": "kernel"}.get(operation.kind, "xla")] += times * spent
+        parts[_part(operation)] += times * spent
         calls += operation.kind == "kernel"
     step = sum(total.values())
     return {
         "xla_seconds": total["xla"], "kernel_seconds": total["kernel"], "exposed_collective_seconds": total["collective"],
         "estimated_step_seconds": step, "estimated_mfu": work.flops / peak / step, "needed_hbm_seconds": work.hbm_bytes / bandwidth,
-        "kernel_calls": calls,
+        "kernel_calls": calls, "parts": dict(parts.most_common()),
     }  # fmt: skip
+
+
+def _part(operation: Operation) -> str:
+    """What an operation's time is listed under."""
+    if operation.kind == "collective":
+        return f"exposed {operation.opcode.removesuffix('-start')}"
+    if operation.kind == "kernel":
+        return f"kernel {operation.name.partition('.')[0]}"
+    return {"product": "XLA products", "copy": "XLA copies"}.get(operation.kind, "XLA, other")
 
 
 def collective_seconds(operation: Operation, ring_bytes: float) -> float:
