@@ -1,6 +1,7 @@
 """The planner with the real TPU compiler, on a toy model."""
 
 import dataclasses
+import html
 import re
 
 import pytest
@@ -9,7 +10,8 @@ from configs import glm45
 from glm_jax.infer.engine import EngineConfig
 from glm_jax.optim.optimizer import OptimizerConfig
 from glm_jax.plan import program
-from glm_jax.plan.plan import collective_seconds, plan_engine, plan_train
+from glm_jax.plan.page import page
+from glm_jax.plan.plan import collective_seconds, plan_engine, plan_train, worst
 from glm_jax.plan.programs import trace_train
 from glm_jax.sharding import MeshConfig, make_mesh
 from pallas_kernels.compiler import tpu_devices
@@ -39,6 +41,11 @@ def test_a_toy_decode_step_fits_and_its_bytes_are_counted():
     loops = {loop.trips for found in read.loops.values() for loop in found}
     assert {None, model.num_moe_layers} <= loops  # tokens, layers
     assert plan.estimated_step_seconds >= plan.xla_seconds > 0 and plan.needed_hbm_seconds > 0
+    assert sum(plan.parts.values()) == pytest.approx(plan.estimated_step_seconds)
+    listed = worst(read, 1)
+    shown = page(plan, listed)
+    assert all(name in shown for name, seconds in plan.parts.items() if seconds > 0.01 * plan.estimated_step_seconds)
+    assert len(listed) == 10 and all(html.escape(o.source or o.op_name[-60:]) in shown for o, _ in listed) and "http" not in shown
     assert any(operation.source.startswith("glm_jax/model/") for operation, _ in read.executed(1))
 
 
@@ -137,6 +144,7 @@ def test_what_does_not_fit_says_so():
     plan, read, more = plan_engine(model, dataclasses.replace(ENGINE, num_pages=40_000_000), MESH, TOPOLOGY, "decode")
     assert not plan.fits and "exceeds available HBM" in plan.message
     assert more["cached_tokens_that_fit"] == 0 and read is None
+    assert "Does not fit 15.8 GiB" in page(plan, [])
 
 
 def test_rows_that_cannot_be_split_are_named():
