@@ -72,18 +72,16 @@ def test_eight_devices_equal_one(name, data, factor, parts, monkeypatch):
         assert error <= 1e-5, (what, error)
 
 
-@pytest.mark.parametrize("name", ["uniform", "each device to the next"])
-def test_rows_that_travel_as_words_equal_one_device(name, monkeypatch):
-    """The TPU kernels, simulated on two devices with unwritten memory NaN, in several rounds."""
+def test_rows_that_travel_as_words_equal_one_device(monkeypatch):
+    """The TPU kernels, simulated on two devices with unwritten memory NaN, in two rounds; both choices of many tokens are on one device."""
     monkeypatch.setattr(exchange, "FEW_PAIRS", 0)
     monkeypatch.setattr(routed, "FEW_PAIRS", 0)
     rng, tokens = np.random.default_rng(1), 2 * 13
-    others = (np.arange(tokens) // 13 * 3 + 3)[:, None] % 6 + [[0, 1, 2]]
-    choices = {"uniform": rng.integers(-1, 7, (tokens, 3)), "each device to the next": others}
-    case = draw(rng, tokens=tokens, per_token=3, experts=6, width=256, ffn=128, dtype=jnp.bfloat16, expert_TK=choices[name])
+    experts = rng.integers(-1, 5, (tokens, 2))  # the first and the last are none
+    case = draw(rng, tokens=tokens, per_token=2, experts=4, width=256, ffn=128, dtype=jnp.bfloat16, expert_TK=experts)
     mesh = Mesh(np.asarray(jax.devices()[:2]).reshape(1, 2), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
     with jax.set_mesh(mesh), interpret.on(uninitialized_memory="nan"):
-        run = jax.jit(split(Exchange("expert", "all_to_all", 0.7, "pallas")))
+        run = jax.jit(split(Exchange("expert", "all_to_all", 0.6, "pallas")))
         ours = run(*case.arguments, case.expert_TK, case.dy_TD)
     for what, error in errors(ours, oracle(case)).items():
         assert error <= 1e-2, (what, error)
