@@ -34,11 +34,11 @@ class Attention(nnx.Module):
         queries, keys, row = ("batch", None, "heads"), ("batch", None, "kv_heads"), ("batch", None, None)
         if chosen(implementation) == "pallas" and size == rotary.SIZE:
             projected = self.q_proj.product(x_BLD), self.k_proj.product(x_BLD), self.v_proj(x_BLD)
-            biases = [proj.bias if proj.bias is None else proj.bias[...] for proj in (self.q_proj, self.k_proj)]
-            weights = [norm if norm is None else norm.weight[...] for norm in (self.q_norm, self.k_norm)]
+            biases = tuple(proj.bias if proj.bias is None else proj.bias[...] for proj in (self.q_proj, self.k_proj))
+            weights = tuple(norm if norm is None else norm.weight[...] for norm in (self.q_norm, self.k_norm))
             run = functools.partial(rotary_attention, scale=scale, eps=self.config.norm_eps)
-            run = by_device(run, (queries, keys, keys, ("heads",), ("kv_heads",), None, None, (row, row), ("batch", None)), queries)
-            return run(*projected, *biases, *weights, angles, segment_ids_BL)
+            run = by_device(run, (queries, keys, keys, (("heads",), ("kv_heads",)), None, (row, row), ("batch", None)), queries)
+            return run(*projected, biases, weights, angles, segment_ids_BL)
         run = functools.partial(attention, scale=scale, implementation=implementation)
         run = by_device(run, ((*queries, None), (*keys, None), (*keys, None), ("batch", None)), (*queries, None))
         return run(*self.queries_keys_values(x_BLD, angles), segment_ids_BL).reshape(*x_BLD.shape[:2], -1)

@@ -65,15 +65,14 @@ def attention(
     return (out, lse) if with_lse else out
 
 
-def rotary_attention(
-    q_BLX, k_BLY, v_BLY, q_bias_X, k_bias_Y, q_weight_H, k_weight_H, angles, segment_ids_BL, *, scale: float, eps: float
-) -> jax.Array:
+def rotary_attention(q_BLX, k_BLY, v_BLY, biases, weights, angles, segment_ids_BL, *, scale: float, eps: float) -> jax.Array:
     """`attention` by the TPU kernel of queries and keys as projections write them, which get their bias, RMS norm and rotary
     embedding first.
 
     Args:
       q_BLX, k_BLY, v_BLY: heads of 128 side by side, [B, L, N x 128], [B, L, G x 128].
-      q_bias_X, k_bias_Y: or None. q_weight_H, k_weight_H: of the norm of each head, [128]; None: no norm. eps: of the norm.
+      biases: of queries and keys, [N x 128] and [G x 128], or None for either. weights: of the norm of each of their heads, [128] both;
+        None: no norm. eps: of the norm.
       angles: cos and sin, [B, L, R / 2]: the first R dimensions of a head turn, halves paired.
       segment_ids_BL, scale: as for attention.
 
@@ -81,8 +80,8 @@ def rotary_attention(
     """
     heads = [x.reshape(*x.shape[:2], -1, rotary.SIZE) for x in (q_BLX, k_BLY, v_BLY)]
     _check_pallas(*heads)
-    q_BLX, q_norms_BNL = rotary.rotated(q_BLX, q_bias_X, q_weight_H, angles, eps, scale * tiled.LOG2_E)
-    k_BLY, k_norms_BGL = rotary.rotated(k_BLY, k_bias_Y, k_weight_H, angles, eps, 1.0)
+    q_BLX, q_norms_BNL = rotary.rotated(q_BLX, biases[0], weights[0], angles, eps, scale * tiled.LOG2_E)
+    k_BLY, k_norms_BGL = rotary.rotated(k_BLY, biases[1], weights[1], angles, eps, 1.0)
     return tiled.attention_of_heads(q_BLX, k_BLY, v_BLY, q_norms_BNL, k_norms_BGL, segment_ids_BL, segment_ids_BL)[0]
 
 

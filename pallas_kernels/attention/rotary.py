@@ -27,7 +27,8 @@ UNROLL = 4  # heads written out together, to hide each other's latencies
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def rotated(x_BLX, bias_X, weight_H, angles, eps: float, factor: float) -> tuple[jax.Array, jax.Array]:
-    """factor * rotary(norm(x + bias) * weight) of each head, and the heads' lengths, float32 [B, N, L], without gradients.
+    """factor * rotary(norm(x + bias) * weight) of each head, and the lengths of the heads as they are rounded, float32 [B, N, L],
+    without gradients.
 
     Args:
       x_BLX: heads of 128 side by side, [B, L, N x 128], L a multiple of 128.
@@ -106,8 +107,9 @@ def _rotate(x_BLX, bias, weight, own, partner, *, eps: float, factor: float, hal
             y = x * own + swapped * partner
             if normed:
                 y = y * _inverse_rms(x, eps)
-            out_ref[:, at] = y.astype(out_ref.dtype)
-            norms_ref[pl.ds(h, 1), :] = jnp.sqrt(_row_sums(y * y))
+            y = y.astype(out_ref.dtype)
+            out_ref[:, at] = y
+            norms_ref[pl.ds(h, 1), :] = jnp.sqrt(_row_sums(jnp.square(y.astype(jnp.float32))))
 
         lax.fori_loop(0, heads, head, None, unroll=UNROLL if heads % UNROLL == 0 else 1)
 

@@ -95,6 +95,7 @@ def sweep(compute, tiles: RowTiles, rows, matrices, results, *, blocks: Blocks, 
             part = most * tile, result.width // columns
         shapes.append(whole)
         scratch.append([pltpu.VMEM((2, *part), whole.dtype), pltpu.SemaphoreType.DMA((2,))])
+    moved = [operand if isinstance(operand, Gathered) else operand.array for operand in (*rows, *matrices)]
     kernel = functools.partial(_kernel, compute, rows, matrices, results, bodies, tile, blocks.gap, [len(i) for i in inputs])
     return pl.pallas_call(
         kernel,
@@ -106,13 +107,7 @@ def sweep(compute, tiles: RowTiles, rows, matrices, results, *, blocks: Blocks, 
             scratch_shapes=scratch,
         ),
         out_shape=shapes,
-        cost_estimate=cost(
-            *(row.array for row in rows if isinstance(row, Rows)),
-            *shapes,
-            *(operand.array for operand in matrices),
-            *(jax.ShapeDtypeStruct(row.shape, row.dtype) for row in rows if isinstance(row, Gathered)),
-            macs=sum(tiles.rows * math.prod(operand.array.shape[1:]) for operand in matrices),
-        ),
+        cost_estimate=cost(*moved, *shapes, macs=sum(tiles.rows * math.prod(w.array.shape[1:]) for w in matrices)),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=blocks.vmem_bytes,

@@ -46,7 +46,6 @@ def weight_gradient(x_RK: jax.Array | Gathered, dy_RN: jax.Array | Gathered, til
     sums = [pltpu.VMEM(tuple(widths), jnp.float32), pltpu.VMEM(tuple(widths), dtype), pltpu.SemaphoreType.DMA(())]
     (num_rows, height), width = x_RK.shape, dy_RN.shape[1]
     result = jax.ShapeDtypeStruct((num_experts, height, width), dtype)
-    read = [jax.ShapeDtypeStruct(operand.shape, dtype) for operand in operands]
     return pl.pallas_call(
         functools.partial(_kernel, blocks, operands, tile, [len(i) for i in inputs], [len(s) for s in scratch]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -57,7 +56,7 @@ def weight_gradient(x_RK: jax.Array | Gathered, dy_RN: jax.Array | Gathered, til
             scratch_shapes=[*scratch[0], *scratch[1], *sums],
         ),
         out_shape=result,
-        cost_estimate=cost(*read, result, macs=num_rows * height * width),
+        cost_estimate=cost(*operands, result, macs=num_rows * height * width),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=blocks.vmem_bytes, disable_bounds_checks=True
         ),

@@ -187,11 +187,10 @@ send.defvjp(
 
 def _send_words(exchange: Exchange, name: str, words_S1W, send_n, receive_n):
     """The same of words, which XLA sends as they lie, and one of zeros behind. name: one for each array that is alive at a time."""
-    num_rows, *rest = words_S1W.shape
     if exchange.collective == "all_to_all":
         sent = jax.lax.all_to_all(words_S1W, exchange.axis, 0, 0, tiled=True)
         return jnp.pad(sent, ((0, 1), (0, 0), (0, 0)))
-    buffer = unwritten((num_rows + 1, *rest), words_S1W.dtype, send_n, name=f"unwritten_{name}")
+    buffer = unwritten(words_S1W.shape, words_S1W.dtype, send_n, zeros=1, name=f"unwritten_{name}")
     with jax.named_scope(f"send_{name}"):
         return _ragged(exchange, words_S1W, buffer, send_n, receive_n)
 

@@ -152,28 +152,29 @@ def _copy_rows_kernel(steps, source, source_before, words_hbm, out_hbm, semaphor
     pl.when(step > 0)(lambda: each(source_before, step - 1, lambda copy: copy.wait()))
 
 
-@once("shape", "dtype", "name")
-def unwritten(shape, dtype, after_N, *, name: str) -> jax.Array:
-    """Rows [R, 1, W] of unknown contents and one of zeros behind, made once `after_N` is and no other: jax.lax.empty moves out of loops,
-    which then copy it.
+@once("shape", "dtype", "zeros", "name")
+def unwritten(shape, dtype, after_N, *, zeros: int = 0, name: str) -> jax.Array:
+    """An array of unknown contents, made once `after_N` is and no other: jax.lax.empty moves out of loops, which then copy it. `zeros`
+    rows of zeros behind.
 
     Two of one name and one `after_N` are one.
     """
 
-    def kernel(after, out, zeros, semaphore):
-        del after
-        zeros[...] = jnp.zeros_like(zeros)
-        copy = pltpu.make_async_copy(zeros, out.at[pl.ds(shape[0] - 1, 1)], semaphore)
-        copy.start()
-        copy.wait()
+    def kernel(after, out, *scratch):
+        if scratch:
+            values, semaphore = scratch
+            values[...] = jnp.zeros_like(values)
+            copy = pltpu.make_async_copy(values, out.at[pl.ds(shape[0], zeros)], semaphore)
+            copy.start()
+            copy.wait()
 
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct(shape, dtype),
+        out_shape=jax.ShapeDtypeStruct((shape[0] + zeros, *shape[1:]), dtype),
         cost_estimate=cost(),
         in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)],
         out_specs=pl.BlockSpec(memory_space=pl.ANY),
-        scratch_shapes=[pltpu.VMEM((1, *shape[1:]), dtype), pltpu.SemaphoreType.DMA(())],
+        scratch_shapes=[pltpu.VMEM((zeros, *shape[1:]), dtype), pltpu.SemaphoreType.DMA(())] if zeros else [],
         interpret=interpret.params(),
         name=name,
     )(after_N)

@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import fp8_bits, interpret, tuning
 from pallas_kernels.cost import cost
 from pallas_kernels.once import once
+from pallas_kernels.paged_attention.shapes import heads_of_core
 
 LANES = 128
 MASKED = -1e38
@@ -41,7 +42,7 @@ def paged_attention(q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts
         q, scale = fp8_bits.in_order(q * fp8_bits.LIFT), scale / fp8_bits.LIFT / fp8_bits.SCALE
     q_SBGQH = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, q_rows - used), (0, 0)))
 
-    heads = _heads_of_core(groups, cores)
+    heads = heads_of_core(groups, cores)
     if works is None:
         works = work(length, k_pages, starts_S, counts_S, blocks, cores)
     kernel = functools.partial(
@@ -84,12 +85,8 @@ def paged_attention(q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts
 def work(length: int, k_pages, starts_S, counts_S, blocks, cores: int) -> tuple[jax.Array, ...]:
     """What the kernel walks over for `length` new tokens of a row: the same in every layer."""
     groups, tokens = k_pages.shape[2], min(blocks.tokens, length)
-    split = _heads_of_core(groups, cores) == groups
+    split = heads_of_core(groups, cores) == groups
     return _work(starts_S, counts_S, tokens, -(-length // tokens), k_pages.shape[4], blocks.pages, cores, split=split)
-
-
-def _heads_of_core(groups: int, cores: int) -> int:
-    return groups // cores if groups % cores == 0 else groups
 
 
 def _work(starts_S, counts_S, tokens, num_blocks, page_size, pages, cores, *, split: bool):

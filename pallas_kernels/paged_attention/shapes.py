@@ -96,7 +96,7 @@ def blocks_for(q_shape, k_pages) -> Blocks:
 
 
 def _by_rule(length: int, groups: int, per_group: int, size: int, page_size: int, dtype: str, kind: str | None) -> Blocks:
-    heads = _heads_of_core(groups, kind)
+    heads = heads_of_core(groups, _cores_of(kind))
     page_bytes = 2 * heads * page_size * size * jnp.dtype(dtype).itemsize
     join = 2 if kind in WIDE_UNITS else 1
     tokens = length if length <= FEW_TOKENS else PROMPT_TOKENS
@@ -107,9 +107,13 @@ def _by_rule(length: int, groups: int, per_group: int, size: int, page_size: int
     return Blocks(fit - fit % join, join, tokens, bits, turn)
 
 
-def _heads_of_core(groups: int, kind: str | None) -> int:
-    cores = 2 if kind in TWO_CORES else 1
+def heads_of_core(groups: int, cores: int) -> int:
+    """Key-value heads that a core works on: its share where they can be shared, else all."""
     return groups // cores if groups % cores == 0 else groups
+
+
+def _cores_of(kind: str | None) -> int:
+    return 2 if kind in TWO_CORES else 1
 
 
 def chosen_blocks(shape: Shape, pass_: str) -> Blocks:
@@ -121,7 +125,7 @@ def candidates(shape: Shape, pass_: str, chip: Chip) -> list[Blocks]:
     """What the tuner compiles."""
     del pass_
     rule = _by_rule(shape.length, shape.groups, HEADS, SIZE, PAGE, shape.dtype, chip.kind)
-    turns = [turn for turn in (1, 2, 4, 8) if _heads_of_core(shape.groups, chip.kind) % turn == 0]
+    turns = [turn for turn in (1, 2, 4, 8) if heads_of_core(shape.groups, _cores_of(chip.kind)) % turn == 0]
     return [dataclasses.replace(rule, pages=pages, turn=turn) for pages in (4, 8, 16) for turn in turns]
 
 

@@ -18,6 +18,7 @@ from pallas_kernels import interpret, tuning
 from pallas_kernels.cost import cost
 from pallas_kernels.once import once
 from pallas_kernels.paged_attention.reference import saturated
+from pallas_kernels.paged_attention.shapes import heads_of_core
 
 LANES = 128
 SLOTS = 4  # pages in flight: two are fetched and two written while one is changed
@@ -34,7 +35,7 @@ def store(k_SLGH, v_SLGH, k_pages, v_pages, layer, tables_SP, starts_S, counts_S
     padding = ((0, 0), (0, 0), (0, -length % rows), (0, 0))
     k_SGLH, v_SGLH = (jnp.pad(_numbers(jnp.where(real_SL, x, 0), k_pages.dtype).swapaxes(1, 2), padding) for x in (k_SLGH, v_SLGH))
 
-    heads = groups // cores if groups % cores == 0 else groups
+    heads = heads_of_core(groups, cores)
     if works is None:
         works = work(length, k_pages, tables_SP, starts_S, counts_S, cores)
     # What of a page is read and written: along lanes for keys, along sublanes for values.
@@ -81,7 +82,8 @@ def _window(length: int, tile: int, page_size: int) -> int:
 
 def work(length: int, k_pages, tables_SP, starts_S, counts_S, cores: int) -> tuple[jax.Array, ...]:
     """What the kernel walks over for `length` new tokens of a row: the same in every layer."""
-    return _work(starts_S, counts_S, tables_SP, length, k_pages.shape[4], cores, split=k_pages.shape[2] % cores != 0)
+    groups, page_size = k_pages.shape[2], k_pages.shape[4]
+    return _work(starts_S, counts_S, tables_SP, length, page_size, cores, split=heads_of_core(groups, cores) == groups)
 
 
 def _work(starts_S, counts_S, tables_SP, length, page_size, cores, *, split: bool):
