@@ -21,3 +21,8 @@ def target_kind() -> str | None:
         return None
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     return KIND_OF_DEVICE.get(device.device_kind)
+
+
+def heads_of_core(heads: int, cores: int) -> int:
+    """Of those that a chip's cores work on: a core's share where they divide, else all of them."""
+    return heads // cores if heads % cores == 0 else heads

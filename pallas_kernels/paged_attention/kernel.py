@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import fp8_bits, interpret, tuning
 from pallas_kernels.cost import cost
 from pallas_kernels.once import once
-from pallas_kernels.paged_attention.shapes import heads_of_core
+from pallas_kernels.target import heads_of_core
 
 LANES = 128
 MASKED = -1e38

@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import compiler, fp8_bits, tuning
 from pallas_kernels.compiler import Chip, Probe
-from pallas_kernels.target import TWO_CORES, WIDE_UNITS, target_kind, target_platform
+from pallas_kernels.target import TWO_CORES, WIDE_UNITS, heads_of_core, target_kind, target_platform
 
 FOLDER = pathlib.Path(__file__).parent
 PASSES = ("forward",)
@@ -105,11 +105,6 @@ def _by_rule(length: int, groups: int, per_group: int, size: int, page_size: int
     most = TURN_PAGES // turn if length <= FEW_TOKENS else PROMPT_PAGES
     fit = max(join, min(most, STEP_BYTES // page_bytes))
     return Blocks(fit - fit % join, join, tokens, bits, turn)
-
-
-def heads_of_core(groups: int, cores: int) -> int:
-    """Key-value heads that a core works on: its share where they can be shared, else all."""
-    return groups // cores if groups % cores == 0 else groups
 
 
 def _cores_of(kind: str | None) -> int:

@@ -18,7 +18,7 @@ from pallas_kernels import interpret, tuning
 from pallas_kernels.cost import cost
 from pallas_kernels.once import once
 from pallas_kernels.paged_attention.reference import saturated
-from pallas_kernels.paged_attention.shapes import heads_of_core
+from pallas_kernels.target import heads_of_core
 
 LANES = 128
 SLOTS = 4  # pages in flight: two are fetched and two written while one is changed
