@@ -5,8 +5,8 @@
     python -m experiments.plan --config=configs/glm45.py --topology=v5p:8x8x8 --mode=train --num_rows=4096 --config.mesh.expert=8
 
 Modes: `train`, a step of one microbatch of --num_rows rows of data.sequence_length tokens; `decode`, a token of every row over a cache
-of --num_rows rows of --context tokens; `prefill`, a chunk of 512 tokens of every row. Bytes and cycles are the compiler's, of one chip;
-the rest is estimated from them (glm_jax/plan/plan.py says what is left out); nothing here is measured on hardware.
+of --num_rows rows of --context tokens; `prefill`, the last --prefill_chunk tokens of every row. Bytes and cycles are the compiler's, of
+one chip; the rest is estimated from them (glm_jax/plan/plan.py says what is left out); nothing here is measured on hardware.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and shape of the pod, as 
 NUM_ROWS = flags.DEFINE_integer("num_rows", 0, "Rows of the batch; 0: one a chip.", lower_bound=0)
 CONTEXT = flags.DEFINE_integer("context", 8192, "Most tokens of a request.", lower_bound=2)
 PAGE_SIZE = flags.DEFINE_integer("page_size", 128, "Tokens of a page of the cache.", lower_bound=1)
+PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", 512, "Tokens of a row that one prefill call takes.", lower_bound=1)
 DECODE_STEPS = flags.DEFINE_integer("decode_steps", 16, "Tokens drawn in one call.", lower_bound=1)
 DRAFT_TOKENS = flags.DEFINE_integer("draft_tokens", 0, "Guessed by the MTP block.", lower_bound=0)
 WEIGHTS = flags.DEFINE_string("weights", "compute", "Format of the weights: compute precision, fp8 or int8.")
@@ -51,7 +52,7 @@ def main(argv: list[str]):
         plan, program = plan_train(model, run.optimizer, balance, run.mesh, TOPOLOGY.value, rows, length)
     else:
         engine = EngineConfig(
-            context=CONTEXT.value, num_rows=rows, page_size=PAGE_SIZE.value, prefill_chunk=512, min_rows=1, min_chunk=1,
+            context=CONTEXT.value, num_rows=rows, page_size=PAGE_SIZE.value, prefill_chunk=PREFILL_CHUNK.value, min_rows=1, min_chunk=1,
             decode_steps=DECODE_STEPS.value,
             num_pages=rows * -(-(CONTEXT.value + DRAFT_TOKENS.value) // PAGE_SIZE.value), draft_tokens=DRAFT_TOKENS.value,
             weights=WEIGHTS.value, cache_dtype=CACHE_DTYPE.value, keep_experts=False,

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from glm_jax.config import check_types
+from glm_jax.torus import arranged
 
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")  # an expert-parallel device holds its own rows of the batch, too
@@ -53,9 +54,13 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-    """Mesh over all devices (or those given). Raises ValueError where the sizes do not multiply to their number."""
+    """Mesh over all devices (or those given). Raises ValueError where the sizes do not multiply to their number.
+
+    On a TPU the devices of the last axes stand closest together (glm_jax/torus.py): experts are exchanged in every layer.
+    """
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
-    count = jax.device_count() if devices is None else len(devices)
+    devices = jax.devices() if devices is None else list(devices)
+    count = len(devices)
     for axis, size in sizes.items():
         if size != -1 and size < 1:
             raise ValueError(f"mesh.{axis}={size}: must be positive, or -1 for what is left over")
@@ -71,9 +76,8 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     if math.prod(sizes.values()) != count:
         raise ValueError(f"mesh {sizes} needs {math.prod(sizes.values())} devices, there are {count}")
     shape, types = tuple(sizes.values()), (AxisType.Auto,) * len(MESH_AXES)
-    if devices is None:
-        return jax.make_mesh(shape, MESH_AXES, axis_types=types)
-    return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=types)
+    placed = arranged(devices, shape) if devices[0].platform == "tpu" else np.asarray(devices).reshape(shape)
+    return Mesh(placed, MESH_AXES, axis_types=types)
 
 
 def spec(axes) -> PartitionSpec:

@@ -14,6 +14,7 @@ from glm_jax.plan.page import page
 from glm_jax.plan.plan import collective_seconds, plan_engine, plan_train, worst
 from glm_jax.plan.programs import trace_train
 from glm_jax.sharding import MeshConfig, make_mesh
+from glm_jax.torus import Torus
 from pallas_kernels.compiler import tpu_devices
 from tests.model.oracle import tiny_config
 
@@ -115,9 +116,28 @@ def test_a_program_is_read():
     assert [operation.name for operation in read.meanwhile["rows-start"]] == ["gather.1", "reduce.1", "kernel.1"]
     assert found["fusion.1"][0].source == "glm_jax/model/moe.py:7 observe" and found["copy.2"][0].bytes == 64
     gather, reduce = found["gather.1"][0], found["reduce.1"][0]
-    assert (gather.group, reduce.group) == (8, 16)
-    assert collective_seconds(gather, 1024) == pytest.approx(7 / 8)
-    assert collective_seconds(reduce, 1024) == pytest.approx(2 * 15 / 16)
+    assert gather.group == tuple(range(8)) and reduce.group == found["rows-start"][0].group == tuple(range(16))
+    # 64 chips: 8 in a row along an axis that is a ring, groups of 16 are two such rows.
+    torus, places, slow = Torus((8, 8, 1, 1), (True, True, False, False)), [(i % 8, i // 8, 0, 0) for i in range(64)], 512
+    assert collective_seconds(gather, torus, places, slow) == pytest.approx(7 / 8)
+    assert collective_seconds(reduce, torus, places, slow) == pytest.approx(2 * 15 / 16)
+    assert collective_seconds(found["rows-start"][0], torus, places, slow) == pytest.approx(64 / 512)  # 8 * 8 / 8 pairs cross a link
+    assert collective_seconds(gather, torus, places, 1e30) == pytest.approx(4e-6)  # four links to the other side of the ring
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ("mesh['data'=2,'fsdp'=8] {'fsdp'}", range(8)),
+        ("mesh['data'=2,'fsdp'=8] {'data'}", (0, 8)),
+        ("[4,16]<=[64]", range(16)),
+        ("[8,8]<=[8,8]T(1,0)", range(0, 64, 8)),
+        ("{{0,3,5},{1,2,4}}", (0, 3, 5)),
+    ],
+)
+def test_groups_are_read_as_xla_writes_them(groups, expected):
+    text = f"ENTRY %main (x: f32[2]) -> f32[2] {{\n  %g = f32[8] all-gather(%x), replica_groups={groups}, dimensions={{0}}\n}}\n"
+    assert program.read(text).operations["main"][0].group == tuple(expected)
 
 
 def test_a_toy_training_step_fits_and_its_work_is_counted():

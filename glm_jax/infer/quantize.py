@@ -43,7 +43,13 @@ class Quantized:
 
     def astype(self, dtype) -> jax.Array:
         """The matrix in a float type."""
-        return (self.values.astype(jnp.float32) * spread(self.scale, self.block, self.shape)).astype(dtype)
+        rows, (*stack, depth, width) = self.block[0], self.shape
+        if depth % rows:
+            return (self.values.astype(jnp.float32) * spread(self.scale, self.block, self.shape)).astype(dtype)
+        # Only columns of scales are made: XLA writes no matrix of scales, and reads and writes the values once.
+        values = self.values.astype(jnp.float32).reshape(*stack, -1, rows, width)
+        scale = spread(self.scale, (1, self.block[1]), (*stack, depth // rows, width))
+        return (values * scale[..., None, :]).astype(dtype).reshape(self.shape)
 
 
 def spread(scale: jax.Array, block: tuple[int, int], shape: tuple[int, ...]) -> jax.Array:

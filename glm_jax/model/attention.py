@@ -13,7 +13,10 @@ from glm_jax.model.cache import Cache
 from glm_jax.model.layers import Linear, RMSNorm, apply_rope
 from glm_jax.sharding import by_device
 from pallas_kernels.attention import rotary
-from pallas_kernels.attention.api import attention, chosen, rotary_attention
+from pallas_kernels.attention.api import attention, chosen, rotary_attention, rotary_heads
+
+QUERIES, KEYS = ("batch", None, "heads"), ("batch", None, "kv_heads")  # as projections write them
+ROTARY = ((("heads",), ("kv_heads",)), None, ((("batch", None, None),) * 2))  # biases, weights of norms, angles
 
 
 class Attention(nnx.Module):
@@ -30,18 +33,23 @@ class Attention(nnx.Module):
 
     def context(self, x_BLD: jax.Array, segment_ids_BL, angles) -> jax.Array:
         """What attention without a cache adds up, [B, L, N x H]."""
-        size, scale, implementation = self.config.head_size, self.config.head_size**-0.5, self.config.attention
-        queries, keys, row = ("batch", None, "heads"), ("batch", None, "kv_heads"), ("batch", None, None)
-        if chosen(implementation) == "pallas" and size == rotary.SIZE:
-            projected = self.q_proj.product(x_BLD), self.k_proj.product(x_BLD), self.v_proj(x_BLD)
-            biases = tuple(proj.bias if proj.bias is None else proj.bias[...] for proj in (self.q_proj, self.k_proj))
-            weights = tuple(norm if norm is None else norm.weight[...] for norm in (self.q_norm, self.k_norm))
+        scale, implementation = self.config.head_size**-0.5, self.config.attention
+        if self._by_rotary_kernel():
             run = functools.partial(rotary_attention, scale=scale, eps=self.config.norm_eps)
-            run = by_device(run, (queries, keys, keys, (("heads",), ("kv_heads",)), None, (row, row), ("batch", None)), queries)
-            return run(*projected, biases, weights, angles, segment_ids_BL)
+            run = by_device(run, (QUERIES, KEYS, KEYS, *ROTARY, ("batch", None)), QUERIES)
+            projected = self.q_proj.product(x_BLD), self.k_proj.product(x_BLD), self.v_proj(x_BLD)
+            return run(*projected, *self._biases_weights(), angles, segment_ids_BL)
         run = functools.partial(attention, scale=scale, implementation=implementation)
-        run = by_device(run, ((*queries, None), (*keys, None), (*keys, None), ("batch", None)), (*queries, None))
+        run = by_device(run, ((*QUERIES, None), (*KEYS, None), (*KEYS, None), ("batch", None)), (*QUERIES, None))
         return run(*self.queries_keys_values(x_BLD, angles), segment_ids_BL).reshape(*x_BLD.shape[:2], -1)
+
+    def _by_rotary_kernel(self) -> bool:
+        return chosen(self.config.attention) == "pallas" and self.config.head_size == rotary.SIZE
+
+    def _biases_weights(self):
+        """Of queries and keys, each as two arrays or Nones."""
+        biases = tuple(proj.bias if proj.bias is None else proj.bias[...] for proj in (self.q_proj, self.k_proj))
+        return biases, tuple(norm if norm is None else norm.weight[...] for norm in (self.q_norm, self.k_norm))
 
     def queries_keys_values(self, x_BLD: jax.Array, angles) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q [B, L, N, H], k and v [B, L, G, H]; normalised per head before RoPE."""
@@ -56,7 +64,13 @@ class Attention(nnx.Module):
         if cache is None:
             context_BLX = self.context(x_BLD, segment_ids_BL, angles)
         else:
-            q_BLNH, k_BLGH, v_BLGH = self.queries_keys_values(x_BLD, angles)
+            if self._by_rotary_kernel():
+                run = functools.partial(rotary_heads, eps=self.config.norm_eps)
+                run = by_device(run, (QUERIES, KEYS, *ROTARY), ((*QUERIES, None), (*KEYS, None)))
+                q_BLNH, k_BLGH = run(self.q_proj.product(x_BLD), self.k_proj.product(x_BLD), *self._biases_weights(), angles)
+                v_BLGH = self.v_proj(x_BLD).reshape(k_BLGH.shape)
+            else:
+                q_BLNH, k_BLGH, v_BLGH = self.queries_keys_values(x_BLD, angles)
             scale, implementation = self.config.head_size**-0.5, self.config.attention
             cache = cache.write(layer, k_BLGH, v_BLGH, implementation=implementation)
             context_BLX = cache.attend(layer, q_BLNH, scale=scale, implementation=implementation).reshape(*x_BLD.shape[:2], -1)

@@ -1,8 +1,8 @@
 """The real TPU compiler as a planner: does a program fit a pod, what does it take there, and where does its time go?
 
 Needs libtpu, no hardware. Everything here is *compiled* or *estimated*, nothing measured. What the estimate of time leaves out:
-kernels run at the rate of their limit (matrix unit or HBM), a collective that XLA starts early is hidden by all that is scheduled until
-its end, routing is balanced, links carry their full rate, and nothing is said about the host.
+kernels run at the rate of their limit (matrix unit or HBM) after LEAST_CYCLES, a collective that XLA starts early is hidden by all that
+is scheduled until its end, routing is balanced, links carry their full rate, and nothing is said about the host.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import collections
 import dataclasses
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh
 
 from glm_jax.config import ModelConfig
 from glm_jax.infer.engine import EngineConfig
@@ -23,6 +24,7 @@ from glm_jax.plan import program as programs_text
 from glm_jax.plan.program import Operation, Program
 from glm_jax.plan.programs import on_a_chip, trace_engine, trace_train
 from glm_jax.sharding import MeshConfig, make_mesh
+from glm_jax.torus import Torus, place
 from glm_jax.train.metrics import flops_per_token, matmul_parameters
 from pallas_kernels import compiler
 from pallas_kernels.target import target_kind
@@ -30,16 +32,18 @@ from pallas_kernels.target import target_kind
 HBM_GIB = {"v4": 15.25, "v5e": 15.75, "v5p": 95.73, "v6e": 31.24, "tpu7x": 94.74}  # that the compiler gives a program
 SENT_ONCE = ("send_rows", "send_result_gradients")  # scopes of moe_dispatch.exchange
 ROW_KERNELS = ("grouped_", "copy_rows")  # whose estimates count an exchange's whole buffers
-RING_BYTES = {"v4": 90e9, "v5e": 90e9, "v5p": 180e9, "v6e": 180e9, "tpu7x": 180e9}  # a second, both ways around one axis of the torus
+LINK_BYTES = {"v4": 45e9, "v5e": 45e9, "v5p": 90e9, "v6e": 90e9, "tpu7x": 90e9}  # a second, one way
+LEAST_CYCLES = 2116  # XLA's estimate of its shortest operations, which our kernels are not spared
+HOP_SECONDS = 1e-6  # of a message from one chip to the next
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What the compiler says of a program; bytes are of one device, which is a chip, or half of one on v4 and tpu7x.
 
-    Seconds are of one step: a training step, a token of every row, or a chunk of every row. estimated_step_seconds: XLA's operations by
-    its own cycles, kernels by their limit, exposed collectives; parts: the same by kind of operation, kernel and collective, most first.
-    needed_hbm_seconds: what the step must read and write, once.
+    Seconds are of one step: a training step, a token of every row, or the last chunk of every row. estimated_step_seconds: XLA's
+    operations by its own cycles, kernels by their limit, exposed collectives; parts: the same by kind of operation, kernel and collective,
+    most first. needed_hbm_seconds: what the step must read and write, once.
     """
 
     mode: str
@@ -99,7 +103,7 @@ def plan_train(
 def plan_engine(
     model: ModelConfig, engine: EngineConfig, mesh_config: MeshConfig, topology: str, mode: str
 ) -> tuple[Plan, Program | None, dict]:
-    """The engine's call with all rows; mode: `decode`, a token of every row over a full cache, or `prefill`, a chunk of every row.
+    """The engine's call with all rows; mode: `decode`, a token of every row over a full cache, or `prefill`, the last chunk of every row.
 
     Returns, besides, `cache_bytes_per_token` (of its own chip) and `cached_tokens_that_fit` on the whole pod: those of the plan's cache
     and of what it leaves free.
@@ -111,7 +115,7 @@ def plan_engine(
         traced, state, pages = trace_engine(model, engine, mesh, prefilling=mode == "prefill")
         weights, cache = on_a_chip(state), on_a_chip(pages)
         tokens = engine.num_rows * (engine.prefill_chunk if mode == "prefill" else 1 + engine.draft_tokens)
-        flops = tokens * flops_per_token(model, engine.context) / 3 / len(devices)
+        flops = tokens * _engine_flops(model, engine, head=mode != "prefill") / len(devices)
         return traced, weights, cache, Work(flops, weights + cache)
 
     plan, read = _plan(mode, model, mesh, topology, trace, length=engine.context, outer_loops=1)
@@ -121,7 +125,15 @@ def plan_engine(
     return plan, read, {"cache_bytes_per_token": a_token, "cached_tokens_that_fit": fit}
 
 
-def _plan(mode: str, model: ModelConfig, mesh, topology: str, trace, *, length: int, outer_loops: int) -> tuple[Plan, Program | None]:
+def _engine_flops(model: ModelConfig, engine: EngineConfig, head: bool) -> float:
+    """Of a token at the end of the context: 2 a matrix parameter, and attention over all of it. head: whether logits are made of it."""
+    run = model if engine.draft_tokens else dataclasses.replace(model, num_mtp_layers=0)
+    heads = (1 + run.num_mtp_layers) * model.hidden_size * model.vocab_size
+    attention = 4 * (run.num_layers + run.num_mtp_layers) * model.num_heads * model.head_size * engine.context
+    return 2 * (matmul_parameters(run) - (0 if head else heads)) + attention
+
+
+def _plan(mode: str, model: ModelConfig, mesh: Mesh, topology: str, trace, *, length: int, outer_loops: int) -> tuple[Plan, Program | None]:
     kind = topology.split(":", maxsplit=1)[0]
     capacity = int(HBM_GIB[kind] * 2**30)
     start = time.perf_counter()
@@ -148,7 +160,7 @@ def _plan(mode: str, model: ModelConfig, mesh, topology: str, trace, *, length: 
     if message:
         return plan, None
     read = programs_text.read(text)
-    return dataclasses.replace(plan, **_estimate(read, work, topology, outer_loops)), read
+    return dataclasses.replace(plan, **_estimate(read, work, mesh, topology, outer_loops)), read
 
 
 def _text(compiled) -> str:
@@ -171,22 +183,23 @@ def _parameters(model: ModelConfig) -> int:
     )
 
 
-def _estimate(read: Program, work: Work, topology: str, outer_loops: int) -> dict:
+def _estimate(read: Program, work: Work, mesh: Mesh, topology: str, outer_loops: int) -> dict:
     """The seconds of a Plan, and its number of kernel calls."""
     with jax.set_mesh(compiler.one_device(topology)):
         kind, core = target_kind(), pltpu.get_tpu_info()
     cores = 2 if kind == "v5p" else 1  # of a device
     peak, clock = cores * core.bf16_ops_per_second, core.bf16_ops_per_second / (8 * core.mxu_column_size**2)
     bandwidth = cores * core.mem_bw_bytes_per_second
+    torus, places = Torus.of(list(mesh.devices.flat)), [place(device) for device in mesh.devices.flat]
 
     def seconds(operation: Operation) -> float:
         if operation.kind == "collective":
             share = work.filled if operation.opcode.startswith("ragged") else 1.0
             share *= work.once if any(scope in operation.op_name for scope in SENT_ONCE) else 1.0
-            return share * collective_seconds(operation, RING_BYTES[kind])
+            return share * collective_seconds(operation, torus, places, LINK_BYTES[kind])
         if operation.kind == "kernel":
             filled = work.filled if operation.name.startswith(ROW_KERNELS) else 1.0
-            return filled * max(operation.flops / peak, operation.moved_bytes / bandwidth)
+            return filled * max(operation.flops / peak, operation.moved_bytes / bandwidth) + LEAST_CYCLES / clock
         return operation.cycles / clock
 
     total, parts, calls = collections.Counter(), collections.Counter(), 0
@@ -214,12 +227,19 @@ def _part(operation: Operation) -> str:
     return {"product": "XLA products", "copy": "XLA copies"}.get(operation.kind, "XLA, other")
 
 
-def collective_seconds(operation: Operation, ring_bytes: float) -> float:
-    """By the largest array, over one axis of a torus, both ways around."""
-    size, kind = max(operation.group, 1), operation.opcode.removesuffix("-start")
-    share = operation.bytes * (size - 1) / size / ring_bytes
-    factor = {"all-reduce": 2.0, "all-to-all": size / 4, "ragged-all-to-all": size / 4}.get(kind, 1.0)  # an all-to-all makes size / 4 hops
-    return share * max(factor, 1.0)
+def collective_seconds(operation: Operation, torus: Torus, places: Sequence[tuple[int, ...]], link_bytes: float) -> float:
+    """By the largest array. An all-to-all as Torus.spread, all else on one ring through the block of its devices, both ways around; and
+    never less than HOP_SECONDS a link to the farthest device. places: of each device of the mesh; link_bytes: a second, one way."""
+    size, kind = max(len(operation.group), 1), operation.opcode.removesuffix("-start")
+    block = torus.block([places[device] for device in operation.group]) if size > 1 else None
+    if block is None:  # one device, a permutation, or no block: as if neighbours stood along one line
+        block = ((size, 1),)
+    if kind.endswith("all-to-all"):
+        spent = operation.bytes * torus.spread(block)
+    else:
+        share = 1.0 if kind == "collective-permute" else (size - 1) / size / 2
+        spent = operation.bytes * share * torus.ring(block) * (2 if kind == "all-reduce" else 1)
+    return max(spent / link_bytes, torus.hops(block) * HOP_SECONDS)
 
 
 def worst(read: Program, outer_loops: int, count: int = 10) -> list[tuple[Operation, int]]:

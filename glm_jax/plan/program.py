@@ -12,6 +12,8 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
+import numpy as np
+
 ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 NO_WORK = 10**15  # what the compiler writes for an operation that it has no estimate of
@@ -23,8 +25,9 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 @dataclasses.dataclass(frozen=True)
 class Operation:
     """One instruction. bytes: of the largest array that it makes. cycles: of one execution, 0 where there is no estimate. source: the
-    innermost line of this project that made it, as file:line function, and op_name, JAX's name for it; both may be empty. group: devices
-    that a collective is among, else 0. flops, moved_bytes: of a kernel, by its own estimate."""
+    innermost line of this project that made it, as file:line function, and op_name, JAX's name for it; both may be empty. group: the first
+    group of devices that a collective is among, by their places in the mesh, else none. flops, moved_bytes: of a kernel, by its own
+    estimate."""
 
     name: str
     opcode: str
@@ -33,7 +36,7 @@ class Operation:
     cycles: int
     source: str
     op_name: str
-    group: int = 0
+    group: tuple[int, ...] = ()
     flops: int = 0
     moved_bytes: int = 0
 
@@ -156,15 +159,19 @@ def _is_counted(opcode: str, line: str) -> bool:
     return (opcode == "custom-call" and '"tpu_custom_call"' in line) or opcode.removesuffix("-start") in COLLECTIVES
 
 
-def _group(line: str) -> int:
-    """Devices of a replica group, in each of the ways in which XLA writes them."""
+def _group(line: str) -> tuple[int, ...]:
+    """The first replica group, in each of the ways in which XLA writes them."""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
-        return int(iota[1])
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        among = re.findall(r"'(\w+)'", mesh[2])
+        whole = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        return tuple(whole[tuple(slice(None) if axis in among else 0 for axis in sizes)].reshape(-1).tolist())
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        sizes = [int(size) for size in iota[2].split(",")]
+        order = [int(axis) for axis in iota[3].split(",")] if iota[3] else list(range(len(sizes)))
+        return tuple(np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(-1)[: int(iota[1])].tolist())
     first = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
-    return first[1].count(",") + 1 if first else 0
+    return tuple(int(device) for device in first[1].split(",")) if first else ()
 
 
 def _trips(condition: list[str]) -> int | None:

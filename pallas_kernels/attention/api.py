@@ -85,6 +85,19 @@ def rotary_attention(q_BLX, k_BLY, v_BLY, biases, weights, angles, segment_ids_B
     return tiled.attention_of_heads(q_BLX, k_BLY, v_BLY, q_norms_BNL, k_norms_BGL, segment_ids_BL, segment_ids_BL)[0]
 
 
+def rotary_heads(q_BLX, k_BLY, biases, weights, angles, *, eps: float) -> tuple[jax.Array, jax.Array]:
+    """Queries and keys with their bias, RMS norm and rotary embedding, as heads [B, L, N, 128] and [B, L, G, 128], without gradients.
+
+    Arguments as for rotary_attention, of any length.
+    """
+    angles = tuple(a.reshape(-1, a.shape[-1]) for a in angles)
+
+    def heads(x, bias, weight):
+        return rotary.rotated_tokens(x.reshape(-1, x.shape[-1]), bias, weight, angles, eps).reshape(*x.shape[:2], -1, rotary.SIZE)
+
+    return tuple(map(heads, (q_BLX, k_BLY), biases, weights))
+
+
 def chosen(implementation: str) -> str:
     """The implementation that a name means in the current trace. Raises ValueError for an unknown name."""
     if implementation not in IMPLEMENTATIONS:

@@ -39,9 +39,16 @@ def rotated(x_BLX, bias_X, weight_H, angles, eps: float, factor: float) -> tuple
     return _forward(x_BLX, bias_X, weight_H, angles, eps, factor)[0]
 
 
-def _forward(x_BLX, bias_X, weight_H, angles, eps, factor):
-    vectors, tables = (_vector(bias_X, 0, x_BLX.shape[2]), _vector(weight_H, 1, SIZE)), _tables(angles, x_BLX.dtype)
-    out = _rotate(x_BLX, *vectors, *tables, eps=eps, factor=factor, half=angles[0].shape[-1], normed=weight_H is not None)
+def rotated_tokens(x_TX, bias_X, weight_H, angles, eps: float) -> jax.Array:
+    """As `rotated` with a factor of 1, for any number of tokens, without lengths and gradients: x [T, N x 128], angles [T, R / 2]."""
+    padded = [jnp.pad(x, ((0, -len(x_TX) % min(ROWS, len(x_TX))), (0, 0)))[None] for x in (x_TX, *angles)]
+    return _forward(padded[0], bias_X, weight_H, padded[1:], eps, 1.0, lengths=False)[0][0][0, : len(x_TX)]
+
+
+def _forward(x_BLX, bias_X, weight_H, angles, eps, factor, lengths: bool = True):
+    vectors, tables = (_vector(bias_X, 0, x_BLX.shape[2]), _vector(weight_H, 1, SIZE)), tuple(a.astype(x_BLX.dtype) for a in angles)
+    options = {"half": angles[0].shape[-1], "normed": weight_H is not None, "lengths": lengths}
+    out = _rotate(x_BLX, *vectors, *tables, eps=eps, factor=factor, **options)
     return tuple(out), (x_BLX, bias_X, weight_H, angles, vectors, tables)
 
 
@@ -57,22 +64,14 @@ rotated.defvjp(_forward, _backward)
 
 
 def _vector(vector, default: int, size: int):
-    return jnp.full((1, size), default, jnp.float32) if vector is None else vector.astype(jnp.float32)[None]
-
-
-def _tables(angles, dtype):
-    """For all lanes of a head: what a number is multiplied by, and what its partner is, [B, L, 128] both."""
-    cos, sin = (a.astype(dtype) for a in angles)
-    passing = (*cos.shape[:2], SIZE - 2 * cos.shape[-1])
-    own = jnp.concatenate([cos, cos, jnp.ones(passing, dtype)], axis=-1)
-    return own, jnp.concatenate([-sin, sin, jnp.zeros(passing, dtype)], axis=-1)
+    return jnp.full((1, size), default, jnp.float32) if vector is None else vector[None]
 
 
 def _grid(x_BLX, name: str, kernel, inputs, in_specs, out_shape, out_specs):
     batch, length, _ = x_BLX.shape
     return pl.pallas_call(
         kernel,
-        grid=(batch, length // ROWS),
+        grid=(batch, length // min(length, ROWS)),
         in_specs=in_specs,
         out_specs=out_specs,
         out_shape=out_shape,
@@ -83,22 +82,22 @@ def _grid(x_BLX, name: str, kernel, inputs, in_specs, out_shape, out_specs):
     )(*inputs)
 
 
-def _block(width: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, ROWS, width), lambda b, i: (b, i, 0))
+def _block(width: int, rows: int = ROWS) -> pl.BlockSpec:
+    return pl.BlockSpec((None, rows, width), lambda b, i: (b, i, 0))
 
 
 def _row(width: int) -> pl.BlockSpec:
     return pl.BlockSpec((1, width), lambda b, i: (0, 0))
 
 
-@once("eps", "factor", "half", "normed")
-def _rotate(x_BLX, bias, weight, own, partner, *, eps: float, factor: float, half: int, normed: bool):
+@once("eps", "factor", "half", "normed", "lengths")
+def _rotate(x_BLX, bias, weight, cos, sin, *, eps: float, factor: float, half: int, normed: bool, lengths: bool):
     (batch, length, width), heads = x_BLX.shape, x_BLX.shape[2] // SIZE
 
-    def kernel(x_ref, bias_ref, weight_ref, own_ref, partner_ref, out_ref, norms_ref):
+    def kernel(x_ref, bias_ref, weight_ref, cos_ref, sin_ref, out_ref, *lengths_refs):
         swap, weight = _swap(half, x_ref.dtype), weight_ref[...] * factor
-        own = own_ref[...].astype(jnp.float32) * weight
-        partner = partner_ref[...].astype(jnp.float32) * _dot(jnp.broadcast_to(weight, (SUBLANES, SIZE)), _swap(half, jnp.float32))[:1]
+        own, partner = _tables(cos_ref[...], sin_ref[...])
+        own, partner = own * weight, partner * _dot(jnp.broadcast_to(weight, (SUBLANES, SIZE)), _swap(half, jnp.float32))[:1]
 
         def head(h, _):
             at = pl.ds(pl.multiple_of(h * SIZE, SIZE), SIZE)
@@ -109,27 +108,30 @@ def _rotate(x_BLX, bias, weight, own, partner, *, eps: float, factor: float, hal
                 y = y * _inverse_rms(x, eps)
             y = y.astype(out_ref.dtype)
             out_ref[:, at] = y
-            norms_ref[pl.ds(h, 1), :] = jnp.sqrt(_row_sums(jnp.square(y.astype(jnp.float32))))
+            for ref in lengths_refs:
+                ref[pl.ds(h, 1), :] = jnp.sqrt(_row_sums(jnp.square(y.astype(jnp.float32))))
 
         lax.fori_loop(0, heads, head, None, unroll=UNROLL if heads % UNROLL == 0 else 1)
 
+    block = functools.partial(_block, rows=min(length, ROWS))
+    out = [(jax.ShapeDtypeStruct(x_BLX.shape, x_BLX.dtype), block(width))]
+    if lengths:
+        out.append((jax.ShapeDtypeStruct((batch, heads, length), jnp.float32), _numbers(heads)))
     return _grid(
-        x_BLX, "rotate_heads", kernel, (x_BLX, bias, weight, own, partner),
-        [_block(width), _row(width), _row(SIZE), _block(SIZE), _block(SIZE)],
-        [jax.ShapeDtypeStruct(x_BLX.shape, x_BLX.dtype), jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)],
-        [_block(width), _numbers(heads)],
+        x_BLX, "rotate_heads", kernel, (x_BLX, bias, weight, cos, sin),
+        [block(width), _row(width), _row(SIZE), block(half), block(half)], *map(list, zip(*out, strict=True)),
     )  # fmt: skip
 
 
 @once("eps", "factor", "half", "normed")
-def _rotate_backward(x_BLX, dy_BLX, bias, weight, own, partner, *, eps: float, factor: float, half: int, normed: bool):
+def _rotate_backward(x_BLX, dy_BLX, bias, weight, cos, sin, *, eps: float, factor: float, half: int, normed: bool):
     """dx, and the gradients of bias and weight in parts, float32 [B, steps, 8, N x 128] and [B, steps, 8, 128]."""
     (batch, length, width), heads = x_BLX.shape, x_BLX.shape[2] // SIZE
     parts = batch, length // ROWS, SUBLANES
 
-    def kernel(x_ref, dy_ref, bias_ref, weight_ref, own_ref, partner_ref, dx_ref, dbias_ref, dweight_ref):
+    def kernel(x_ref, dy_ref, bias_ref, weight_ref, cos_ref, sin_ref, dx_ref, dbias_ref, dweight_ref):
         swap, weight = _swap(half, dy_ref.dtype), weight_ref[...]
-        own, partner = (table[...].astype(jnp.float32) * factor for table in (own_ref, partner_ref))
+        own, partner = (table * factor for table in _tables(cos_ref[...], sin_ref[...]))
 
         def head(h, sums):
             at = pl.ds(pl.multiple_of(h * SIZE, SIZE), SIZE)
@@ -150,8 +152,8 @@ def _rotate_backward(x_BLX, dy_BLX, bias, weight, own, partner, *, eps: float, f
         dweight_ref[...] = lax.fori_loop(0, heads, head, zeros, unroll=UNROLL if heads % UNROLL == 0 else 1)
 
     return _grid(
-        x_BLX, "rotate_heads_backward", kernel, (x_BLX, dy_BLX, bias, weight, own, partner),
-        [_block(width), _block(width), _row(width), _row(SIZE), _block(SIZE), _block(SIZE)],
+        x_BLX, "rotate_heads_backward", kernel, (x_BLX, dy_BLX, bias, weight, cos, sin),
+        [_block(width), _block(width), _row(width), _row(SIZE), _block(half), _block(half)],
         [jax.ShapeDtypeStruct(x_BLX.shape, x_BLX.dtype), *(jax.ShapeDtypeStruct((*parts, n), jnp.float32) for n in (width, SIZE))],
         [_block(width), *(pl.BlockSpec((None, None, SUBLANES, n), lambda b, i: (b, i, 0, 0)) for n in (width, SIZE))],
     )  # fmt: skip
@@ -185,6 +187,15 @@ def _numbers(heads: int) -> pl.BlockSpec:
 def _dot(a, b):
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _tables(cos, sin):
+    """For all lanes of a head: what a number is multiplied by, and what its partner is, float32 [rows, 128] both, from [rows, half]."""
+    half = cos.shape[1]
+    row, column = (lax.broadcasted_iota(jnp.int32, (half, SIZE), axis) for axis in (0, 1))
+    first, second = (jnp.where(column == row + start, 1.0, 0.0) for start in (0, half))
+    passing = jnp.where(lax.broadcasted_iota(jnp.int32, (1, SIZE), 1) < 2 * half, 0.0, 1.0)
+    return _dot(cos, (first + second).astype(cos.dtype)) + passing, _dot(sin, (second - first).astype(sin.dtype))
 
 
 def _swap(half: int, dtype):

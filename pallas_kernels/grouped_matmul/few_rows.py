@@ -46,7 +46,7 @@ def few_rows_matmul(x_RK, w_EKN, group_sizes_E, *, scale=None, first=0, alignmen
       group_sizes_E: int32; rounded up they sum to at most R.
       scale: float32 [matrices, K / 128, N / 128], factor on each 128 x 128 block of w (FP8), or [matrices, 1, N], on each column (int8).
       first: int32, index of the first group's matrix.
-      alignment: rows of a tile, a multiple of 16 (bfloat16) or 8 (float32); R is a multiple of it.
+      alignment: rows of a tile, a multiple of 16 (bfloat16) or 8 (float32) that divides R, or R itself.
       blocks: see few_rows_shapes.blocks_for.
 
     Returns:
@@ -68,10 +68,8 @@ def few_rows_swiglu(
 
 def one_matmul(x_RK, w_EKN, index, *, scale=None, blocks: Blocks) -> jax.Array:
     """x w_index, [R, N] for any number of rows; else as few_rows_matmul."""
-    alignment = -(-len(x_RK) // ALIGNMENT[x_RK.dtype.name]) * ALIGNMENT[x_RK.dtype.name]
-    x = jnp.pad(x_RK, ((0, alignment - len(x_RK)), (0, 0)))
-    sizes = jnp.full(1, alignment, jnp.int32)
-    return few_rows_matmul(x, w_EKN, sizes, scale=scale, first=index, alignment=alignment, blocks=blocks)[: len(x_RK)]
+    sizes = jnp.full(1, len(x_RK), jnp.int32)
+    return few_rows_matmul(x_RK, w_EKN, sizes, scale=scale, first=index, alignment=len(x_RK), blocks=blocks)
 
 
 def operands(w, dtype) -> tuple[jax.Array, jax.Array | None, jax.Array | int]:
@@ -121,8 +119,8 @@ def _check(x, matrices, scales, group_sizes, alignment, blocks):
         if scale is not None and (scale.shape != expected or scale.dtype != jnp.float32):
             raise ValueError(f"few_rows: scale {scale.dtype}{scale.shape} of {w.dtype}: takes float32{expected}")
     step = ALIGNMENT[x.dtype.name]
-    if alignment < step or alignment % step or x.shape[0] % alignment:
-        raise ValueError(f"few_rows: alignment={alignment} of {x.shape[0]} rows: takes multiples of {step} that divide the rows")
+    if alignment != x.shape[0] and (alignment < step or alignment % step or x.shape[0] % alignment):
+        raise ValueError(f"few_rows: alignment={alignment} of {x.shape[0]} rows: takes multiples of {step} that divide the rows, and all")
     if blocks.columns < BLOCK or blocks.columns % BLOCK or width % blocks.columns:
         raise ValueError(f"few_rows: columns={blocks.columns}: takes multiples of {BLOCK} that divide {width}")
     if blocks.depth not in (BLOCK, 2 * BLOCK):
@@ -134,8 +132,6 @@ def _check(x, matrices, scales, group_sizes, alignment, blocks):
 def _call(name, join, x_RK, matrices, scales, group_sizes_E, first, alignment: int, blocks: Blocks):
     _check(x_RK, matrices, scales, group_sizes_E, alignment, blocks)
     blocks = dataclasses.replace(blocks, bits=blocks.bits and matrices[0].dtype == FP8 and x_RK.dtype == jnp.bfloat16)
-    if blocks.bits:
-        x_RK = fp8_bits.in_order(x_RK * fp8_bits.LIFT)
     columns = blocks.columns
     (rows, depth), width = x_RK.shape, matrices[0].shape[2]
     tiles_E = -(-group_sizes_E // alignment)
@@ -179,7 +175,8 @@ def _kernel(join, count, alignment, blocks, group, first, tiles, x_ref, *refs):
         out_ref[...] = jnp.zeros_like(out_ref)
 
     def tile(number, _):
-        rows = pl.ds(pl.multiple_of((first[step] + number) * alignment, alignment), alignment)
+        whole = alignment == x_ref.shape[0]
+        rows = slice(None) if whole else pl.ds(pl.multiple_of((first[step] + number) * alignment, alignment), alignment)
         products = [_product(blocks, x_ref.at[rows, :], w_ref, *scale_refs[i : i + 1]) for i, w_ref in enumerate(w_refs)]
         out_ref[rows, :] = join(*products).astype(out_ref.dtype)
         return 0
@@ -195,7 +192,9 @@ def _product(blocks, x_ref, w_ref, scale_ref=None):
         return dot(x_ref[...], w_ref[...])
     if w_ref.dtype == INT8:
         return dot(x_ref[...], w_ref[...].astype(dtype)) * scale_ref[...]
-    (rows, depth), columns = x_ref.shape, w_ref.shape[1]
+    (rows, depth), columns, x = x_ref.shape, w_ref.shape[1], x_ref[...]
+    if blocks.bits:
+        x = fp8_bits.in_order_lifted(x)
     unpack = fp8_bits.to_bfloat16 if blocks.bits else lambda values: values.astype(dtype)
     out = []
     for n in range(columns // BLOCK):
@@ -204,13 +203,12 @@ def _product(blocks, x_ref, w_ref, scale_ref=None):
         total = jnp.zeros((rows, BLOCK), jnp.float32)
         for start in range(0, depth, blocks.depth):
             stop = min(start + blocks.depth, depth)
-            x = x_ref[:, start:stop]
             # One product of several blocks of depth, each with rows of its own: [x0 0; 0 x1] [w0; w1].
-            parts = [slice(k, k + BLOCK) for k in range(0, stop - start, BLOCK)]
+            parts = range(0, stop - start, BLOCK)
             zeros = jnp.zeros((rows, BLOCK), dtype)
-            lhs = [jnp.concatenate([x[:, part] if part == own else zeros for part in parts], axis=1) for own in parts]
+            lhs = [jnp.concatenate([x[:, start + k : start + k + BLOCK] if k == own else zeros for k in parts], axis=1) for own in parts]
             product = dot(jnp.concatenate(lhs, axis=0), unpack(w_ref[start:stop, across]))
             for i, part in enumerate(parts):
-                total += product[i * rows : (i + 1) * rows] * scale_ref[(start + part.start) // BLOCK, place]
+                total += product[i * rows : (i + 1) * rows] * scale_ref[(start + part) // BLOCK, place]
         out.append(total * (1 / fp8_bits.LIFT / fp8_bits.SCALE) if blocks.bits else total)
     return jnp.concatenate(out, axis=1)

@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.moe_dispatch.sorting import Dispatch, sort_by_expert, source_tokens, take
+from pallas_kernels.moe_dispatch.sorting import FEW, Dispatch, pair_in, sort_by_expert, source_tokens, starts, take
 
 
 @functools.partial(
@@ -35,11 +35,14 @@ class Route:
 
     def dispatch(self, number, pallas: bool) -> Dispatch:
         """Round `number` of what this device sends: its pairs in n * quota slots, those for a device together."""
-        index = number * self.quota + jnp.arange(self.quota)
-        row_nq = (jnp.cumsum(self.sent_n) - self.sent_n)[:, None] + index
-        source = jnp.where(index < self.sent_n[:, None], take(self.source_R, row_nq), -1).reshape(-1)
         now = (self.device_TK >= 0) & (self.rank_TK // self.quota == number)
         slot_TK = jnp.where(now, self.device_TK * self.quota + self.rank_TK % self.quota, -1)
+        if slot_TK.size <= FEW:
+            source = pair_in(slot_TK.reshape(-1), len(self.sent_n) * self.quota)
+        else:
+            index = number * self.quota + jnp.arange(self.quota)
+            row_nq = (jnp.cumsum(self.sent_n) - self.sent_n)[:, None] + index
+            source = jnp.where(index < self.sent_n[:, None], take(self.source_R, row_nq), -1).reshape(-1)
         return Dispatch(source, slot_TK, self.sizes(self.sent_n, number), whole=False, pallas=pallas)
 
     def sizes(self, rows_n, number):
@@ -58,7 +61,7 @@ def plan_route(axis: str, quota: int, expert_TK, num_local: int) -> Route:
     device_TK = jnp.where(known, expert_TK // num_local, -1)
     plan = sort_by_expert(device_TK, devices)
     sent_n = plan.group_sizes_E
-    rank_TK = plan.slot_TK - take(jnp.cumsum(sent_n) - sent_n, device_TK)
+    rank_TK = plan.slot_TK - starts(sent_n, device_TK)
     # Over all axes: where devices of another part of the mesh went on for longer, their collectives would not meet.
     rounds = jax.lax.pmax(jnp.max(-(-sent_n // quota)), jax.sharding.get_abstract_mesh().axis_names)
     received_n = jax.lax.all_to_all(sent_n, axis, 0, 0, tiled=True)

@@ -14,6 +14,7 @@ from pallas_kernels.moe_dispatch import kernel
 from pallas_kernels.moe_dispatch.shapes import blocks_for
 
 RANK_BLOCK = 128  # rows that are compared with each other
+FEW = 512  # numbers that are compared with as many others faster than XLA:TPU looks them up, one short operation after another
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("source_R", "slot_TK", "group_sizes_E"), meta_fields=("whole", "pallas"))
@@ -40,6 +41,12 @@ def sort_by_expert(expert_TK: jax.Array, num_experts: int, alignment: int = 1) -
     pairs = expert_TK.reshape(-1)
     pairs = jnp.where((pairs >= 0) & (pairs < num_experts), pairs, num_experts)
     num_pairs = pairs.shape[0]
+    num_rows = buffer_rows(num_pairs, num_experts, alignment)
+    if num_pairs <= FEW:
+        before = jnp.tril(pairs[:, None] == pairs, k=-1)
+        sizes = jnp.sum(pairs[:, None] == jnp.arange(num_experts + 1), axis=0, dtype=jnp.int32)
+        slot = jnp.sum(before, axis=1, dtype=jnp.int32) + starts(-(-sizes // alignment) * alignment, pairs)
+        return Dispatch(pair_in(slot, num_rows), slot.reshape(expert_TK.shape), sizes[:-1], whole=alignment == 1)
     padded = jnp.pad(pairs, (0, -num_pairs % RANK_BLOCK), constant_values=num_experts).reshape(-1, RANK_BLOCK)
     before = jnp.tril(jnp.ones((RANK_BLOCK, RANK_BLOCK), bool), k=-1)
     rank_in_block = jnp.sum((padded[:, :, None] == padded[:, None, :]) & before, axis=-1)
@@ -49,9 +56,22 @@ def sort_by_expert(expert_TK: jax.Array, num_experts: int, alignment: int = 1) -
     first_row = jnp.cumsum(taken) - taken
     rows_before = jnp.cumsum(block_counts, axis=0) - block_counts + first_row
     slot = (rank_in_block + jnp.take_along_axis(rows_before, padded, axis=1)).reshape(-1)[:num_pairs]
-    source = jnp.full(buffer_rows(num_pairs, num_experts, alignment), 0 if alignment == 1 else -1, jnp.int32)
+    source = jnp.full(num_rows, 0 if alignment == 1 else -1, jnp.int32)
     source = source.at[slot].set(jnp.arange(num_pairs, dtype=jnp.int32), unique_indices=True)
     return Dispatch(source, slot.reshape(expert_TK.shape), sizes[:-1], whole=alignment == 1)
+
+
+def starts(sizes_G: jax.Array, group: jax.Array) -> jax.Array:
+    """Sum of the sizes of all groups before one; 0 for group -1."""
+    if group.size <= FEW:
+        return jnp.sum(jnp.where(jnp.arange(len(sizes_G)) < group[..., None], sizes_G, 0), axis=-1)
+    return take(jnp.cumsum(sizes_G) - sizes_G, group)
+
+
+def pair_in(slot_P: jax.Array, num_rows: int) -> jax.Array:
+    """Which of few pairs has each slot, -1: none."""
+    pair = jnp.arange(1, len(slot_P) + 1, dtype=jnp.int32)
+    return jnp.sum(jnp.where(slot_P == jnp.arange(num_rows)[:, None], pair, 0), axis=1) - 1
 
 
 def source_tokens(dispatch: Dispatch) -> jax.Array:
@@ -131,7 +151,13 @@ def sum_words(words_R1W, weights_TK, dispatch: Dispatch, *, width: int, dtype) -
 
 def take(x, index):
     """x at the indices along its first axis; zeros at -1."""
+    if _few(x, index):
+        return jnp.sum(jnp.where(index[..., None] == jnp.arange(len(x)), x, 0), axis=-1)
     return jnp.asarray(x).at[jnp.where(index < 0, len(x), index)].get(mode="fill", fill_value=0)
+
+
+def _few(x, index) -> bool:
+    return x.ndim == 1 and len(x) <= FEW and index.size <= FEW
 
 
 def _take(x, index, dispatch: Dispatch):
@@ -139,5 +165,5 @@ def _take(x, index, dispatch: Dispatch):
 
 
 def _take_any(x, index):
-    """x at the indices along its first axis; something of it at -1."""
-    return jnp.asarray(x).at[jnp.maximum(index, 0)].get(mode="clip")
+    """x at the indices along its first axis; something of it, or zeros, at -1."""
+    return take(x, index) if _few(x, index) else jnp.asarray(x).at[jnp.maximum(index, 0)].get(mode="clip")

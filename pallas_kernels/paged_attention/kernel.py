@@ -56,7 +56,7 @@ def paged_attention(q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts
     out = pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct(q_SBGQH.shape, q_SBGQH.dtype),
-        cost_estimate=cost(q_SBGQH, q_SBGQH, *(jax.ShapeDtypeStruct((tables_SP.size, *p.shape[2:]), p.dtype) for p in (k_pages, v_pages))),
+        cost_estimate=_cost(q_SBGQH, k_pages, v_pages, length * num_heads, tables_SP.size),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=8,
             grid=(cores,),
@@ -80,6 +80,13 @@ def paged_attention(q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts
     out = out.reshape(rows, num_blocks * tokens, num_heads, size)[:, :length]
     # What no core has written is unknown.
     return jnp.where((jnp.arange(length) < counts_S[:, None])[..., None, None], out, 0)
+
+
+def _cost(q_SBGQH, k_pages, v_pages, queries: int, pages: int):
+    """Were all pages of the tables full: each block of a row's queries reads all of its pages. queries: of a row, for all heads."""
+    num_blocks, size = q_SBGQH.shape[1], q_SBGQH.shape[-1]
+    read = (jax.ShapeDtypeStruct((num_blocks * pages, *p.shape[2:]), p.dtype) for p in (k_pages, v_pages))
+    return cost(q_SBGQH, q_SBGQH, *read, macs=2 * queries * size * pages * k_pages.shape[4])
 
 
 def work(length: int, k_pages, starts_S, counts_S, blocks, cores: int) -> tuple[jax.Array, ...]:

@@ -23,7 +23,7 @@ HEADS, SIZE, PAGE = 12, 128, 128  # query heads a key-value head, head size, tok
 STEP_BYTES = 2**22  # of a step's pages
 TURN_PAGES = 64  # pages of a step times heads of a turn, all written out: more take the compiler minutes and gain nothing
 TURN_ROWS = 192  # query rows of a turn, unless one head has more
-PROMPT_TOKENS = 16  # queries of a block where there are more than FEW_TOKENS
+PROMPT_TOKENS = 32  # queries of a block where there are more than FEW_TOKENS
 FEW_TOKENS = 8
 PROMPT_PAGES = 4  # of a step, for them: more take the compiler minutes
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.moe_dispatch import api
+from pallas_kernels.moe_dispatch import api, sorting
 from tests.kernels.routed_oracle import draw, errors, oracle
 
 TOKENS, PER_TOKEN, EXPERTS, WIDTH = 100, 3, 5, 4
@@ -15,15 +15,18 @@ sort = jax.jit(api.sort_by_expert, static_argnums=(1, 2))
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**16), spread=st.integers(0, EXPERTS + 2), alignment=st.sampled_from((1, 8, 128)))
-@example(seed=0, spread=0, alignment=8)  # no expert at all
-@example(seed=0, spread=1, alignment=128)
-def test_sort_equals_numpys_stable_sort_with_aligned_experts_and_unknown_ones_last(seed, spread, alignment):
-    experts = np.random.default_rng(seed).integers(-1, max(spread, 0), (TOKENS, PER_TOKEN)).astype(np.int32)
+@given(
+    seed=st.integers(0, 2**16), spread=st.integers(0, EXPERTS + 2), alignment=st.sampled_from((1, 8, 128)),
+    tokens=st.sampled_from((1, TOKENS, sorting.FEW // PER_TOKEN + 1)),
+)  # fmt: skip
+@example(seed=0, spread=0, alignment=8, tokens=TOKENS)  # no expert at all
+@example(seed=0, spread=1, alignment=128, tokens=TOKENS)
+def test_sort_equals_numpys_stable_sort_with_aligned_experts_and_unknown_ones_last(seed, spread, alignment, tokens):
+    experts = np.random.default_rng(seed).integers(-1, max(spread, 0), (tokens, PER_TOKEN)).astype(np.int32)
     plan = sort(experts, EXPERTS, alignment)
     key = np.where((experts < 0) | (experts >= EXPERTS), EXPERTS, experts).reshape(-1)
     sizes = np.bincount(key, minlength=EXPERTS + 1)
-    expected = np.full(-(-(key.size + EXPERTS * (alignment - 1)) // alignment) * alignment, -1)
+    expected = np.full(-(-(key.size + min(EXPERTS, key.size) * (alignment - 1)) // alignment) * alignment, -1)
     start = 0
     for expert, size in enumerate(sizes):
         expected[start : start + size] = np.flatnonzero(key == expert)
@@ -35,6 +38,15 @@ def test_sort_equals_numpys_stable_sort_with_aligned_experts_and_unknown_ones_la
 
 def test_few_pairs_need_no_room_for_experts_that_they_cannot_reach():
     assert sort(np.zeros((2, 3), np.int32), 160, 16).source_R.shape == (96,)
+
+
+@pytest.mark.parametrize("size", [3, sorting.FEW, sorting.FEW + 1])
+def test_what_few_are_compared_for_equals_what_many_are_looked_up(size):
+    rng = np.random.default_rng(size)
+    x, index = rng.normal(size=7).astype(np.float32), rng.integers(-1, 7, size)
+    np.testing.assert_array_equal(sorting.take(x, index), np.where(index < 0, 0, x[index]))
+    sizes = rng.integers(0, 9, 7).astype(np.int32)
+    np.testing.assert_array_equal(sorting.starts(sizes, index), np.where(index < 0, 0, (np.cumsum(sizes) - sizes)[index]))
 
 
 @pytest.mark.parametrize("alignment", [1, 8])

@@ -60,6 +60,19 @@ def test_values_and_gradients_equal_the_formula(dtype, half, biased, normed):
     np.testing.assert_allclose(products, np.sum(by_head(x) * by_head(dy), axis=-1).swapaxes(1, 2), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 128, 200])
+def test_any_number_of_tokens(tokens):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), "bfloat16")  # noqa: E731
+    x, bias, weight = draw(1, tokens, HEADS * 128), draw(HEADS * 128), draw(128) + 1
+    turns = rng.normal(size=(1, tokens, 32))
+    angles = tuple(jnp.asarray(f(turns), jnp.float32) for f in (np.cos, np.sin))
+    with interpret.on(detect_races=True, uninitialized_memory="nan"):
+        found = jax.jit(lambda x: rotary.rotated_tokens(x, bias, weight, tuple(a[0] for a in angles), EPS))(x[0])
+    right = np.asarray(expected(x, bias, weight, angles)[0] / FACTOR, np.float64)
+    assert np.linalg.norm(np.asarray(found, np.float64) - right) <= TOLERANCE["bfloat16"] * np.linalg.norm(right)
+
+
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_the_tpu_compiler_takes_96_heads_and_four_of_them_take_few_cycles(topology, schedules):
     """A core of a v5p gets what 128 tokens of four heads read and write in some 370 cycles, 560 backward."""
