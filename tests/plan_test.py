@@ -84,12 +84,18 @@ StackFrames
   %copy.1 = bf16[4,8]{1,0} copy(%x), backend_config={"estimated_cycles":"1000000"}
 }
 
+%all-reduce-scatter.1 (x: bf16[64,8]) -> bf16[4,8] {
+  %sum = bf16[64,8]{1,0} all-reduce(%x), replica_groups=[4,16]<=[64]
+  ROOT %own = bf16[4,8]{1,0} dynamic-slice(%sum), backend_config={"estimated_cycles":"5"}
+}
+
 %layer (p: (s32[])) -> (s32[]) {
   %fusion.1 = bf16[4,8]{1,0} fusion(%x), metadata={op_name="dot_general" stack_frame_id=2}, backend_config={"estimated_cycles":"30"}
   %copy.2 = (f32[2]{0}, bf16[4,8]{1,0}) copy(%x), backend_config={"estimated_cycles":"7"}
   %rows-start = ((u32[8,1,2]{2,1,0}), u32[8,1,2]{2,1,0}) ragged-all-to-all-start(%x), replica_groups=[4,16]<=[64]
   %gather.1 = bf16[64,8]{1,0} all-gather(%x), replica_groups=mesh['data'=2,'fsdp'=8] {'fsdp'}, dimensions={0}
   %reduce.1 = bf16[64,8]{1,0} all-reduce(%x), replica_groups=[4,16]<=[64]
+  %scattered.1 = bf16[4,8]{1,0} fusion(%x), calls=%all-reduce-scatter.1, {"strategy":"UniDirection1D","debug":"UniDirection1D{colors:6"}
   %kernel.1 = bf16[4,8] custom-call(%x), custom_call_target="tpu_custom_call", {"cost_estimate":{"flops":"64","bytes_accessed":"256"}}
   %rows-done = u32[8,1,2]{2,1,0} ragged-all-to-all-done(%rows-start)
   %copy.4 = bf16[4,8]{1,0} copy(%x), backend_config={"estimated_cycles":"2"}
@@ -109,11 +115,11 @@ def test_a_program_is_read():
     found = {operation.name: (operation, times) for operation, times in read.executed(1)}
     assert {name: operation.kind for name, (operation, _) in found.items()} == {
         "fusion.1": "product", "copy.2": "copy", "gather.1": "collective", "reduce.1": "collective", "kernel.1": "kernel", "copy.1": "copy",
-        "copy.4": "copy", "rows-start": "collective",
+        "copy.4": "copy", "rows-start": "collective", "scattered.1": "collective",
     }  # fmt: skip
     assert sum(operation.cycles * times for operation, times in found.values()) == 5 * 39
     assert (found["kernel.1"][0].flops, found["kernel.1"][0].moved_bytes) == (64, 256)
-    assert [operation.name for operation in read.meanwhile["rows-start"]] == ["gather.1", "reduce.1", "kernel.1"]
+    assert [operation.name for operation in read.meanwhile["rows-start"]] == ["gather.1", "reduce.1", "scattered.1", "kernel.1"]
     assert found["fusion.1"][0].source == "glm_jax/model/moe.py:7 observe" and found["copy.2"][0].bytes == 64
     gather, reduce = found["gather.1"][0], found["reduce.1"][0]
     assert gather.group == tuple(range(8)) and reduce.group == found["rows-start"][0].group == tuple(range(16))
@@ -122,6 +128,9 @@ def test_a_program_is_read():
     assert collective_seconds(gather, torus, places, slow) == pytest.approx(7 / 8)
     assert collective_seconds(reduce, torus, places, slow) == pytest.approx(2 * 15 / 16)
     assert collective_seconds(found["rows-start"][0], torus, places, slow) == pytest.approx(64 / 512)  # 8 * 8 / 8 pairs cross a link
+    scattered = found["scattered.1"][0]  # three rings, each with a third of the 1,024 bytes
+    assert (scattered.opcode, scattered.bytes, scattered.group) == ("reduce-scatter", 1024, reduce.group)
+    assert collective_seconds(scattered, torus, places, slow) == pytest.approx(15 / 16 / 3)
     assert collective_seconds(gather, torus, places, 1e30) == pytest.approx(4e-6)  # four links to the other side of the ring
 
 

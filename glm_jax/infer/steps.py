@@ -90,7 +90,7 @@ def prefill(
     """
     model, params = nnx.merge(graphdef, state), rows.params
     h_SLD, pages = trunk(model, pages, tokens_SL, tables_SP, rows.stored_S, rows.counts_S)
-    logits_SV = model.logits(at(h_SLD, jnp.maximum(rows.counts_S - 1, 0))[:, None])[:, 0]
+    logits_SV = model.logits(at(h_SLD, jnp.maximum(rows.counts_S - 1, 0))[:, None], sampling=True)[:, 0]
     changed_SV = logits_SV
     if rows.changes is not None:
         counts_SV = rows.changes.counts(model.config.vocab_size)
@@ -113,7 +113,7 @@ def _scores(model, h_SLD, next_tokens_SL, temperature_S):
 
     def score(position):
         h_SD, token_S = position
-        logits_SV = model.logits(h_SD[:, None])[:, 0]
+        logits_SV = model.logits(h_SD[:, None], sampling=True)[:, 0]
         return model_logprobs(logits_SV, jnp.maximum(token_S, 0), temperature_S), top_logprobs(logits_SV, temperature_S)
 
     scores = jax.lax.map(score, (h_SLD.swapaxes(0, 1), next_tokens_SL.T), batch_size=min(SCORED_AT_A_TIME, h_SLD.shape[1]))
@@ -142,7 +142,7 @@ def decode(
         drafts = carry["drafts"]
         tokens_SL = jnp.concatenate([carry["token"][:, None], drafts.tokens], axis=1)
         h_SLD, pages = trunk(model, pages, tokens_SL, tables_SP, stored_S, jnp.where(live, 1 + drafts.count_S, 0))
-        logits_SLV = model.logits(h_SLD)
+        logits_SLV = model.logits(h_SLD, sampling=True)
         counts_SV, changed_SLV = carry["counts"], logits_SLV
         if changes is not None:
             # Each draft counts for the positions after it.
@@ -179,7 +179,7 @@ def decode(
             block = functools.partial(mtp, model, tables_SP=tables_SP)
 
             def head(x_SD):
-                logits_S1V = model.logits(x_SD[:, None], model.mtp_head)
+                logits_S1V = model.logits(x_SD[:, None], model.mtp_head, sampling=True)
                 return (logits_S1V if changes is None else changes.apply(logits_S1V, counts_SV[:, None]))[:, 0]
 
             drafts, pages = speculative.draft(block, head, pages, h_SLD, new_SL, stored_S, taken_S, num_drafts, params, index_S)

@@ -69,16 +69,25 @@ def product(x_BLD: jax.Array, w, axes, implementation: str) -> jax.Array:
 
     Few rows by a TPU kernel that reads quantised matrices, and those in a stack, as they are and where they lie.
     """
-    rows = math.prod(x_BLD.shape[:-1]) // parts("batch")
+    if not isinstance(w, jax.Array) and has_few_rows(x_BLD, w, axes, implementation):
+        return few_rows_product(x_BLD, w, x_BLD.dtype)
+    # Rows as one dimension: the weight's gradient then contracts one dimension. Over two, XLA:CPU transposes dy first and
+    # fuses what made dy into that strided loop. A split length must stay a dimension of its own.
+    x = x_BLD if parts("length") > 1 else x_BLD.reshape(-1, x_BLD.shape[-1])
+    return (x @ w.astype(x.dtype)).reshape(*x_BLD.shape[:-1], -1)
+
+
+def has_few_rows(x_BLD: jax.Array, w, axes, implementation: str) -> bool:
+    """Whether few_rows_product takes them, the matrix being whole on each device."""
     whole = all(parts(axis) == 1 for axis in (*axes, "length"))
-    if isinstance(w, jax.Array) or not (whole and few_rows.takes(rows, w, x_BLD.dtype, implementation)):
-        # Rows as one dimension: the weight's gradient then contracts one dimension. Over two, XLA:CPU transposes dy first and
-        # fuses what made dy into that strided loop. A split length must stay a dimension of its own.
-        x = x_BLD if parts("length") > 1 else x_BLD.reshape(-1, x_BLD.shape[-1])
-        return (x @ w.astype(x.dtype)).reshape(*x_BLD.shape[:-1], -1)
+    return whole and few_rows.takes(math.prod(x_BLD.shape[:-1]) // parts("batch"), w, x_BLD.dtype, implementation)
+
+
+def few_rows_product(x_BLD: jax.Array, w, dtype) -> jax.Array:
+    """x times a matrix [D, F] in a type, [B, L, F], by the TPU kernel. No gradient."""
 
     def run(x_bLD, w):
-        return few_rows.dense(x_bLD.reshape(-1, x_bLD.shape[-1]), w).reshape(*x_bLD.shape[:-1], -1)
+        return few_rows.dense(x_bLD.reshape(-1, x_bLD.shape[-1]), w, dtype).reshape(*x_bLD.shape[:-1], -1)
 
     batch = ("batch", None, None)
     return by_device(run, (batch, None), batch)(x_BLD, w)

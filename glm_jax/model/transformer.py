@@ -12,7 +12,7 @@ from flax import nnx
 from glm_jax.config import ModelConfig
 from glm_jax.model.attention import Attention
 from glm_jax.model.cache import Cache
-from glm_jax.model.layers import MLP, RMSNorm, in_stack, rope_angles
+from glm_jax.model.layers import MLP, RMSNorm, few_rows_product, has_few_rows, in_stack, rope_angles
 from glm_jax.model.moe import MoE, RouterObservation
 from glm_jax.model.mtp import MTP, Weight
 from glm_jax.sharding import by_device, constrain, dealt, gathered
@@ -127,9 +127,15 @@ class GLM(nnx.Module):
     def mtp_head(self) -> Weight:
         return self.mtp.shared_head.head or self.lm_head
 
-    def logits(self, h_BLD, head: Weight | None = None) -> jax.Array:
-        """Float32 logits [B, L, V]; for training use losses.chunked_cross_entropy, which never holds them whole."""
-        weight = (head or self.lm_head).weight.astype(h_BLD.dtype)
+    def logits(self, h_BLD, head: Weight | None = None, *, sampling: bool = False) -> jax.Array:
+        """Float32 logits [B, L, V]; for training use losses.chunked_cross_entropy, which never holds them whole.
+
+        sampling: no gradient is needed, and few rows go through a kernel.
+        """
+        param, implementation = (head or self.lm_head).weight, self.config.grouped_matmul
+        weight = param.astype(h_BLD.dtype)
+        if sampling and has_few_rows(h_BLD, weight, param.get_metadata("axes"), implementation):
+            return few_rows_product(h_BLD, weight, jnp.float32)
         return jnp.einsum("bld,dv->blv", h_BLD, weight, preferred_element_type=jnp.float32)
 
 

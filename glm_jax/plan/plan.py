@@ -220,15 +220,13 @@ def _estimate(read: Program, work: Work, mesh: Mesh, topology: str, outer_loops:
 
 def _part(operation: Operation) -> str:
     """What an operation's time is listed under."""
-    if operation.kind == "collective":
-        return f"exposed {operation.opcode.removesuffix('-start')}"
-    if operation.kind == "kernel":
-        return f"kernel {operation.name.partition('.')[0]}"
-    return {"product": "XLA products", "copy": "XLA copies"}.get(operation.kind, "XLA, other")
+    kinds = {"product": "XLA products", "copy": "XLA copies", "other": "XLA, other", "kernel": f"kernel {operation.name.partition('.')[0]}"}
+    found = kinds.get(operation.kind, f"exposed {operation.opcode.removesuffix('-start')}")
+    return f"optimizer: {found}" if operation.source.startswith("glm_jax/optim/") else found
 
 
 def collective_seconds(operation: Operation, torus: Torus, places: Sequence[tuple[int, ...]], link_bytes: float) -> float:
-    """By the largest array. An all-to-all as Torus.spread, all else on one ring through the block of its devices, both ways around; and
+    """By the largest array. An all-to-all as Torus.spread, all else on rings through the block of its devices, both ways around; and
     never less than HOP_SECONDS a link to the farthest device. places: of each device of the mesh; link_bytes: a second, one way."""
     size, kind = max(len(operation.group), 1), operation.opcode.removesuffix("-start")
     block = torus.block([places[device] for device in operation.group]) if size > 1 else None
@@ -238,7 +236,7 @@ def collective_seconds(operation: Operation, torus: Torus, places: Sequence[tupl
         spent = operation.bytes * torus.spread(block)
     else:
         share = 1.0 if kind == "collective-permute" else (size - 1) / size / 2
-        spent = operation.bytes * share * torus.ring(block) * (2 if kind == "all-reduce" else 1)
+        spent = operation.bytes * share / operation.rings * torus.ring(block) * (2 if kind == "all-reduce" else 1)
     return max(spent / link_bytes, torus.hops(block) * HOP_SECONDS)
 
 

@@ -27,7 +27,7 @@ class Operation:
     """One instruction. bytes: of the largest array that it makes. cycles: of one execution, 0 where there is no estimate. source: the
     innermost line of this project that made it, as file:line function, and op_name, JAX's name for it; both may be empty. group: the first
     group of devices that a collective is among, by their places in the mesh, else none. flops, moved_bytes: of a kernel, by its own
-    estimate."""
+    estimate. rings: through its group that a collective sends around at a time, both ways."""
 
     name: str
     opcode: str
@@ -39,6 +39,7 @@ class Operation:
     group: tuple[int, ...] = ()
     flops: int = 0
     moved_bytes: int = 0
+    rings: float = 1.0
 
     @property
     def kind(self) -> str:
@@ -102,11 +103,12 @@ def read(text: str) -> Program:
     sources = _sources(text)
     entry, computation, conditions = "", "", collections.defaultdict(list)
     operations, calls, found = collections.defaultdict(list), collections.defaultdict(list), []
-    started, meanwhile = {}, {}
+    started, meanwhile, heads = {}, {}, {}
     for line in text.splitlines():
         if not line.startswith(" "):
             if head := _HEAD.match(line):
                 computation = head[2]
+                heads[computation] = line
                 entry = computation if head[1] else entry
             continue
         match = _OPERATION.match(line)
@@ -128,11 +130,15 @@ def read(text: str) -> Program:
             meanwhile[start] = operations[computation][started[start] :]
         cycles = _CYCLES.search(line)
         cycles = int(cycles[1]) if cycles and int(cycles[1]) < NO_WORK else 0
+        size, group = largest(shape), _group(line)
+        if scattered := re.search(r" calls=%?(all-reduce-scatter[\w.\-]*)", line):
+            opcode, cycles, size = "reduce-scatter", 0, largest(heads[scattered[1]])
+            group = next(filter(None, map(_group, conditions[scattered[1]])))
         if cycles or _is_counted(opcode, line):
             frame, op_name = re.search(r"stack_frame_id=(\d+)", line), re.search(r'op_name="([^"]*)"', line)
             source = sources.get(int(frame[1]), "") if frame else ""
             operations[computation].append(
-                Operation(name, opcode, shape, largest(shape), cycles, source, op_name[1] if op_name else "", _group(line), *_cost(line))
+                Operation(name, opcode, shape, size, cycles, source, op_name[1] if op_name else "", group, *_cost(line), _rings(line))
             )  # fmt: skip
             if opcode.endswith("-start"):
                 started[name] = len(operations[computation])
@@ -172,6 +178,12 @@ def _group(line: str) -> tuple[int, ...]:
         return tuple(np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(-1)[: int(iota[1])].tolist())
     first = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
     return tuple(int(device) for device in first[1].split(",")) if first else ()
+
+
+def _rings(line: str) -> float:
+    """XLA's colors are rings both ways around, or one way where it says so."""
+    found = re.search(r'"strategy":"(\w+)".*?\{colors:(\d+)', line)
+    return int(found[2]) / (2 if found[1].startswith("UniDirection") else 1) if found else 1.0
 
 
 def _trips(condition: list[str]) -> int | None:

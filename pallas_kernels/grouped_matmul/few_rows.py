@@ -36,8 +36,8 @@ class Blocks:
     bits: bool
 
 
-@once("alignment", "blocks")
-def few_rows_matmul(x_RK, w_EKN, group_sizes_E, *, scale=None, first=0, alignment: int, blocks: Blocks) -> jax.Array:
+@once("alignment", "blocks", "dtype")
+def few_rows_matmul(x_RK, w_EKN, group_sizes_E, *, scale=None, first=0, alignment: int, blocks: Blocks, dtype=None) -> jax.Array:
     """y_r = x_r w_(first + g) for the group g that row r belongs to.
 
     Args:
@@ -47,15 +47,15 @@ def few_rows_matmul(x_RK, w_EKN, group_sizes_E, *, scale=None, first=0, alignmen
       scale: float32 [matrices, K / 128, N / 128], factor on each 128 x 128 block of w (FP8), or [matrices, 1, N], on each column (int8).
       first: int32, index of the first group's matrix.
       alignment: rows of a tile, a multiple of 16 (bfloat16) or 8 (float32) that divides R, or R itself.
-      blocks: see few_rows_shapes.blocks_for.
+      blocks: see few_rows_shapes.blocks_for. dtype: of the result, None: x's type.
 
     Returns:
-      [R, N] in x's type. Rows between groups get what x holds there times a group's matrix; past the last group zeros.
+      [R, N]. Rows between groups get what x holds there times a group's matrix; past the last group zeros.
 
     Raises:
       ValueError: for shapes, types or blocks that do not fit, and where there is neither a TPU nor interpret.on.
     """
-    return _call("few_rows_matmul", _whole, x_RK, [w_EKN], [scale], group_sizes_E, first, alignment, blocks)
+    return _call("few_rows_matmul", _whole, x_RK, [w_EKN], [scale], group_sizes_E, first, alignment, blocks, dtype)
 
 
 @once("alignment", "blocks")
@@ -66,10 +66,10 @@ def few_rows_swiglu(
     return _call("few_rows_swiglu", _swiglu, x_RD, [gate_EDF, up_EDF], [gate_scale, up_scale], group_sizes_E, first, alignment, blocks)
 
 
-def one_matmul(x_RK, w_EKN, index, *, scale=None, blocks: Blocks) -> jax.Array:
+def one_matmul(x_RK, w_EKN, index, *, scale=None, blocks: Blocks, dtype=None) -> jax.Array:
     """x w_index, [R, N] for any number of rows; else as few_rows_matmul."""
     sizes = jnp.full(1, len(x_RK), jnp.int32)
-    return few_rows_matmul(x_RK, w_EKN, sizes, scale=scale, first=index, alignment=len(x_RK), blocks=blocks)
+    return few_rows_matmul(x_RK, w_EKN, sizes, scale=scale, first=index, alignment=len(x_RK), blocks=blocks, dtype=dtype)
 
 
 def operands(w, dtype) -> tuple[jax.Array, jax.Array | None, jax.Array | int]:
@@ -129,7 +129,7 @@ def _check(x, matrices, scales, group_sizes, alignment, blocks):
         raise ValueError("few_rows: no TPU, and pallas_kernels.interpret is not on; grouped_matmul='batched' takes it")
 
 
-def _call(name, join, x_RK, matrices, scales, group_sizes_E, first, alignment: int, blocks: Blocks):
+def _call(name, join, x_RK, matrices, scales, group_sizes_E, first, alignment: int, blocks: Blocks, dtype=None):
     _check(x_RK, matrices, scales, group_sizes_E, alignment, blocks)
     blocks = dataclasses.replace(blocks, bits=blocks.bits and matrices[0].dtype == FP8 and x_RK.dtype == jnp.bfloat16)
     columns = blocks.columns
@@ -153,7 +153,7 @@ def _call(name, join, x_RK, matrices, scales, group_sizes_E, first, alignment: i
     )
     call = pl.pallas_call(
         functools.partial(_kernel, join, len(matrices), alignment, blocks),
-        out_shape=jax.ShapeDtypeStruct((rows, width), x_RK.dtype),
+        out_shape=jax.ShapeDtypeStruct((rows, width), dtype or x_RK.dtype),
         cost_estimate=cost(x_RK, *(jax.ShapeDtypeStruct((len(group_sizes_E), *w.shape[1:]), w.dtype) for w in matrices)),
         grid_spec=grid_spec,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tuning.vmem_limit()),

@@ -93,10 +93,11 @@ def takes(rows: int, w, dtype, implementation: str) -> bool:
     return named and fits and rows <= FEW_ROWS and interpret.available()
 
 
-def dense(x_RK, w) -> jax.Array:
-    """x times a matrix [K, N] that is quantised or in a stack (few_rows.operands), read where it lies: [R, N]."""
+def dense(x_RK, w, dtype=None) -> jax.Array:
+    """x times a matrix [K, N] that may be quantised or in a stack (few_rows.operands), read where it lies: [R, N] in a type, x's own if
+    None."""
     values, scale, index = operands(w, x_RK.dtype)
-    return one_matmul(x_RK, values, index, scale=scale, blocks=blocks_for(*w.shape, 1, values.dtype))
+    return one_matmul(x_RK, values, index, scale=scale, dtype=dtype, blocks=blocks_for(*w.shape, 1, values.dtype))
 
 
 def _by_rule(depth: int, width: int, matrices: int, dtype: str, kind: str | None) -> Blocks:

@@ -164,6 +164,15 @@ def test_a_layers_matrix_is_read_where_it_lies(format, dtype, blocks, monkeypatc
     check(grouped, [0, 2, 3], aligned([0, 0, 16], 16), lambda group, *_: given[group] @ exact[group], LIMIT[dtype])
 
 
+def test_logits_are_float32_sums_of_bfloat16_rows():
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=shape), "bfloat16") for shape in ((3, 384), (384, 256)))
+    with interpret.on(**STRICT):
+        found = few_rows_shapes.dense(x, w, jnp.float32)
+    exact = np.asarray(x.astype(jnp.float32), np.float64) @ np.asarray(w.astype(jnp.float32), np.float64)
+    assert found.dtype == jnp.float32 and np.abs(found - exact).max() < 1e-6 * np.abs(exact).max()
+
+
 @pytest.mark.parametrize("name", sorted(few_rows_shapes.SHAPES))
 def test_bytes_moved_are_at_most_a_tenth_over_those_needed(name):
     shape = few_rows_shapes.SHAPES[name]

@@ -1,3 +1,5 @@
+import collections
+import importlib
 import math
 import re
 
@@ -6,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from configs import glm45
+from experiments.entry import run_config
 from glm_jax.optim.muon import newton_schulz, scale_by_muon
 from glm_jax.optim.optimizer import OptimizerConfig, group_of, group_rms, group_tree, make_optimizer
-from glm_jax.sharding import MeshConfig, make_mesh, named
+from glm_jax.sharding import MESH_AXES, MeshConfig, make_mesh, named
+from glm_jax.train.state import Trainee
 
 SHAPES = {"square": (12, 12), "tall": (24, 8), "wide": (8, 24), "experts": (3, 4, 6, 10)}
 STEPS = 3
@@ -224,3 +229,38 @@ def test_collectives_do_not_follow_the_number_of_layers():
         largest = max(math.prod(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]\S* all-(?:gather|to-all)", text))
         assert largest <= 2 * layers * 8 * WIDTH * 12 // 8 * 2
     assert counts[8] == counts[89]
+
+
+def work_of(jaxpr, times=1) -> collections.Counter:
+    """FLOPs of the products that a device runs, and bytes of what it gives to collectives (sums go there and back)."""
+    out = collections.Counter()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            ((contracted, _), _), left = equation.params["dimension_numbers"], equation.invars[0].aval.shape
+            out["flops"] += times * 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+        elif equation.primitive.name in ("all_to_all", "all_gather", "psum"):
+            arrays = [math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in (*equation.invars, *equation.outvars)]
+            out["bytes"] += times * (sum(arrays) if equation.primitive.name == "psum" else max(arrays))
+        assert equation.primitive.name != "while"  # its trips would not be known
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                out += work_of(getattr(inner, "jaxpr", inner), times * equation.params.get("length", 1))
+    return out
+
+
+@pytest.mark.parametrize(("name", "sizes", "most"), [("glm45", (1, 64, 8), 1.15), ("glm45_air", (1, 16, 8), 1.25)])
+def test_work_of_a_device_at_real_size(name, sizes, most):
+    """Every matrix of 92 or 46 layers in the optimizer's update, traced for a pod. What is above total / devices: matrices of attention,
+    dense layers and heads are fewer than the devices, so their columns are split, which costs half as much again."""
+    run = run_config(importlib.import_module(f"configs.{name}").get_config())
+    trainee = Trainee.create(run.model, run.optimizer)
+    state = jax.eval_shape(trainee.initial_state, jax.random.key(0))
+    arguments = state.params, state.opt_state, state.params
+    alone = work_of(jax.make_jaxpr(trainee.optimizer.update)(*arguments).jaxpr)
+    mesh = AbstractMesh((*sizes, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    with jax.sharding.use_abstract_mesh(mesh):
+        ours = work_of(jax.make_jaxpr(trainee.optimizer.update)(*arguments).jaxpr)
+    assert 1 <= ours["flops"] / (alone["flops"] / mesh.size) < most
+    # ZeRO-1 moves each expert device's gradients and weights once, in bfloat16.
+    zero = 2 * 2 * sum(x.size for x in jax.tree.leaves(state.params)) / mesh.shape["expert"]
+    assert 0 < ours["bytes"] < zero / 3
