@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     model.num_experts_per_token = 4
     model.routed_scaling_factor = 1.0
     model.compute_dtype = "float32"
-    model.remat = "none"
+    model.remat = "dots"
     model.attention = "xla"  # the TPU kernel takes heads of 64 and 128
     model.expert_exchange = "all_to_all"
 

@@ -179,3 +179,58 @@ def test_what_does_not_fit_says_so():
 def test_rows_that_cannot_be_split_are_named():
     with pytest.raises(ValueError, match=r"engine.num_rows=6 cannot be split over 4 shards"):
         plan_engine(tiny_config(), dataclasses.replace(ENGINE, num_rows=6), MESH, TOPOLOGY, "decode")
+
+
+# --- what may stand in a layer's loop ---
+
+KERNELS = {
+    "hidden_size": 256, "head_size": 128, "expert_ffn_size": 128, "dense_ffn_size": 200, "vocab_size": 1000, "num_experts": 8,
+    "num_experts_per_token": 4, "num_layers": 6, "num_dense_layers": 1, "compute_dtype": "bfloat16", "attention": "pallas",
+    "grouped_matmul": "pallas", "expert_exchange": "ragged_all_to_all", "remat": "full",
+}  # fmt: skip
+
+
+def in_loops(read: program.Program, trips: int):
+    """Operations of the loops with so many trips."""
+    bodies = [loop.body for found in read.loops.values() for loop in found if loop.trips == trips]
+    assert bodies
+    return [operation for body in bodies for operation in read.operations[body]]
+
+
+@pytest.mark.parametrize("mode", ["decode", "prefill"])
+def test_no_operation_of_a_layer_touches_more_than_its_weights_and_rows(mode):
+    """5 MoE layers, FP8, 3 rows a device. The cache of a layer is larger than all else: copied in any layout it would show."""
+    model = tiny_config(**KERNELS)
+    engine = dataclasses.replace(
+        ENGINE, context=4096, num_rows=12, page_size=128, num_pages=12 * 33, prefill_chunk=64, cache_dtype="bfloat16", draft_tokens=0
+    )
+    plan, read, _ = plan_engine(model, engine, MESH, TOPOLOGY, mode)
+    layer_cache = plan.cache_bytes // model.num_layers // 2
+    tokens = 3 * (engine.prefill_chunk if mode == "prefill" else 1)
+    weights = model.hidden_size * max(model.num_heads * model.head_size, model.num_experts // 2 * model.expert_ffn_size) * 2
+    rows = 2 * tokens * model.num_experts_per_token * 2 * model.hidden_size * 4
+    most = max(weights, rows)
+    assert most < layer_cache / 2
+    for operation in in_loops(read, model.num_moe_layers):
+        if not operation.name.startswith("store_pages"):  # which changes the cache where it lies
+            assert operation.bytes <= most, operation
+    assert sum(operation.opcode == "all-reduce" for operation in in_loops(read, model.num_moe_layers)) <= 1  # of the rounds
+
+
+def test_a_training_step_moves_and_makes_nothing_whole():
+    """7 MoE layers on 8 devices, 16 rows: what a layer makes is its device's part of the batch, and the head's gradient moves once."""
+    sizes = {"hidden_size": 128, "num_experts": 160, "num_experts_per_token": 2, "num_layers": 8}
+    model, length = tiny_config(**KERNELS | sizes), 512
+    plan, read = plan_train(model, OPTIMIZER, 1e-4, MeshConfig(1, 2, 4, 1, 1), "v5e:2x4", rows=16, length=length)
+    assert plan.fits
+    experts = model.num_experts // 4 * model.hidden_size * model.expert_ffn_size
+    pairs = 2 * (16 // 8 * length * model.num_experts_per_token) * model.hidden_size  # with an exchange's spare room
+    most = 4 * max(experts, pairs)
+    assert 4 * 16 * (length + 1) * model.num_experts > 1.5 * most  # what the balance loss once counted, of the whole batch
+    for operation in in_loops(read, model.num_moe_layers):
+        stacked = operation.shape.partition("[")[2].startswith(f"{model.num_moe_layers},")  # gradients and states of all layers, in place
+        assert stacked or operation.bytes <= most, operation
+    for found in read.loops.values():
+        for loop in found:
+            if loop.trips not in (None, model.num_moe_layers, OPTIMIZER.ns_steps):
+                assert not [o for o in read.operations[loop.body] if o.kind == "collective"], loop

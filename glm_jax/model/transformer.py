@@ -44,10 +44,13 @@ def remat(function, policy: str):
     """Wraps one layer so that its backward pass recomputes what the named policy (config.REMAT_POLICIES) does not keep."""
     if policy == "none":
         return function
+    names = jax.checkpoint_policies.save_only_these_names
     policies = {
         "full": jax.checkpoint_policies.nothing_saveable,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "context": jax.checkpoint_policies.save_only_these_names("context", "expert_rows"),
+        "dots": jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable, names("expert_products", "attention")
+        ),
+        "context": names("context", "expert_rows"),
     }
     return jax.checkpoint(function, policy=policies[policy], prevent_cse=False)
 

@@ -1,14 +1,14 @@
 """Attention for XLA without a kernel: query blocks against the keys up to their own end.
 
-Written for the passes it makes over the [L, M] scores, which are what attention costs outside its products: two forward
-(running the maximum, the exponential), one backward. Row sums ride along in the product with v as a column of ones, and
-the division by them happens on [L, H].
+The [L, M] scores are what attention costs outside its products, so they are not kept for the backward pass, which makes them again
+from the maxima of rows, and the division by the sums of rows happens on [L, H].
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.attention.reference import allowed_pairs
 
@@ -38,19 +38,24 @@ def _block(q_BGLPH, k_BGMH, v_BGMH, mask_BLM):
     return _block_forward(q_BGLPH, k_BGMH, v_BGMH, mask_BLM)[0]
 
 
-def _block_forward(q, k, v, mask):
+def _scores(q, k, mask):
     scores = jnp.einsum("bglph,bgmh->bglpm", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, :, None], scores, jnp.finfo(jnp.float32).min)
-    exps = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)).astype(v.dtype)
-    ones = jnp.ones((*v.shape[:-1], 1), v.dtype)
-    sums = jnp.einsum("bglpm,bgmh->bglph", exps, jnp.concatenate([v, ones], axis=-1), preferred_element_type=jnp.float32)
-    out, total = sums[..., :-1], sums[..., -1:]
-    out = (out / total).astype(v.dtype)
-    return out, (q, k, v, exps, total, out)
+    return jnp.where(mask[:, None, :, None], scores, jnp.finfo(jnp.float32).min)
+
+
+def _block_forward(q, k, v, mask):
+    scores = _scores(q, k, mask)
+    most = jnp.max(scores, axis=-1, keepdims=True)
+    exps = jnp.exp(scores - most).astype(v.dtype)
+    out = jnp.einsum("bglpm,bgmh->bglph", exps, v, preferred_element_type=jnp.float32)
+    total = jnp.sum(exps, axis=-1, keepdims=True, dtype=jnp.float32)
+    out, most, total = (checkpoint_name(x, "attention") for x in ((out / total).astype(v.dtype), most, total))
+    return out, (q, k, v, mask, most, total, out)
 
 
 def _block_backward(residuals, dout):
-    q, k, v, exps, total, out = residuals
+    q, k, v, mask, most, total, out = residuals
+    exps = jnp.exp(_scores(q, k, mask) - most).astype(v.dtype)
     scaled = (dout / total).astype(v.dtype)
     inner = jnp.sum(scaled.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     dv = jnp.einsum("bglpm,bglph->bgmh", exps, scaled)

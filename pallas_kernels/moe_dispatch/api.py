@@ -96,7 +96,10 @@ def _sorted(x_TD, expert_TK, weights_TK, gate_EDF, up_EDF, down_EFD, *, implemen
     num_experts = down_EFD.shape[0]
     plan = sort_by_expert(expert_TK, num_experts)
     x_RD = checkpoint_name(gather_rows(x_TD, plan), "expert_rows")
-    product = lambda x, w: grouped_matmul(x, w, plan.group_sizes_E, implementation=implementation)  # noqa: E731
+
+    def product(x, w):
+        return checkpoint_name(grouped_matmul(x, w, plan.group_sizes_E, implementation=implementation), "expert_products")
+
     if len(x_RD) < MANY_ROWS * num_experts:
         gate_RF, up_RF = product(x_RD, gate_EDF), product(x_RD, up_EDF)
     else:

@@ -13,8 +13,10 @@ from flax import nnx
 from glm_jax.infer import quantize
 from glm_jax.infer.agreement import agreement, training_forward
 from glm_jax.infer.sampling import SamplingParams
+from glm_jax.model.layers import MLP
 from glm_jax.model.transformer import GLM
 from tests.infer.engine_test import assert_all_returned, engine, model  # noqa: F401
+from tests.model.oracle import tiny_config
 
 SAMPLED = SamplingParams(max_new_tokens=12, seed=3)
 ONE_SHAPE = {"context": 32, "num_rows": 4, "num_pages": 16, "prefill_chunk": 16}  # one program to prefill four prompts, one to decode
@@ -52,6 +54,20 @@ def test_formats_equal_qwix_and_float64():
     scale = np.abs(exact).max(axis=0) / 127
     assert (np.abs(ours - np.round(exact / scale) * scale) > 1e-5).mean() < 1e-3
     np.testing.assert_allclose(np.abs(ours).max(axis=0), np.abs(exact).max(axis=0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+def test_zeros_that_fill_blocks_change_no_product(format):
+    """A dense layer of width 200, as Air's 10,944 is no multiple of 128 either."""
+    mlp = MLP(tiny_config(), 200, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(mlp)
+    prepared = quantize.prepare(state, format, "float32", None)
+    x = jax.random.normal(jax.random.key(1), (2, 3, tiny_config().hidden_size))
+    ours = nnx.merge(graphdef, prepared)
+    assert ours.gate_proj.weight.get_value().shape[1] == ours.down_proj.weight.get_value().shape[0] == 256
+    for projection in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+        projection.weight.set_value(quantize.quantize(projection.weight.get_value(), format).astype(jnp.float32))
+    np.testing.assert_allclose(ours(x), mlp(x), rtol=1e-5, atol=1e-7)
 
 
 def test_zeros_and_huge_values_survive():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.entry import run_config
+from glm_jax.config import REMAT_POLICIES
 from glm_jax.sharding import MeshConfig, make_mesh
 from glm_jax.train.state import Trainee
 from glm_jax.train.step import Knobs, compile_step, gradients, map_routers
@@ -46,6 +47,16 @@ def test_two_microbatches_equal_one_batch_and_a_third_empty_one_changes_nothing(
     padded = jax.tree.map(lambda x: np.concatenate([x, x[:1]]), halves)  # the third is not to be read
     for parts in (compute(halves, knobs(2)), compute(padded, knobs(2))):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), whole, parts)
+
+
+def test_what_the_backward_pass_recomputes_changes_nothing(toy_config):
+    run, found = run_config(toy_config), {}
+    for policy in REMAT_POLICIES:
+        trainee = Trainee.create(dataclasses.replace(run.model, remat=policy), run.optimizer)
+        state = trainee.initial_state(jax.random.key(0))
+        found[policy] = jax.jit(lambda batch, knobs, t=trainee, s=state: gradients(t, s, batch, knobs, 1e-4))(batch_of(1), knobs(1))
+    for policy in REMAT_POLICIES:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found["none"], found[policy])
 
 
 def test_changing_knobs_compiles_nothing(trainee, mesh):
