@@ -33,7 +33,7 @@ from pallas_kernels.moe_dispatch.sorting import (
 from pallas_kernels.target import target_platform
 
 COLLECTIVES = ("all_to_all", "ragged_all_to_all")
-MOST_PARTS, PART_PAIRS = 4, 2**16  # of a device's tokens, and (token, expert) pairs of a part: 4,096 rows for each of 16 experts
+MOST_PARTS, PART_ROWS = 4, 2048  # of a device's tokens, and rows of each of its experts in a part, by the mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def routed_exchange(x_TD, expert_TK, weights_TK, gate_eDF, up_eDF, down_eFD, exc
     """
     if exchange.collective == "ragged_all_to_all" and target_platform() == "cpu":
         raise ValueError("collective='ragged_all_to_all': XLA has none for CPUs; 'all_to_all' works everywhere")
-    parts = num_parts(exchange, expert_TK.shape)
+    parts = num_parts(exchange, expert_TK.shape, down_eFD.shape[0])
     split = lambda x: x.reshape(parts, -1, *x.shape[1:])  # noqa: E731
     quota = exchange.quota(expert_TK.size // parts)
     routes = [plan_route(exchange.axis, quota, expert_tK, down_eFD.shape[0]) for expert_tK in split(expert_TK)]
@@ -83,12 +83,13 @@ def routed_exchange(x_TD, expert_TK, weights_TK, gate_eDF, up_eDF, down_eFD, exc
     return y_PtD.reshape(x_TD.shape)
 
 
-def num_parts(exchange: Exchange, shape: tuple[int, int]) -> int:
-    """Parts of [T, K] pairs that are exchanged one after the other, so that one's exchange runs beside another's products.
+def num_parts(exchange: Exchange, shape: tuple[int, int], num_local: int) -> int:
+    """Parts of [T, K] pairs that are exchanged one after the other, so that one's exchange runs beside another's products. num_local:
+    experts of a device.
 
     Only what XLA starts early is worth it, and only where each part has enough rows to pay for reading the matrices again.
     """
-    fits = [n for n in range(1, MOST_PARTS + 1) if shape[0] % n == 0 and math.prod(shape) // n >= PART_PAIRS]
+    fits = [n for n in range(1, MOST_PARTS + 1) if shape[0] % n == 0 and math.prod(shape) // n >= PART_ROWS * num_local]
     return max(fits, default=1) if exchange.collective == "ragged_all_to_all" else 1
 
 

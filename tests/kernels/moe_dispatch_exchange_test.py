@@ -116,8 +116,9 @@ def test_no_buffer_is_longer_than_the_factor_says_and_memory_follows_it():
 
 def test_parts_divide_the_tokens_and_have_enough_rows():
     ragged, slots = (Exchange("expert", collective, 1.25, "pallas") for collective in ("ragged_all_to_all", "all_to_all"))
-    assert [exchange.num_parts(ragged, (tokens, 8)) for tokens in (32768, 3 * 8192, 16384, 16383, 17, 1)] == [4, 3, 2, 1, 1, 1]
-    assert exchange.num_parts(slots, (32768, 8)) == 1  # XLA does not start it early
+    assert [exchange.num_parts(ragged, (tokens, 8), 20) for tokens in (32768, 3 * 5120, 10240, 10239, 17, 1)] == [4, 3, 2, 1, 1, 1]
+    assert exchange.num_parts(ragged, (4096, 8), 5) == exchange.num_parts(ragged, (4096, 8), 8) == 2  # prefill
+    assert exchange.num_parts(slots, (32768, 8), 20) == 1  # XLA does not start it early
 
 
 @settings(max_examples=50, deadline=None)
