@@ -133,11 +133,11 @@ class GLM(nnx.Module):
     def logits(self, h_BLD, head: Weight | None = None, *, sampling: bool = False) -> jax.Array:
         """Float32 logits [B, L, V]; for training use losses.chunked_cross_entropy, which never holds them whole.
 
-        sampling: no gradient is needed, and few rows go through a kernel.
+        sampling: no gradient is needed, and few rows go through a kernel. Not of several tokens: XLA would lay out the kernel's anew.
         """
         param, implementation = (head or self.lm_head).weight, self.config.grouped_matmul
         weight = param.astype(h_BLD.dtype)
-        if sampling and has_few_rows(h_BLD, weight, param.get_metadata("axes"), implementation):
+        if sampling and h_BLD.shape[1] == 1 and has_few_rows(h_BLD, weight, param.get_metadata("axes"), implementation):
             return few_rows_product(h_BLD, weight, jnp.float32)
         return jnp.einsum("bld,dv->blv", h_BLD, weight, preferred_element_type=jnp.float32)
 
