@@ -53,7 +53,7 @@ class Torus:
         sizes = zip(block[:3], self.shape, self.wraps, strict=False)
         return sum(taken // 2 * step if wraps and taken * step == size else (taken - 1) * step for (taken, step), size, wraps in sizes)
 
-    def block(self, places: Iterable[Sequence[int]]) -> Block | None:
+    def block(self, places: Sequence[Sequence[int]]) -> Block | None:
         """The block that these places make; None where they make none."""
         along = [sorted(set(values)) for values in zip(*places, strict=True)]
         steps = [{b - a for a, b in itertools.pairwise(values)} or {1} for values in along]

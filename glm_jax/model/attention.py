@@ -16,7 +16,7 @@ from pallas_kernels.attention import rotary
 from pallas_kernels.attention.api import attention, chosen, rotary_attention, rotary_heads
 
 QUERIES, KEYS = ("batch", None, "heads"), ("batch", None, "kv_heads")  # as projections write them
-ROTARY = ((("heads",), ("kv_heads",)), None, ((("batch", None, None),) * 2))  # biases, weights of norms, angles
+ROTARY = (("heads",), ("kv_heads",)), None, (("batch", None, None),) * 2  # biases, weights of norms, angles
 
 
 class Attention(nnx.Module):
@@ -52,8 +52,13 @@ class Attention(nnx.Module):
         return biases, tuple(norm if norm is None else norm.weight[...] for norm in (self.q_norm, self.k_norm))
 
     def queries_keys_values(self, x_BLD: jax.Array, angles) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q [B, L, N, H], k and v [B, L, G, H]; normalised per head before RoPE."""
+        """q [B, L, N, H], k and v [B, L, G, H]; normalised per head before RoPE. On a TPU without gradients: training goes by `context`."""
         batch, length, _ = x_BLD.shape
+        if self._by_rotary_kernel():
+            run = functools.partial(rotary_heads, eps=self.config.norm_eps)
+            run = by_device(run, (QUERIES, KEYS, *ROTARY), ((*QUERIES, None), (*KEYS, None)))
+            q, k = run(self.q_proj.product(x_BLD), self.k_proj.product(x_BLD), *self._biases_weights(), angles)
+            return q, k, self.v_proj(x_BLD).reshape(k.shape)
         q, k, v = (proj(x_BLD).reshape(batch, length, -1, self.config.head_size) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -64,13 +69,7 @@ class Attention(nnx.Module):
         if cache is None:
             context_BLX = self.context(x_BLD, segment_ids_BL, angles)
         else:
-            if self._by_rotary_kernel():
-                run = functools.partial(rotary_heads, eps=self.config.norm_eps)
-                run = by_device(run, (QUERIES, KEYS, *ROTARY), ((*QUERIES, None), (*KEYS, None)))
-                q_BLNH, k_BLGH = run(self.q_proj.product(x_BLD), self.k_proj.product(x_BLD), *self._biases_weights(), angles)
-                v_BLGH = self.v_proj(x_BLD).reshape(k_BLGH.shape)
-            else:
-                q_BLNH, k_BLGH, v_BLGH = self.queries_keys_values(x_BLD, angles)
+            q_BLNH, k_BLGH, v_BLGH = self.queries_keys_values(x_BLD, angles)
             scale, implementation = self.config.head_size**-0.5, self.config.attention
             cache = cache.write(layer, k_BLGH, v_BLGH, implementation=implementation)
             context_BLX = cache.attend(layer, q_BLNH, scale=scale, implementation=implementation).reshape(*x_BLD.shape[:2], -1)

@@ -126,11 +126,10 @@ def plan_engine(
 
 
 def _engine_flops(model: ModelConfig, engine: EngineConfig, head: bool) -> float:
-    """Of a token at the end of the context: 2 a matrix parameter, and attention over all of it. head: whether logits are made of it."""
+    """Of a token at the end of the context, which sees what one of twice the length sees by the mean. head: whether logits are made."""
     run = model if engine.draft_tokens else dataclasses.replace(model, num_mtp_layers=0)
-    heads = (1 + run.num_mtp_layers) * model.hidden_size * model.vocab_size
-    attention = 4 * (run.num_layers + run.num_mtp_layers) * model.num_heads * model.head_size * engine.context
-    return 2 * (matmul_parameters(run) - (0 if head else heads)) + attention
+    heads = 0 if head else 2 * (1 + run.num_mtp_layers) * model.hidden_size * model.vocab_size
+    return flops_per_token(run, 2 * engine.context - 1) / 3 - heads
 
 
 def _plan(mode: str, model: ModelConfig, mesh: Mesh, topology: str, trace, *, length: int, outer_loops: int) -> tuple[Plan, Program | None]:

@@ -130,11 +130,11 @@ def read(text: str) -> Program:
             meanwhile[start] = operations[computation][started[start] :]
         cycles = _CYCLES.search(line)
         cycles = int(cycles[1]) if cycles and int(cycles[1]) < NO_WORK else 0
-        size, group = largest(shape), _group(line)
-        if scattered := re.search(r" calls=%?(all-reduce-scatter[\w.\-]*)", line):
-            opcode, cycles, size = "reduce-scatter", 0, largest(heads[scattered[1]])
-            group = next(filter(None, map(_group, conditions[scattered[1]])))
+        scattered = re.search(r" calls=%?(all-reduce-scatter[\w.\-]*)", line)
+        opcode, cycles = ("reduce-scatter", 0) if scattered else (opcode, cycles)
         if cycles or _is_counted(opcode, line):
+            size = largest(heads[scattered[1]] if scattered else shape)
+            group = next(filter(None, map(_group, conditions[scattered[1]] if scattered else [line])), ())
             frame, op_name = re.search(r"stack_frame_id=(\d+)", line), re.search(r'op_name="([^"]*)"', line)
             source = sources.get(int(frame[1]), "") if frame else ""
             operations[computation].append(

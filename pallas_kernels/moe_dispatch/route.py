@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.moe_dispatch.sorting import FEW, Dispatch, pair_in, sort_by_expert, source_tokens, starts, take
+from pallas_kernels.moe_dispatch.sorting import Dispatch, few, pair_in, sort_by_expert, source_tokens, starts, take
 
 
 @functools.partial(
@@ -37,7 +37,7 @@ class Route:
         """Round `number` of what this device sends: its pairs in n * quota slots, those for a device together."""
         now = (self.device_TK >= 0) & (self.rank_TK // self.quota == number)
         slot_TK = jnp.where(now, self.device_TK * self.quota + self.rank_TK % self.quota, -1)
-        if slot_TK.size <= FEW:
+        if few(slot_TK.size):
             source = pair_in(slot_TK.reshape(-1), len(self.sent_n) * self.quota)
         else:
             index = number * self.quota + jnp.arange(self.quota)

@@ -12,9 +12,10 @@ from pallas_kernels.grouped_matmul.rows import pack
 from pallas_kernels.grouped_matmul.tiles import buffer_rows
 from pallas_kernels.moe_dispatch import kernel
 from pallas_kernels.moe_dispatch.shapes import blocks_for
+from pallas_kernels.target import target_platform
 
 RANK_BLOCK = 128  # rows that are compared with each other
-FEW = 512  # numbers that are compared with as many others faster than XLA:TPU looks them up, one short operation after another
+FEW = {"tpu": 512}  # numbers that are compared with as many others faster than XLA looks them up; RANK_BLOCK elsewhere
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("source_R", "slot_TK", "group_sizes_E"), meta_fields=("whole", "pallas"))
@@ -42,7 +43,7 @@ def sort_by_expert(expert_TK: jax.Array, num_experts: int, alignment: int = 1) -
     pairs = jnp.where((pairs >= 0) & (pairs < num_experts), pairs, num_experts)
     num_pairs = pairs.shape[0]
     num_rows = buffer_rows(num_pairs, num_experts, alignment)
-    if num_pairs <= FEW:
+    if few(num_pairs):
         before = jnp.tril(pairs[:, None] == pairs, k=-1)
         sizes = jnp.sum(pairs[:, None] == jnp.arange(num_experts + 1), axis=0, dtype=jnp.int32)
         slot = jnp.sum(before, axis=1, dtype=jnp.int32) + starts(-(-sizes // alignment) * alignment, pairs)
@@ -61,9 +62,14 @@ def sort_by_expert(expert_TK: jax.Array, num_experts: int, alignment: int = 1) -
     return Dispatch(source, slot.reshape(expert_TK.shape), sizes[:-1], whole=alignment == 1)
 
 
+def few(*counts: int) -> bool:
+    """Whether numbers are compared with each other instead of looked up, in the current trace."""
+    return max(counts) <= FEW.get(target_platform(), RANK_BLOCK)
+
+
 def starts(sizes_G: jax.Array, group: jax.Array) -> jax.Array:
     """Sum of the sizes of all groups before one; 0 for group -1."""
-    if group.size <= FEW:
+    if few(group.size):
         return jnp.sum(jnp.where(jnp.arange(len(sizes_G)) < group[..., None], sizes_G, 0), axis=-1)
     return take(jnp.cumsum(sizes_G) - sizes_G, group)
 
@@ -151,13 +157,9 @@ def sum_words(words_R1W, weights_TK, dispatch: Dispatch, *, width: int, dtype) -
 
 def take(x, index):
     """x at the indices along its first axis; zeros at -1."""
-    if _few(x, index):
+    if x.ndim == 1 and few(len(x), index.size):
         return jnp.sum(jnp.where(index[..., None] == jnp.arange(len(x)), x, 0), axis=-1)
     return jnp.asarray(x).at[jnp.where(index < 0, len(x), index)].get(mode="fill", fill_value=0)
-
-
-def _few(x, index) -> bool:
-    return x.ndim == 1 and len(x) <= FEW and index.size <= FEW
 
 
 def _take(x, index, dispatch: Dispatch):
@@ -166,4 +168,4 @@ def _take(x, index, dispatch: Dispatch):
 
 def _take_any(x, index):
     """x at the indices along its first axis; something of it, or zeros, at -1."""
-    return take(x, index) if _few(x, index) else jnp.asarray(x).at[jnp.maximum(index, 0)].get(mode="clip")
+    return take(x, index) if x.ndim == 1 and few(len(x), index.size) else jnp.asarray(x).at[jnp.maximum(index, 0)].get(mode="clip")

@@ -17,7 +17,7 @@ sort = jax.jit(api.sort_by_expert, static_argnums=(1, 2))
 @settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 2**16), spread=st.integers(0, EXPERTS + 2), alignment=st.sampled_from((1, 8, 128)),
-    tokens=st.sampled_from((1, TOKENS, sorting.FEW // PER_TOKEN + 1)),
+    tokens=st.sampled_from((1, sorting.RANK_BLOCK // PER_TOKEN, TOKENS)),
 )  # fmt: skip
 @example(seed=0, spread=0, alignment=8, tokens=TOKENS)  # no expert at all
 @example(seed=0, spread=1, alignment=128, tokens=TOKENS)
@@ -40,7 +40,7 @@ def test_few_pairs_need_no_room_for_experts_that_they_cannot_reach():
     assert sort(np.zeros((2, 3), np.int32), 160, 16).source_R.shape == (96,)
 
 
-@pytest.mark.parametrize("size", [3, sorting.FEW, sorting.FEW + 1])
+@pytest.mark.parametrize("size", [3, sorting.RANK_BLOCK, sorting.RANK_BLOCK + 1])
 def test_what_few_are_compared_for_equals_what_many_are_looked_up(size):
     rng = np.random.default_rng(size)
     x, index = rng.normal(size=7).astype(np.float32), rng.integers(-1, 7, size)
