@@ -137,15 +137,16 @@ class RMSNorm(nnx.Module):
 
 
 def rope_angles(config: ModelConfig, positions_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of the rotary angles, float32 [B, L, rotary_size / 2]."""
+    """cos and sin of the rotary angles, made in float32, in the compute type: [B, L, rotary_size / 2]."""
     exponent = jnp.arange(0, config.rotary_size, 2, dtype=jnp.float32) / config.rotary_size
     angles = positions_BL[..., None].astype(jnp.float32) * (1.0 / config.rope_theta**exponent)
-    return jnp.cos(angles), jnp.sin(angles)
+    made = jnp.cos(angles).astype(config.compute_dtype), jnp.sin(angles).astype(config.compute_dtype)
+    return jax.lax.optimization_barrier(made)  # XLA would convert them anew in each layer
 
 
 def apply_rope(x_BLNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Turns the first `rotary_size` dimensions of every head, halves paired (i, i + rotary_size / 2); passes the rest."""
-    cos, sin = (a[:, :, None, :].astype(x_BLNH.dtype) for a in angles)
+    cos, sin = (a[:, :, None, :] for a in angles)
     half = cos.shape[-1]
     first, second, rest = jnp.split(x_BLNH, [half, 2 * half], axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

@@ -24,10 +24,11 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One instruction. bytes: of the largest array that it makes. cycles: of one execution, 0 where there is no estimate. source: the
-    innermost line of this project that made it, as file:line function, and op_name, JAX's name for it; both may be empty. group: the first
-    group of devices that a collective is among, by their places in the mesh, else none. flops, moved_bytes: of a kernel, by its own
-    estimate. rings: through its group that a collective sends around at a time, both ways."""
+    """One instruction. bytes: of the largest array that it makes; of a ragged all-to-all no more than what it reads holds. cycles: of one
+    execution, 0 where there is no estimate. source: the innermost line of this project that made it, as file:line function, and op_name,
+    JAX's name for it; both may be empty. group: the first group of devices that a collective is among, by their places in the mesh, else
+    none. flops, moved_bytes: of a kernel, by its own estimate. rings: through its group that a collective sends around at a time, both
+    ways."""
 
     name: str
     opcode: str
@@ -103,7 +104,7 @@ def read(text: str) -> Program:
     sources = _sources(text)
     entry, computation, conditions = "", "", collections.defaultdict(list)
     operations, calls, found = collections.defaultdict(list), collections.defaultdict(list), []
-    started, meanwhile, heads = {}, {}, {}
+    started, meanwhile, heads, sizes = {}, {}, {}, {}
     for line in text.splitlines():
         if not line.startswith(" "):
             if head := _HEAD.match(line):
@@ -116,6 +117,7 @@ def read(text: str) -> Program:
             continue
         name, shape, opcode = match.groups()
         conditions[computation].append(line)
+        sizes[name] = largest(shape)
         if opcode == "while":
             condition, body = (re.search(rf"{role}=%?([\w.\-]+)", line)[1] for role in ("condition", "body"))
             found.append((computation, body, condition))
@@ -133,7 +135,9 @@ def read(text: str) -> Program:
         scattered = re.search(r" calls=%?(all-reduce-scatter[\w.\-]*)", line)
         opcode, cycles = ("reduce-scatter", 0) if scattered else (opcode, cycles)
         if cycles or _is_counted(opcode, line):
-            size = largest(heads[scattered[1]] if scattered else shape)
+            size = largest(heads[scattered[1]]) if scattered else sizes[name]
+            if opcode.startswith("ragged-all-to-all"):
+                size = min(size, *(sizes.get(array, size) for array in re.findall(r"%([\w.\-]+)", line.partition(opcode)[2])[:2]))
             group = next(filter(None, map(_group, conditions[scattered[1]] if scattered else [line])), ())
             frame, op_name = re.search(r"stack_frame_id=(\d+)", line), re.search(r'op_name="([^"]*)"', line)
             source = sources.get(int(frame[1]), "") if frame else ""

@@ -37,13 +37,13 @@ class Blocks:
 
 
 @once("alignment", "blocks", "dtype")
-def few_rows_matmul(x_RK, w_EKN, group_sizes_E, *, scale=None, first=0, alignment: int, blocks: Blocks, dtype=None) -> jax.Array:
+def few_rows_matmul(x_RK, w_EKN, steps_4G, *, scale=None, first=0, alignment: int, blocks: Blocks, dtype=None) -> jax.Array:
     """y_r = x_r w_(first + g) for the group g that row r belongs to.
 
     Args:
-      x_RK: rows, bfloat16 or float32. Those of group g start at the sum of the earlier sizes, each rounded up to `alignment`.
+      x_RK: rows, bfloat16 or float32, as steps_of says.
       w_EKN: matrices, K and N multiples of 128, one a group and maybe others: of x's type, or float8_e4m3fn or int8 with a scale.
-      group_sizes_E: int32; rounded up they sum to at most R.
+      steps_4G: as steps_of gives them; all groups' tiles are at most R rows.
       scale: float32 [matrices, K / 128, N / 128], factor on each 128 x 128 block of w (FP8), or [matrices, 1, N], on each column (int8).
       first: int32, index of the first group's matrix.
       alignment: rows of a tile, a multiple of 16 (bfloat16) or 8 (float32) that divides R, or R itself.
@@ -55,21 +55,32 @@ def few_rows_matmul(x_RK, w_EKN, group_sizes_E, *, scale=None, first=0, alignmen
     Raises:
       ValueError: for shapes, types or blocks that do not fit, and where there is neither a TPU nor interpret.on.
     """
-    return _call("few_rows_matmul", _whole, x_RK, [w_EKN], [scale], group_sizes_E, first, alignment, blocks, dtype)
+    return _call("few_rows_matmul", _whole, x_RK, [w_EKN], [scale], steps_4G, first, alignment, blocks, dtype)
 
 
 @once("alignment", "blocks")
 def few_rows_swiglu(
-    x_RD, gate_EDF, up_EDF, group_sizes_E, *, gate_scale=None, up_scale=None, first=0, alignment: int, blocks: Blocks
+    x_RD, gate_EDF, up_EDF, steps_4G, *, gate_scale=None, up_scale=None, first=0, alignment: int, blocks: Blocks
 ) -> jax.Array:
     """silu(x_r gate_g) * (x_r up_g), [R, F], else as few_rows_matmul. The activation is computed in float32."""
-    return _call("few_rows_swiglu", _swiglu, x_RD, [gate_EDF, up_EDF], [gate_scale, up_scale], group_sizes_E, first, alignment, blocks)
+    return _call("few_rows_swiglu", _swiglu, x_RD, [gate_EDF, up_EDF], [gate_scale, up_scale], steps_4G, first, alignment, blocks)
 
 
 def one_matmul(x_RK, w_EKN, index, *, scale=None, blocks: Blocks, dtype=None) -> jax.Array:
     """x w_index, [R, N] for any number of rows; else as few_rows_matmul."""
-    sizes = jnp.full(1, len(x_RK), jnp.int32)
-    return few_rows_matmul(x_RK, w_EKN, sizes, scale=scale, first=index, alignment=len(x_RK), blocks=blocks, dtype=dtype)
+    steps = steps_of(jnp.full(1, len(x_RK), jnp.int32), len(x_RK))
+    return few_rows_matmul(x_RK, w_EKN, steps, scale=scale, first=index, alignment=len(x_RK), blocks=blocks, dtype=dtype)
+
+
+def steps_of(group_sizes_G, alignment: int) -> jax.Array:
+    """What the kernels walk over, int32 [4, G]: the groups, those that have rows first; of each the first tile of `alignment` rows, and
+    how many; and at the front of the last row how many groups have rows. A group's rows start at the sum of the earlier sizes, each
+    rounded up to alignment.
+    """
+    tiles_G = -(-group_sizes_G // alignment)
+    order_G = jnp.argsort(tiles_G == 0, stable=True)
+    first_G, used = jnp.cumsum(tiles_G) - tiles_G, jnp.sum(tiles_G > 0)
+    return jnp.stack([order_G, first_G[order_G], tiles_G[order_G], jnp.broadcast_to(used, tiles_G.shape)]).astype(jnp.int32)
 
 
 def operands(w, dtype) -> tuple[jax.Array, jax.Array | None, jax.Array | int]:
@@ -100,10 +111,11 @@ def _swiglu(gate, up):
     return gate * jax.nn.sigmoid(gate) * up
 
 
-def _check(x, matrices, scales, group_sizes, alignment, blocks):
+def _check(x, matrices, scales, steps, alignment, blocks):
     first = matrices[0]
-    if x.ndim != 2 or first.ndim != 3 or x.shape[1] != first.shape[1] or len(group_sizes) > len(first):
-        raise ValueError(f"shapes of x {x.shape}, w {first.shape}, group sizes {group_sizes.shape} do not fit")
+    fit = x.ndim == steps.ndim == 2 and first.ndim == 3 and x.shape[1] == first.shape[1]
+    if not fit or len(steps) != 4 or steps.shape[1] > len(first):
+        raise ValueError(f"shapes of x {x.shape}, w {first.shape}, steps {steps.shape} do not fit")
     if x.dtype.name not in ALIGNMENT:
         raise ValueError(f"few_rows: rows of type {x.dtype}: takes {' and '.join(ALIGNMENT)}; grouped_matmul takes other types")
     num_matrices, depth, width = first.shape
@@ -129,44 +141,40 @@ def _check(x, matrices, scales, group_sizes, alignment, blocks):
         raise ValueError("few_rows: no TPU, and pallas_kernels.interpret is not on; grouped_matmul='batched' takes it")
 
 
-def _call(name, join, x_RK, matrices, scales, group_sizes_E, first, alignment: int, blocks: Blocks, dtype=None):
-    _check(x_RK, matrices, scales, group_sizes_E, alignment, blocks)
+def _call(name, join, x_RK, matrices, scales, steps_4G, first, alignment: int, blocks: Blocks, dtype=None):
+    _check(x_RK, matrices, scales, steps_4G, alignment, blocks)
     blocks = dataclasses.replace(blocks, bits=blocks.bits and matrices[0].dtype == FP8 and x_RK.dtype == jnp.bfloat16)
     columns = blocks.columns
     (rows, depth), width = x_RK.shape, matrices[0].shape[2]
-    tiles_E = -(-group_sizes_E // alignment)
-    # Groups with rows first; where none has any, one step of no tiles writes the zeros.
-    group_E = jnp.argsort(tiles_E == 0, stable=True).astype(jnp.int32)
-    first_E = jnp.cumsum(tiles_E) - tiles_E
-    steps = jnp.maximum(jnp.sum(tiles_E > 0, dtype=jnp.int32), 1)
     whole = pl.BlockSpec((rows, depth), lambda j, e, *_: (0, 0), pipeline_mode=pl.Buffered(1))
-    matrix = pl.BlockSpec((None, depth, columns), lambda j, e, group, *_: (group[e], 0, j))
-    scale = pl.BlockSpec((None, depth // BLOCK, width // BLOCK), lambda j, e, group, *_: (group[e], 0, 0), memory_space=pltpu.SMEM)
+    matrix_of = lambda e, steps, first: first[0] + steps[0, e]  # noqa: E731
+    matrix = pl.BlockSpec((None, depth, columns), lambda j, e, *scalars: (matrix_of(e, *scalars), 0, j))
+    scale_shape = (None, depth // BLOCK, width // BLOCK)
+    scale = pl.BlockSpec(scale_shape, lambda j, e, *scalars: (matrix_of(e, *scalars), 0, 0), memory_space=pltpu.SMEM)
     if matrices[0].dtype == INT8:
-        scale = pl.BlockSpec((None, 1, columns), lambda j, e, group, *_: (group[e], 0, j))
+        scale = pl.BlockSpec((None, 1, columns), lambda j, e, *scalars: (matrix_of(e, *scalars), 0, j))
     scales = [s for s in scales if s is not None]
     grid_spec = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=3,
-        grid=(width // columns, steps),
+        num_scalar_prefetch=2,
+        grid=(width // columns, jnp.maximum(steps_4G[3, 0], 1)),  # where no group has rows, a step of no tiles writes the zeros
         in_specs=[whole, *[matrix] * len(matrices), *[scale] * len(scales)],
         out_specs=pl.BlockSpec((rows, columns), lambda j, e, *_: (0, j)),
     )
     call = pl.pallas_call(
         functools.partial(_kernel, join, len(matrices), alignment, blocks),
         out_shape=jax.ShapeDtypeStruct((rows, width), dtype or x_RK.dtype),
-        cost_estimate=cost(x_RK, *(jax.ShapeDtypeStruct((len(group_sizes_E), *w.shape[1:]), w.dtype) for w in matrices)),
+        cost_estimate=cost(x_RK, *(jax.ShapeDtypeStruct((steps_4G.shape[1], *w.shape[1:]), w.dtype) for w in matrices)),
         grid_spec=grid_spec,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tuning.vmem_limit()),
         interpret=interpret.params(),
         name=name,
     )
-    scalars = group_E + jnp.asarray(first, jnp.int32), first_E[group_E].astype(jnp.int32), tiles_E[group_E].astype(jnp.int32)
-    return call(*scalars, x_RK, *matrices, *scales)
+    return call(steps_4G, jnp.asarray(first, jnp.int32).reshape(1), x_RK, *matrices, *scales)
 
 
-def _kernel(join, count, alignment, blocks, group, first, tiles, x_ref, *refs):
-    """One group's rows times a block of columns. first, tiles: of each step's group, in tiles of `alignment` rows."""
-    del group
+def _kernel(join, count, alignment, blocks, steps, first_matrix, x_ref, *refs):
+    """One group's rows times a block of columns."""
+    del first_matrix
     w_refs, scale_refs, out_ref = refs[:count], refs[count:-1], refs[-1]
     step = pl.program_id(1)
 
@@ -176,12 +184,12 @@ def _kernel(join, count, alignment, blocks, group, first, tiles, x_ref, *refs):
 
     def tile(number, _):
         whole = alignment == x_ref.shape[0]
-        rows = slice(None) if whole else pl.ds(pl.multiple_of((first[step] + number) * alignment, alignment), alignment)
+        rows = slice(None) if whole else pl.ds(pl.multiple_of((steps[1, step] + number) * alignment, alignment), alignment)
         products = [_product(blocks, x_ref.at[rows, :], w_ref, *scale_refs[i : i + 1]) for i, w_ref in enumerate(w_refs)]
         out_ref[rows, :] = join(*products).astype(out_ref.dtype)
         return 0
 
-    lax.fori_loop(0, tiles[step], tile, 0)
+    lax.fori_loop(0, steps[2, step], tile, 0)
 
 
 def _product(blocks, x_ref, w_ref, scale_ref=None):

@@ -13,7 +13,16 @@ import numpy as np
 
 from pallas_kernels import compiler, fp8_bits, interpret, tuning
 from pallas_kernels.compiler import Chip, Probe
-from pallas_kernels.grouped_matmul.few_rows import ALIGNMENT, BLOCK, Blocks, few_rows_matmul, few_rows_swiglu, one_matmul, operands
+from pallas_kernels.grouped_matmul.few_rows import (
+    ALIGNMENT,
+    BLOCK,
+    Blocks,
+    few_rows_matmul,
+    few_rows_swiglu,
+    one_matmul,
+    operands,
+    steps_of,
+)
 from pallas_kernels.grouped_matmul.tiles import buffer_rows
 from pallas_kernels.target import WIDE_UNITS, target_kind, target_platform
 
@@ -79,6 +88,11 @@ def alignment_for(rows: int, groups: int, dtype) -> int:
     return smallest if 2 * rows <= groups * smallest else 2 * smallest
 
 
+def holds(rows: int, depth: int, dtype) -> bool:
+    """Whether the kernels hold so many rows in vector memory, for the current trace: theirs, a step's results, and its matrices."""
+    return 2 * rows * depth * jnp.dtype(dtype).itemsize + 4 * STEP_BYTES <= tuning.vmem_limit()
+
+
 def blocks_for(depth: int, width: int, matrices: int, dtype) -> Blocks:
     """The tuned blocks for matrices [depth, width] of a type, 1 of them or 2, else some that fit any chip."""
     name, kind = jnp.dtype(dtype).name, target_kind()
@@ -136,10 +150,10 @@ def probe(shape: Shape, blocks: Blocks, pass_: str) -> Probe:
     alignment = shape.alignment
 
     def one(x, w, scale, sizes):
-        return few_rows_matmul(x, w, sizes, scale=scale, alignment=alignment, blocks=blocks)
+        return few_rows_matmul(x, w, steps_of(sizes, alignment), scale=scale, alignment=alignment, blocks=blocks)
 
     def two(x, w, scale, sizes):
-        return few_rows_swiglu(x, w, w, sizes, gate_scale=scale, up_scale=scale, alignment=alignment, blocks=blocks)
+        return few_rows_swiglu(x, w, w, steps_of(sizes, alignment), gate_scale=scale, up_scale=scale, alignment=alignment, blocks=blocks)
 
     function = two if shape.matrices == 2 else one
     steps = shape.width // blocks.columns

@@ -79,6 +79,24 @@ def pack(x_RD: jax.Array, *, zeros: int = 0) -> jax.Array:
     )(x_RD)
 
 
+@once("width", "dtype")
+def unpack(words_R1W: jax.Array, *, width: int, dtype) -> jax.Array:
+    """from_rows as a kernel: [R, width] in dtype."""
+    num_rows, words = words_R1W.shape[0], words_R1W.shape[2]
+    block, values = min(PACKED_ROWS, num_rows), jax.ShapeDtypeStruct((num_rows, width), dtype)
+    return pl.pallas_call(
+        unpack_rows,
+        grid=(pl.cdiv(num_rows, block),),
+        in_specs=[pl.BlockSpec((block, 1, words), lambda step: (step, 0, 0))],
+        out_specs=pl.BlockSpec((block, width), lambda step: (step, 0)),
+        out_shape=values,
+        cost_estimate=cost(words_R1W, values),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=16 * PACKED_ROWS * width + (4 << 20)),
+        interpret=interpret.params(),
+        name="unpack_rows",
+    )(words_R1W)
+
+
 # --- inside of kernels ---
 
 

@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.grouped_matmul.rows import pack
-from pallas_kernels.moe_dispatch import routed
+from pallas_kernels.grouped_matmul import few_rows_shapes
+from pallas_kernels.grouped_matmul.rows import pack, unpack
+from pallas_kernels.grouped_matmul.tiles import buffer_rows
+from pallas_kernels.moe_dispatch import few_tokens, routed
 from pallas_kernels.moe_dispatch.api import chosen, routed_ffn
 from pallas_kernels.moe_dispatch.kernel import copy_rows, unwritten
 from pallas_kernels.moe_dispatch.route import Route, Rows, plan_route, rows_once
@@ -33,6 +35,7 @@ from pallas_kernels.moe_dispatch.sorting import (
 from pallas_kernels.target import target_platform
 
 COLLECTIVES = ("all_to_all", "ragged_all_to_all")
+FEW_FACTOR = 2  # rows that a device has room for over T * K, of few tokens
 MOST_PARTS, PART_ROWS = 4, 2048  # of a device's tokens, and rows of each of its experts in a part, by the mean
 
 
@@ -75,12 +78,83 @@ def routed_exchange(x_TD, expert_TK, weights_TK, gate_eDF, up_eDF, down_eFD, exc
     """
     if exchange.collective == "ragged_all_to_all" and target_platform() == "cpu":
         raise ValueError("collective='ragged_all_to_all': XLA has none for CPUs; 'all_to_all' works everywhere")
-    parts = num_parts(exchange, expert_TK.shape, down_eFD.shape[0])
+    few = _takes_few(exchange, expert_TK.shape, down_eFD.shape, x_TD.dtype)
+    return (_few_exchanged if few else _in_parts)(exchange, x_TD, expert_TK, weights_TK, (gate_eDF, up_eDF, down_eFD))
+
+
+def _in_parts(exchange: Exchange, x_TD, expert_TK, weights_TK, matrices):
+    num_local = matrices[2].shape[0]
+    parts = num_parts(exchange, expert_TK.shape, num_local)
     split = lambda x: x.reshape(parts, -1, *x.shape[1:])  # noqa: E731
     quota = exchange.quota(expert_TK.size // parts)
-    routes = [plan_route(exchange.axis, quota, expert_tK, down_eFD.shape[0]) for expert_tK in split(expert_TK)]
-    y_PtD = _exchanged(exchange, _stacked(routes), split(x_TD), split(weights_TK), (gate_eDF, up_eDF, down_eFD))
+    routes = [plan_route(exchange.axis, quota, expert_tK, num_local) for expert_tK in split(expert_TK)]
+    y_PtD = _exchanged(exchange, _stacked(routes), split(x_TD), split(weights_TK), matrices)
     return y_PtD.reshape(x_TD.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _few_exchanged(exchange: Exchange, x_TD, expert_TK, weights_TK, matrices):
+    """Of few tokens: every device knows how many rows each has for each expert, so rows arrive sorted by expert. With a gradient to come
+    as of many. Where a device has no room for its rows, all exchange one pair at a time.
+    """
+    (width, dtype), num_local, devices = (x_TD.shape[1], x_TD.dtype), matrices[2].shape[0], jax.lax.axis_size(exchange.axis)
+    num_rows, alignment = _few_rows(exchange, expert_TK.shape, num_local, dtype)
+    others = tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis != exchange.axis)
+    place = jax.lax.axis_index(exchange.axis), jax.lax.axis_index(others) if others else 0
+
+    def run(expert_TK):
+        sent = few_tokens.dispatch(x_TD, expert_TK, num_groups=devices * num_local, num_rows=expert_TK.size, words=True)
+        # Of all groups: devices that went on for longer than others would wait for their collectives.
+        counts_NE = _to_all(sent.sizes_G, (*others, exchange.axis))
+        plan = few_tokens.plan(counts_NE, *place, devices=devices, num_rows=num_rows, alignment=alignment)
+        x_RD = unpack(_send_chunks(exchange, "few_rows", sent.rows, num_rows, plan.there), width=width, dtype=dtype)
+        y_RD = routed.few_products(x_RD, plan.steps_4e, alignment, *matrices)
+        back = _send_chunks(exchange, "few_results", pack(y_RD), expert_TK.size, plan.back)
+        return few_tokens.combine(back, sent.slot_TK, weights_TK, plan.fits, width=width, dtype=dtype), plan.fits
+
+    y_TD, fits = run(expert_TK)
+    pair_TK = jnp.arange(expert_TK.size).reshape(expert_TK.shape)
+    one_pair = lambda pair, y_TD: y_TD + run(jnp.where(pair_TK == pair, expert_TK, -1))[0]  # noqa: E731
+    return jax.lax.fori_loop(0, jnp.where(fits > 0, 0, expert_TK.size), one_pair, y_TD)
+
+
+def _few_forward(exchange: Exchange, x_TD, expert_TK, *args):
+    return jax.vjp(lambda x_TD, *args: _in_parts(exchange, x_TD, expert_TK, *args), x_TD, *args)
+
+
+def _few_backward(exchange: Exchange, pullback, dy_TD):
+    dx_TD, *others = pullback(dy_TD)
+    return dx_TD, None, *others
+
+
+_few_exchanged.defvjp(_few_forward, _few_backward)
+
+
+def _few_rows(exchange: Exchange, pairs: tuple[int, int], num_local: int, dtype) -> tuple[int, int]:
+    """Rows that a device has room for, of few tokens, at least for one pair of every device; and their alignment."""
+    devices, (num_tokens, per_token) = jax.lax.axis_size(exchange.axis), pairs
+    alignment = few_rows_shapes.alignment_for(num_tokens * per_token, num_local, dtype)
+    most = devices * num_tokens * min(per_token, num_local)
+    return buffer_rows(min(most, max(devices, math.ceil(FEW_FACTOR * math.prod(pairs)))), num_local, alignment), alignment
+
+
+def _takes_few(exchange: Exchange, pairs: tuple[int, int], down: tuple[int, int, int], dtype) -> bool:
+    num_pairs, (num_local, _, width) = pairs[0] * pairs[1], down
+    few = chosen(exchange.implementation) == "pallas" and exchange.collective == "ragged_all_to_all" and num_pairs <= FEW_PAIRS
+    num_rows = _few_rows(exchange, pairs, num_local, dtype)[0]
+    return few and few_tokens.takes(pairs[0], num_pairs, width, dtype) and few_rows_shapes.holds(num_rows, width, dtype)
+
+
+def _to_all(x, axes) -> jax.Array:
+    """The x of every device, [N, ...], by an all-to-all, which takes the shortest ways: XLA's all_gather goes round a ring."""
+    return jax.lax.all_to_all(jnp.broadcast_to(x, (jax.lax.axis_size(axes), *x.shape)), axes, 0, 0, tiled=True)
+
+
+def _send_chunks(exchange: Exchange, name: str, words_S1W, num_rows: int, chunks) -> jax.Array:
+    """Words in chunks to and from each device, [num_rows, 1, W]; unwritten memory where none comes."""
+    buffer = unwritten((num_rows, *words_S1W.shape[1:]), words_S1W.dtype, chunks.sizes, name=f"unwritten_{name}")
+    with jax.named_scope(f"send_{name}"):
+        return jax.lax.ragged_all_to_all(words_S1W, buffer, *chunks, axis_name=exchange.axis)
 
 
 def num_parts(exchange: Exchange, shape: tuple[int, int], num_local: int) -> int:

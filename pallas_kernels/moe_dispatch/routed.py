@@ -16,8 +16,9 @@ from pallas_kernels.grouped_matmul import few_rows, few_rows_shapes, kernel
 from pallas_kernels.grouped_matmul.gather import Gathered
 from pallas_kernels.grouped_matmul.rows import pack
 from pallas_kernels.grouped_matmul.shapes import TILE, blocks_for
-from pallas_kernels.grouped_matmul.tiles import row_tiles
+from pallas_kernels.grouped_matmul.tiles import buffer_rows, row_tiles
 from pallas_kernels.grouped_matmul.weight_gradient import weight_gradient
+from pallas_kernels.moe_dispatch import few_tokens
 from pallas_kernels.moe_dispatch.sorting import Dispatch, gather_rows, sort_by_expert, source_tokens, sum_words, take
 
 FEW_PAIRS = 2048  # of token and expert, up to which reading matrices is all that costs
@@ -107,18 +108,29 @@ routed_ffn.defvjp(_forward, _backward)
 
 def _few(x_TD, expert_TK, weights_TK, gate, up, down):
     """Decoding: every chosen expert's matrices are read once, quantised ones as they are."""
-    num_experts, ffn, width = down.shape
+    num_experts = down.shape[0]
     alignment = few_rows_shapes.alignment_for(expert_TK.size, num_experts, x_TD.dtype)
+    num_rows = buffer_rows(expert_TK.size, num_experts, alignment)
+    if few_tokens.takes(len(x_TD), num_rows, x_TD.shape[1], x_TD.dtype):
+        x_RD, slot_TK, sizes_E = few_tokens.dispatch(
+            x_TD, expert_TK, num_groups=num_experts, num_rows=num_rows, alignment=alignment, words=False
+        )
+        y_RD = few_products(x_RD, few_rows.steps_of(sizes_E, alignment), alignment, gate, up, down)
+        return few_tokens.combine(y_RD, slot_TK, weights_TK, width=x_TD.shape[1], dtype=x_TD.dtype)
     plan = dataclasses.replace(plan_rows(expert_TK, num_experts, alignment), pallas=False)
-    (gate, gate_scale, first), (up, up_scale, _), (down, down_scale, _) = (few_rows.operands(w, x_TD.dtype) for w in (gate, up, down))
-    h_RF = few_rows.few_rows_swiglu(
-        gather_rows(x_TD, plan), gate, up, plan.group_sizes_E, gate_scale=gate_scale, up_scale=up_scale, first=first,
-        alignment=alignment, blocks=few_rows_shapes.blocks_for(width, ffn, 2, gate.dtype),
-    )  # fmt: skip
-    blocks = few_rows_shapes.blocks_for(ffn, width, 1, down.dtype)
-    y_RD = few_rows.few_rows_matmul(
-        h_RF, down, plan.group_sizes_E, scale=down_scale, first=first, alignment=alignment, blocks=blocks
-    )  # fmt: skip
+    y_RD = few_products(gather_rows(x_TD, plan), few_rows.steps_of(plan.group_sizes_E, alignment), alignment, gate, up, down)
     y_TKD = take(y_RD, plan.slot_TK).astype(jnp.float32)
     y_TD = jnp.sum(y_TKD, axis=1) if weights_TK is None else jnp.einsum("tk,tkd->td", weights_TK.astype(jnp.float32), y_TKD)
     return y_TD.astype(x_TD.dtype)
+
+
+def few_products(x_RD, steps_4E, alignment: int, gate, up, down):
+    """down(silu(gate(x)) * up(x)) of few rows sorted by expert, as few_rows.steps_of says."""
+    ffn, width = down.shape[1:]
+    (gate, gate_scale, first), (up, up_scale, _), (down, down_scale, _) = (few_rows.operands(w, x_RD.dtype) for w in (gate, up, down))
+    h_RF = few_rows.few_rows_swiglu(
+        x_RD, gate, up, steps_4E, gate_scale=gate_scale, up_scale=up_scale, first=first, alignment=alignment,
+        blocks=few_rows_shapes.blocks_for(width, ffn, 2, gate.dtype),
+    )  # fmt: skip
+    blocks = few_rows_shapes.blocks_for(ffn, width, 1, down.dtype)
+    return few_rows.few_rows_matmul(h_RF, down, steps_4E, scale=down_scale, first=first, alignment=alignment, blocks=blocks)

@@ -34,10 +34,11 @@ def lists(length: int, per_group: int, k_pages, tables_SP, starts_S, counts_S, *
         return None
     cores = shapes.num_cores()
     blocks = shapes.blocks_for((len(starts_S), length, per_group * k_pages.shape[2], k_pages.shape[3]), k_pages)
-    return Lists(
+    found = Lists(
         kernel.work(length, k_pages, starts_S, counts_S, blocks, cores),
         store_kernel.work(length, k_pages, tables_SP, starts_S, counts_S, cores),
     )
+    return jax.lax.optimization_barrier(found)  # XLA would repeat in each layer what looks cheap
 
 
 def paged_attention(

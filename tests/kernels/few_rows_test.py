@@ -13,7 +13,7 @@ from glm_jax.infer.quantize import quantize
 from glm_jax.model.layers import InStack
 from pallas_kernels import compiler, interpret
 from pallas_kernels.grouped_matmul import few_rows_shapes
-from pallas_kernels.grouped_matmul.few_rows import Blocks, few_rows_matmul, few_rows_swiglu, operands
+from pallas_kernels.grouped_matmul.few_rows import Blocks, few_rows_matmul, few_rows_swiglu, operands, steps_of
 
 STRICT = {"detect_races": True, "uninitialized_memory": "nan"}
 LIMIT = {"float32": 1e-5, "bfloat16": 1e-2}
@@ -71,7 +71,7 @@ def product(sizes, dtype, *, fp8=False, blocks=CAST, alignment=16, depth=384, wi
     if fp8:
         values, scale, matrices = matrices.values, matrices.scale, matrices.astype(jnp.float32)
     with interpret.on(**STRICT):
-        y = few_rows_matmul(x, values, jnp.asarray(sizes, jnp.int32), scale=scale, alignment=alignment, blocks=blocks)
+        y = few_rows_matmul(x, values, steps_of(jnp.asarray(sizes, jnp.int32), alignment), scale=scale, alignment=alignment, blocks=blocks)
     x64, w64 = (np.asarray(a.astype(jnp.float32), np.float64) for a in (x, matrices))
     check(y, sizes, aligned(starts, alignment), lambda g, start, size: x64[start : start + size] @ w64[g], limit or LIMIT[dtype])
 
@@ -101,7 +101,7 @@ def test_fp8_by_bits_is_exact_for_all_normal_values():
     x = jnp.asarray(np.eye(256), jnp.bfloat16)
     scale = jnp.asarray([[[0.5], [4.0]]], jnp.float32)
     with interpret.on(**STRICT):
-        y = few_rows_matmul(x, w, jnp.asarray([256], jnp.int32), scale=scale, alignment=16, blocks=BITS)
+        y = few_rows_matmul(x, w, steps_of(jnp.asarray([256], jnp.int32), 16), scale=scale, alignment=16, blocks=BITS)
     expected = np.asarray(w[0].astype(jnp.float32)) * np.repeat([0.5, 4.0], 128)[:, None]
     normal = np.abs(np.asarray(w[0].astype(jnp.float32))) >= 2**-6
     np.testing.assert_array_equal(np.asarray(y.astype(jnp.float32))[normal], expected[normal])
@@ -123,8 +123,9 @@ def test_swiglu(dtype, fp8, blocks):
     values = [w.values for w in pair] if fp8 else pair
     with interpret.on(**STRICT):
         h = few_rows_swiglu(
-            x, *values, jnp.asarray(sizes, jnp.int32), gate_scale=scales[0], up_scale=scales[1], alignment=alignment, blocks=blocks
-        )
+            x, *values, steps_of(jnp.asarray(sizes, jnp.int32), alignment), gate_scale=scales[0], up_scale=scales[1],
+            alignment=alignment, blocks=blocks,
+        )  # fmt: skip
     x64 = np.asarray(x.astype(jnp.float32), np.float64)
     gate64, up64 = (np.asarray(w.astype(jnp.float32), np.float64) for w in pair)
 
@@ -157,7 +158,7 @@ def test_a_layers_matrix_is_read_where_it_lies(format, dtype, blocks, monkeypatc
         values, scale, first = operands(InStack(hidden, jnp.int32(3)), x.dtype)
         rows = jnp.concatenate([jnp.pad(x[part], ((0, 16 - len(x[part])), (0, 0))) for part in (slice(2), slice(2, 5))])
         sizes = jnp.asarray([0, 2, 3], jnp.int32)
-        grouped = few_rows_matmul(rows, values, sizes, scale=scale, first=first, alignment=16, blocks=blocks)
+        grouped = few_rows_matmul(rows, values, steps_of(sizes, 16), scale=scale, first=first, alignment=16, blocks=blocks)
     x64 = np.asarray(x.astype(jnp.float32), np.float64)
     check(y, [5], aligned([0], 8), lambda *_: x64 @ exact[1], LIMIT[dtype])
     given = {1: x64[:2], 2: x64[2:]}
@@ -195,9 +196,9 @@ def test_hbm_binds_it_on_every_chip(name, topology, schedules):
 
 def test_what_it_does_not_take_is_named():
     x, w, _, _ = inputs([3, 20], 256, 256, "bfloat16", 16)
-    sizes, w = jnp.asarray([3, 20], jnp.int32), w.astype(jnp.bfloat16)
+    steps, w = steps_of(jnp.asarray([3, 20], jnp.int32), 16), w.astype(jnp.bfloat16)
     fp8 = quantize(w, "fp8")
-    run = lambda x, w, alignment=16, blocks=CAST, **more: few_rows_matmul(x, w, sizes, alignment=alignment, blocks=blocks, **more)  # noqa: E731
+    run = lambda x, w, alignment=16, blocks=CAST, **more: few_rows_matmul(x, w, steps, alignment=alignment, blocks=blocks, **more)  # noqa: E731
     for message, call in (
         ("no TPU, and pallas_kernels.interpret is not on; grouped_matmul='batched' takes it", lambda: run(x, w)),
         ("rows of type float16: takes bfloat16 and float32", lambda: run(x.astype(jnp.float16), w)),
