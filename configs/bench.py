@@ -1,8 +1,10 @@
-"""The 19M model of the speed comparison with transformers and torch: float32, 4 x 512 tokens a step.
+"""The 19M model of the speed comparison with transformers and torch: float32, 4 x 512 tokens a
+step.
 
     python -m experiments.benchmark --config=configs/bench.py
 
-8 layers, width 256, 16 experts top-4, vocabulary 8,192: 19.14M parameters. docs/results/ has the numbers.
+8 layers, width 256, 16 experts top-4, vocabulary 8,192: 19.14M parameters. docs/results/ has the
+numbers.
 """
 
 from ml_collections import ConfigDict

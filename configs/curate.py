@@ -2,9 +2,9 @@
 
     python -m experiments.curate --config=configs/curate.py --output=DIR
 
-Expected with CPython 3.11: 8,348 training documents, cut from 1,671 files of 30.1 MB in 8.77 million tokens (3.43 bytes a
-token), 87 held-out ones of 1.41 MB; 14 seconds on two idle cores (3 of them train the tokenizer), 11 MB on disk.
-Any key can be overridden: --config.vocab_size=8192
+Expected with CPython 3.11: 8,348 training documents, cut from 1,671 files of 30.1 MB in 8.77
+million tokens (3.43 bytes a token), 87 held-out ones of 1.41 MB; 14 seconds on two idle cores (3 of
+them train the tokenizer), 11 MB on disk. Any key can be overridden: --config.vocab_size=8192
 """
 
 import ml_collections
@@ -19,7 +19,19 @@ def get_config() -> ml_collections.ConfigDict:
     config.files_root = ""
     config.files_glob = "**/*.py"
     # Files of source='files' whose names end so are code, which fill-in-the-middle may rearrange.
-    config.code_suffixes = (".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".go", ".rs", ".java", ".js", ".ts")
+    config.code_suffixes = (
+        ".py",
+        ".pyi",
+        ".c",
+        ".h",
+        ".cc",
+        ".cpp",
+        ".go",
+        ".rs",
+        ".java",
+        ".js",
+        ".ts",
+    )
     # Share of the files, chosen by a hash of seed and path, that training never sees.
     config.held_out_fraction = 0.05
     # Seed of that hash, which is also the order of documents on disk.

@@ -1,10 +1,11 @@
-"""GLM-4.5 355B-A32B: general pre-training, 15T tokens at 4,096 (arXiv 2508.06471, Table 1 and section 2).
+"""GLM-4.5 355B-A32B: general pre-training, 15T tokens at 4,096 (arXiv 2508.06471, Table 1 and
+section 2).
 
     python -m experiments.train --config=configs/glm45.py --workdir=W
 
-351.246B parameters in the layers, 355.234B with the MTP block, 32.08B active, none of them counting embedding and head;
-358.338B stored, with embedding and head and the copies of both that the released MTP block carries. Every other config
-starts from this one and says what differs.
+351.246B parameters in the layers, 355.234B with the MTP block, 32.08B active, none of them counting
+embedding and head; 358.338B stored, with embedding and head and the copies of both that the
+released MTP block carries. Every other config starts from this one and says what differs.
 """
 
 from ml_collections import ConfigDict
@@ -36,12 +37,15 @@ def _model() -> ConfigDict:
     model.norm_topk_prob = True
     model.routed_scaling_factor = 2.5
     model.init_std = 0.02
-    model.mtp_embeddings = "copied"  # shared, copied (into Hugging Face folders, as released) or own
+    # shared, copied (into Hugging Face folders, as released) or own
+    model.mtp_embeddings = "copied"
     model.compute_dtype = "bfloat16"
     model.scan_layers = True  # False compiles longer and runs faster on a CPU
     model.remat = "full"  # none, full, dots, context
     model.attention = "auto"  # auto (pallas on a TPU, else xla), reference, xla, pallas, cudnn
-    model.grouped_matmul = "auto"  # auto (pallas: TPU, batched: CPU, else ragged_dot), reference, batched, ragged_dot, pallas, mosaic_gpu
+    # auto (pallas: TPU, batched: CPU, else ragged_dot), reference, batched, ragged_dot, pallas,
+    # mosaic_gpu
+    model.grouped_matmul = "auto"
     model.expert_exchange = "ragged_all_to_all"  # all_gather, all_to_all; on a CPU one of these two
     model.expert_buffer = 1.25  # rows of an exchange's buffers over the rows a device sends
     return model
@@ -131,7 +135,8 @@ def _loop() -> ConfigDict:
 
 def _start() -> ConfigDict:
     start = ConfigDict()
-    start.workdir = ""  # of the run whose weights begin this one: the stage before, or an import of experiments.convert
+    # of the run whose weights begin this one: the stage before, or an import of experiments.convert
+    start.workdir = ""
     start.step = -1  # its checkpoint; -1: the newest
     return start
 

@@ -1,9 +1,11 @@
 """A 1B-active MoE with GLM-4.5's structure, sized so that Muon trains it on one 80 GB GPU.
 
-    python -m experiments.train --config=configs/gpu_1b.py --workdir=W --config.data.paths='("DATA",)'
+    python -m experiments.train --config=configs/gpu_1b.py --workdir=W \
+        --config.data.paths='("DATA",)'
 
-2.87B parameters, of which 0.94B multiply each token in the layers, 1.29B with the MTP block and the two products with the head.
-experiments.measure_gpu times its training step and its decoding. Against GLM-4.5: narrower, shallower, 32 experts, 40 query heads.
+2.87B parameters, of which 0.94B multiply each token in the layers, 1.29B with the MTP block and the
+two products with the head. experiments.measure_gpu times its training step and its decoding.
+Against GLM-4.5: narrower, shallower, 32 experts, 40 query heads.
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +28,8 @@ def get_config() -> ConfigDict:
     model.num_experts = 32
     model.routed_scaling_factor = 1.0
     model.attention = "cudnn"  # flash attention; the engine takes xla
-    model.grouped_matmul = "batched"  # XLA makes ragged_dot dense on a GPU: every expert would multiply every row
+    # XLA makes ragged_dot dense on a GPU: every expert would multiply every row
+    model.grouped_matmul = "batched"
 
     config.mesh.expert = 1
 

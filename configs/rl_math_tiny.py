@@ -1,6 +1,8 @@
-"""The demo's reinforcement learning: GRPO on small puzzles, from the cold start of configs/sft_tiny.py.
+"""The demo's reinforcement learning: GRPO on small puzzles, from the cold start of
+configs/sft_tiny.py.
 
-python -m experiments.rl --config=configs/rl_math_tiny.py --workdir=W/rl --config.start.workdir=W/sft
+python -m experiments.rl --config=configs/rl_math_tiny.py --workdir=W/rl \
+    --config.start.workdir=W/sft
 """
 
 from ml_collections import ConfigDict

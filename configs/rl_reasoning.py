@@ -1,12 +1,15 @@
-"""Reinforcement learning of the reasoning expert, 355B (arXiv 2508.06471, section 3.2): mathematics, code and science, verified.
+"""Reinforcement learning of the reasoning expert, 355B (arXiv 2508.06471, section 3.2):
+mathematics, code and science, verified.
 
-    python -m experiments.difficulty --workdir=runs/experts/sft_reasoning --tasks=data/tasks/math.jsonl,data/tasks/code.jsonl,\
-data/tasks/science.jsonl --max_new_tokens=65536 --output=runs/experts/difficulty.jsonl
+    python -m experiments.difficulty --workdir=runs/experts/sft_reasoning \
+        --tasks=data/tasks/math.jsonl,data/tasks/code.jsonl,data/tasks/science.jsonl \
+        --max_new_tokens=65536 --output=runs/experts/difficulty.jsonl
     python -m experiments.rl --config=configs/rl_reasoning.py --workdir=runs/experts/reasoning
 
-From the paper: GRPO without KL term, token-weighted loss, one stage at 64K output tokens, moderate tasks and then those with
-pass@8 = 0 and pass@512 > 0, the temperature swept where the reward stops rising, FP8 weights for rollouts, BF16 for training.
-Group size, clip, learning rate and the sizes of a step are not printed: ours. Sized for 512 chips, not run.
+From the paper: GRPO without KL term, token-weighted loss, one stage at 64K output tokens, moderate
+tasks and then those with pass@8 = 0 and pass@512 > 0, the temperature swept where the reward stops
+rising, FP8 weights for rollouts, BF16 for training. Group size, clip, learning rate and the sizes
+of a step are not printed: ours. Sized for 512 chips, not run.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +26,8 @@ def _size(config: ConfigDict):
     engine.context = CONTEXT
     engine.num_rows = engine.min_rows = 4 * CHIPS
     engine.page_size = 64
-    engine.num_pages = CHIPS * CONTEXT // engine.page_size  # a chip holds one output of full length, or four of 16K: 28 GB
+    # a chip holds one output of full length, or four of 16K: 28 GB
+    engine.num_pages = CHIPS * CONTEXT // engine.page_size
     engine.prefill_chunk = 2048
     engine.min_chunk = 256
     engine.decode_steps = 16
@@ -47,7 +51,9 @@ def get_config() -> ConfigDict:
     _size(config)
 
     config.tasks.train = tuple(f"data/tasks/{name}.jsonl" for name in ("math", "code", "science"))
-    config.tasks.held_out = tuple(f"data/tasks/{name}_held_out.jsonl" for name in ("math", "code", "science"))
+    config.tasks.held_out = tuple(
+        f"data/tasks/{name}_held_out.jsonl" for name in ("math", "code", "science")
+    )
 
     grpo = config.grpo
     grpo.learning_rate = 1e-6  # ours

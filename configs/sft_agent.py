@@ -1,4 +1,5 @@
-"""Cold start of the agent expert (arXiv 2508.06471, section 3.1): trajectories of search, coding and tool use.
+"""Cold start of the agent expert (arXiv 2508.06471, section 3.1): trajectories of search, coding
+and tool use.
 
     python -m experiments.sft --config=configs/sft_agent.py --workdir=runs/experts/sft_agent
 

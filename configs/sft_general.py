@@ -1,4 +1,5 @@
-"""Cold start of the general expert (arXiv 2508.06471, section 3.1): writing, chat, instructions, translation and role-play.
+"""Cold start of the general expert (arXiv 2508.06471, section 3.1): writing, chat, instructions,
+translation and role-play.
 
     python -m experiments.sft --config=configs/sft_general.py --workdir=runs/experts/sft_general
 

@@ -1,4 +1,5 @@
-"""Cold start of the reasoning expert (arXiv 2508.06471, section 3.1): a small set of long chains of thought, mathematics to code.
+"""Cold start of the reasoning expert (arXiv 2508.06471, section 3.1): a small set of long chains of
+thought, mathematics to code.
 
     python -m experiments.sft --config=configs/sft_reasoning.py --workdir=runs/experts/sft_reasoning
 

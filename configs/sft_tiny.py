@@ -1,7 +1,9 @@
-"""The demo's cold start: the tiny model learns to answer in GLM-4.5's chat template, with a little reasoning.
+"""The demo's cold start: the tiny model learns to answer in GLM-4.5's chat template, with a little
+reasoning.
 
 python -m experiments.cold_start --output=W/cold_start.jsonl
-python -m experiments.sft --config=configs/sft_tiny.py --workdir=W/sft --config.start.workdir=W/run \
+python -m experiments.sft --config=configs/sft_tiny.py --workdir=W/sft \
+    --config.start.workdir=W/run \
     --config.data.paths='("W/cold_start.jsonl",)' --config.data.tokenizer=W/run
 """
 
@@ -26,7 +28,8 @@ def get_config() -> ConfigDict:
     data = ConfigDict()
     data.paths = ("runs/demo/cold_start.jsonl",)  # JSONL of conversations
     data.tokenizer = "runs/demo/run"  # the start's
-    data.thinking_share = 0.8  # of conversations with reasoning that do not say themselves; the others lose it
+    # of conversations with reasoning that do not say themselves; the others lose it
+    data.thinking_share = 0.8
     data.held_out_fraction = 0.05
     data.batch_size = 8
     data.sequence_length = 256

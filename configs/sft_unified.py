@@ -1,11 +1,14 @@
-"""Unified fine-tuning of the 355B (arXiv 2508.06471, section 3.1): the base model learns from what all experts have written.
+"""Unified fine-tuning of the 355B (arXiv 2508.06471, section 3.1): the base model learns from what
+all experts have written.
 
-    python -m experiments.distill --workdir=EXPERT --tasks=TASKS --max_new_tokens=65536 --output=runs/experts/reasoning.jsonl
+    python -m experiments.distill --workdir=EXPERT --tasks=TASKS --max_new_tokens=65536 \
+        --output=runs/experts/reasoning.jsonl
     python -m experiments.sft --config=configs/sft_unified.py --workdir=W
 
-The first for each expert, with --thinking=false for what needs a quick answer. From the paper: from the base model, millions of samples
-of up to 128K tokens, with and without reasoning. It prints no learning rate, batch or number of tokens: those are ours.
-Not run: a row stays whole on its device until the mesh splits lengths (mesh.context), and 92 layers' inputs of 128K tokens are 123 GB.
+The first for each expert, with --thinking=false for what needs a quick answer. From the paper: from
+the base model, millions of samples of up to 128K tokens, with and without reasoning. It prints no
+learning rate, batch or number of tokens: those are ours. Not run: a row stays whole on its device
+until the mesh splits lengths (mesh.context), and 92 layers' inputs of 128K tokens are 123 GB.
 """
 
 from ml_collections import ConfigDict
@@ -15,9 +18,14 @@ from configs import glm45
 
 def _data() -> ConfigDict:
     data = ConfigDict()
-    data.paths = ("runs/experts/reasoning.jsonl", "runs/experts/agent.jsonl", "runs/experts/general.jsonl")
+    data.paths = (
+        "runs/experts/reasoning.jsonl",
+        "runs/experts/agent.jsonl",
+        "runs/experts/general.jsonl",
+    )
     data.tokenizer = "runs/glm45/long_context"  # the start's
-    data.thinking_share = 0.5  # of what does not say itself whether it thinks; experiments.distill says so. Ours
+    # of what does not say itself whether it thinks; experiments.distill says so. Ours
+    data.thinking_share = 0.5
     data.held_out_fraction = 0.001
     data.batch_size = 64  # 8.4M tokens; ours
     data.sequence_length = 131_072

@@ -1,4 +1,5 @@
-"""The demo: a GLM with every part of the architecture in it, learning the Python standard library on a laptop.
+"""The demo: a GLM with every part of the architecture in it, learning the Python standard library
+on a laptop.
 
 python -m experiments.curate --config=configs/curate.py --output=W/data
 python -m experiments.train --config=configs/tiny.py --workdir=W/run --config.data.paths=W/data,
@@ -64,5 +65,10 @@ def get_config() -> ConfigDict:
     loop.sample_every = 200
     loop.sample_length = 96
     loop.sample_prompts = ("def add(", "import os\n\n\nclass ", "    def __init__(self, ")
-    loop.fim_prompts = ("    def test_close(self):\n        self.file.close()\n|        self.assertTrue(self.file.closed)\n",)
+    loop.fim_prompts = (
+        (
+            "    def test_close(self):\n        self.file.close()\n|       "
+            " self.assertTrue(self.file.closed)\n"
+        ),
+    )
     return config

@@ -1,4 +1,6 @@
-"""Token ids of a whole conversation -> its messages, tools and switch. The inverse of `data.chat_template.encode`."""
+"""Token ids of a whole conversation -> its messages, tools and switch. The inverse of
+`data.chat_template.encode`.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,17 @@ class Conversation(NamedTuple):
 
 
 def read_conversation(tokenizer: Tokenizer, ids: Iterable[int]) -> Conversation:
-    """The conversation that `encode` or `encode_for_training` wrote, with or without the token that stops its last turn.
+    """The conversation that `encode` or `encode_for_training` wrote, with or without the token that
+    stops its last turn.
 
-    It comes in normal form, which lacks what the template never writes: reasoning in front of the last user's turn, white space
-    around reasoning and content, names, ids of calls, a `/nothink` that the user typed where thinking is off. Content is one text;
-    an assistant's message always has `reasoning_content` and `content`, maybe empty; arguments are JSON text. As the template writes
-    strings raw, an argument to which its schema gives no type, or string among others, is a string only where it is no JSON of a
-    type that will do. thinking: whether the users' turns lack `/nothink`; True where there are none.
-    Raises MalformedOutput naming what the template cannot have written, like `messages[2].content`.
+    It comes in normal form, which lacks what the template never writes: reasoning in front of the
+    last user's turn, white space around reasoning and content, names, ids of calls, a `/nothink`
+    that the user typed where thinking is off. Content is one text; an assistant's message always
+    has `reasoning_content` and `content`, maybe empty; arguments are JSON text. As the template
+    writes strings raw, an argument to which its schema gives no type, or string among others, is a
+    string only where it is no JSON of a type that will do. thinking: whether the users' turns lack
+    `/nothink`; True where there are none. Raises MalformedOutput naming what the template cannot
+    have written, like `messages[2].content`.
     """
     pieces = split_tokens(tokenizer, ids)
     if pieces[:2] != [("[gMASK]", True), ("<sop>", True)]:
@@ -38,7 +43,10 @@ def read_conversation(tokenizer: Tokenizer, ids: Iterable[int]) -> Conversation:
     tools = []
     if turns and turns[0][0] == "<|system|>" and any(is_control for _, is_control in turns[0][1]):
         tools = _tools(turns.pop(0)[1])
-    if [marker for marker, _ in turns[-2:-1]] == ["<|assistant|>"] and turns[-1] in (("<|user|>", []), ("<|observation|>", [])):
+    if [marker for marker, _ in turns[-2:-1]] == ["<|assistant|>"] and turns[-1] in (
+        ("<|user|>", []),
+        ("<|observation|>", []),
+    ):
         turns.pop()
     messages, switches = [], []
     for marker, body in turns:
@@ -50,8 +58,12 @@ def read_conversation(tokenizer: Tokenizer, ids: Iterable[int]) -> Conversation:
         elif marker == "<|user|>":
             switches.append(body[-1:] == [("/nothink", True)])
             if switches[-1] != switches[0]:
-                raise MalformedOutput(where, "must have /nothink if and only if the user's turns before it have it")
-            messages.append({"role": "user", "content": _content(body[:-1] if switches[-1] else body, where)})
+                raise MalformedOutput(
+                    where, "must have /nothink if and only if the user's turns before it have it"
+                )
+            messages.append(
+                {"role": "user", "content": _content(body[:-1] if switches[-1] else body, where)}
+            )
         else:
             messages.append({"role": "system", "content": _content(body, where)})
     return Conversation(messages, tools, thinking=not any(switches))
@@ -74,9 +86,13 @@ def _tools(body: Pieces) -> list[dict]:
     text = "".join(piece for piece, _ in body)
     before = TOOLS_BEFORE.removeprefix("<|system|>")
     if not text.startswith(before) or not text.endswith(f"\n{TOOLS_AFTER}"):
-        raise MalformedOutput("tools", "special tokens in a system message that is not the template's list of tools")
+        raise MalformedOutput(
+            "tools", "special tokens in a system message that is not the template's list of tools"
+        )
     tools = []
-    for i, line in enumerate(text.removeprefix(before).removesuffix(f"\n{TOOLS_AFTER}").split("\n")):
+    for i, line in enumerate(
+        text.removeprefix(before).removesuffix(f"\n{TOOLS_AFTER}").split("\n")
+    ):
         try:
             tools.append(from_json(line))
         except ValueError as error:
@@ -102,8 +118,14 @@ def _responses(body: Pieces, where: str) -> list[dict]:
     for start in range(0, len(body), len(expected)):
         run = tuple(body[start : start + len(expected)])
         text = run[2][0] if len(run) == len(expected) else ""
-        if run[:2] + run[3:] != expected[:2] + expected[3:] or len(text) < 2 or text[0] + text[-1] != "\n\n":
-            raise MalformedOutput(where, "an observation is a run of \\n<tool_response>\\n...\\n</tool_response>")
+        if (
+            run[:2] + run[3:] != expected[:2] + expected[3:]
+            or len(text) < 2
+            or text[0] + text[-1] != "\n\n"
+        ):
+            raise MalformedOutput(
+                where, "an observation is a run of \\n<tool_response>\\n...\\n</tool_response>"
+            )
         found.append({"role": "tool", "content": text[1:-1]})
     if not found:
         raise MalformedOutput(where, "an observation without a <tool_response>")

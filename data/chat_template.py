@@ -1,7 +1,9 @@
-"""GLM-4.5's chat format: messages to text or token ids. `data.chat_output` reads what the model writes back.
+"""GLM-4.5's chat format: messages to text or token ids. `data.chat_output` reads what the model
+writes back.
 
-Messages, tools and tool calls are those of OpenAI's chat API, as parsed JSON: a message has a `role` (system, user, assistant,
-tool) and `content`; an assistant's also `reasoning_content` and `tool_calls`, whose `arguments` are a JSON object or its text.
+Messages, tools and tool calls are those of OpenAI's chat API, as parsed JSON: a message has a
+`role` (system, user, assistant, tool) and `content`; an assistant's also `reasoning_content` and
+`tool_calls`, whose `arguments` are a JSON object or its text.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
-STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")  # any of them ends the assistant's turn
+# any of them ends the assistant's turn
+STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 # `name` is read by nobody; what other keys hold would be lost.
 MESSAGE_KEYS = ("role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id")
 
@@ -41,7 +44,9 @@ _SPECIAL = re.compile(f"({'|'.join(map(re.escape, SPECIAL_TOKENS))})")
 
 
 class TemplateError(ValueError):
-    """A conversation that the template cannot write; `field` is the path of what is wrong, like `messages[2].role`, `problem` the rest."""
+    """A conversation that the template cannot write; `field` is the path of what is wrong, like
+    `messages[2].role`, `problem` the rest.
+    """
 
     def __init__(self, field: str, problem: str):
         super().__init__(f"{field}: {problem}")
@@ -50,22 +55,32 @@ class TemplateError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """A stretch of a conversation, as long as one special token or as the plain text between two."""
+    """A stretch of a conversation, as long as one special token or as the plain text between
+    two.
+    """
 
     text: str
     is_control: bool  # one special token, spelled out; else plain text, whatever it spells
-    role: str  # whose turn it belongs to, of ROLES; the start of the conversation counts as the system's
+    # whose turn it belongs to, of ROLES; the start of the conversation counts as the system's
+    role: str
 
 
 def render(
-    messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None, *, thinking: bool = True, generation_prompt: bool = True
+    messages: Sequence[Mapping],
+    tools: Sequence[Mapping] | None = None,
+    *,
+    thinking: bool = True,
+    generation_prompt: bool = True,
 ) -> str:
     """The conversation as text, special tokens spelled out.
 
-    thinking: whether the model is asked to reason. generation_prompt: ends where the assistant goes on.
-    Raises TemplateError naming the field that is wrong.
+    thinking: whether the model is asked to reason. generation_prompt: ends where the assistant goes
+    on. Raises TemplateError naming the field that is wrong.
     """
-    return "".join(s.text for s in segments(messages, tools, thinking=thinking, generation_prompt=generation_prompt))
+    return "".join(
+        s.text
+        for s in segments(messages, tools, thinking=thinking, generation_prompt=generation_prompt)
+    )
 
 
 def encode(
@@ -76,27 +91,40 @@ def encode(
     thinking: bool = True,
     generation_prompt: bool = True,
 ) -> list[int]:
-    """Token ids of the conversation, in which only the template's own markers are special tokens. Arguments as for `render`."""
+    """Token ids of the conversation, in which only the template's own markers are special tokens.
+    Arguments as for `render`.
+    """
     parts = segments(messages, tools, thinking=thinking, generation_prompt=generation_prompt)
     return list(itertools.chain.from_iterable(_ids(tokenizer, parts)))
 
 
 def encode_to_continue(
-    tokenizer: Tokenizer, messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None, *, thinking: bool = True
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping],
+    tools: Sequence[Mapping] | None = None,
+    *,
+    thinking: bool = True,
 ) -> tuple[list[int], str]:
-    """Token ids up to the last character of the last message, which the assistant has begun, and the field of it that is to be
-    continued: `content`, or `reasoning_content` where there is no content yet; "" where there is neither.
+    """Token ids up to the last character of the last message, which the assistant has begun, and
+    the field of it that is to be continued: `content`, or `reasoning_content` where there is no
+    content yet; "" where there is neither.
 
-    Raises TemplateError as `render` does, and where the last message is not the assistant's or is finished, as it calls tools.
+    Raises TemplateError as `render` does, and where the last message is not the assistant's or is
+    finished, as it calls tools.
     """
     parts = segments(messages, tools, thinking=thinking, generation_prompt=False)
     last, where = messages[-1], f"messages[{len(messages) - 1}]"
     if last["role"] != "assistant":
-        raise TemplateError(f"{where}.role", f"only the assistant's message can be continued, not that of the {last['role']}")
+        raise TemplateError(
+            f"{where}.role",
+            f"only the assistant's message can be continued, not that of the {last['role']}",
+        )
     if last.get("tool_calls"):
         raise TemplateError(f"{where}.tool_calls", "a message that calls tools cannot be continued")
     content, reasoning = visible_text(last, where), last.get("reasoning_content")
-    opened = reasoning is None and "</think>" not in content and content.lstrip().startswith("<think>")
+    opened = (
+        reasoning is None and "</think>" not in content and content.lstrip().startswith("<think>")
+    )
     if opened:  # a client that sends back the raw output of a model that was still reasoning
         content, reasoning = "", content.lstrip().removeprefix("<think>")
     text = content.rpartition("</think>")[2] if reasoning is None else content
@@ -104,7 +132,9 @@ def encode_to_continue(
     if field == "content":
         parts.append(_plain(text[len(text.rstrip()) :], "assistant"))
     else:
-        turn = max(i for i, part in enumerate(parts) if part.is_control and part.text == "<|assistant|>")
+        turn = max(
+            i for i, part in enumerate(parts) if part.is_control and part.text == "<|assistant|>"
+        )
         parts = parts[:turn] + _generation_prompt(thinking or bool(field))
         if field:
             parts += [*_own("\n<think>", "assistant"), _plain(reasoning.lstrip(), "assistant")]
@@ -112,24 +142,36 @@ def encode_to_continue(
 
 
 def encode_for_training(
-    tokenizer: Tokenizer, messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None, *, thinking: bool
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping],
+    tools: Sequence[Mapping] | None = None,
+    *,
+    thinking: bool,
 ) -> tuple[list[int], list[bool]]:
-    """Token ids of a finished conversation, and for each whether the model is to learn to predict it.
+    """Token ids of a finished conversation, and for each whether the model is to learn to predict
+    it.
 
-    What is learnt of an assistant's turn is what the engine would have drawn: all behind `<|assistant|>`, or behind `</think>` where
-    that was given (thinking off) or the template has dropped the reasoning (turns before the last user's); then the token that
-    stops the turn, `<|observation|>` behind tool calls and else `<|user|>`, where the conversation goes on with it. The last turn's
-    is appended. In front of every turn behind the last user's, the ids are those of `encode` for the messages up to there.
-    Raises TemplateError where the last turn is not the assistant's, and for reasoning that would have to be kept with thinking off.
+    What is learnt of an assistant's turn is what the engine would have drawn: all behind
+    `<|assistant|>`, or behind `</think>` where that was given (thinking off) or the template has
+    dropped the reasoning (turns before the last user's); then the token that stops the turn,
+    `<|observation|>` behind tool calls and else `<|user|>`, where the conversation goes on with it.
+    The last turn's is appended. In front of every turn behind the last user's, the ids are those of
+    `encode` for the messages up to there. Raises TemplateError where the last turn is not the
+    assistant's, and for reasoning that would have to be kept with thinking off.
     """
     parts = segments(messages, tools, thinking=thinking, generation_prompt=False)
     last = len(messages) - 1
     if messages[last]["role"] != "assistant":
-        raise TemplateError(f"messages[{last}].role", f"a finished conversation ends with the assistant, not {messages[last]['role']}")
+        raise TemplateError(
+            f"messages[{last}].role",
+            f"a finished conversation ends with the assistant, not {messages[last]['role']}",
+        )
     parts += _own(_stop_of(messages[last]), "user")
     learnt = _learnt(parts, messages, thinking)
     ids = _ids(tokenizer, parts)
-    flags = itertools.chain.from_iterable([flag] * len(own) for flag, own in zip(learnt, ids, strict=True))
+    flags = itertools.chain.from_iterable(
+        [flag] * len(own) for flag, own in zip(learnt, ids, strict=True)
+    )
     return list(itertools.chain.from_iterable(ids)), list(flags)
 
 
@@ -144,11 +186,14 @@ def _learnt(parts: Sequence[Segment], messages: Sequence[Mapping], thinking: boo
             flags.append(False)
         elif part.role == "assistant":
             if not (written or part.is_control or part.text == "\n"):
-                raise TemplateError(f"messages[{turn}].reasoning_content", "must be empty where thinking is off")
+                raise TemplateError(
+                    f"messages[{turn}].reasoning_content", "must be empty where thinking is off"
+                )
             flags.append(written)
             written = written or (part.is_control and part.text == "</think>")
         else:
-            # Whatever else stands behind a turn (a system message, another turn) is nothing that the engine stops at.
+            # Whatever else stands behind a turn (a system message, another turn) is nothing that
+            # the engine stops at.
             flags.append(part.is_control and part.text == stop)
             stop = None
     return flags
@@ -160,22 +205,31 @@ def _stop_of(message: Mapping) -> str:
 
 def _ids(tokenizer: Tokenizer, parts: Sequence[Segment]) -> list[list[int]]:
     """Token ids of each segment."""
-    # A user who types `<|assistant|>` must not be able to speak for the assistant. The rendered text cannot tell his from ours,
-    # so it is never tokenized as a whole: plain segments go through the tokenizer that knows no special token. As a segment
-    # reaches from one special token to the next, honest text gets the same ids as it would from the whole.
+    # A user who types `<|assistant|>` must not be able to speak for the assistant. The rendered
+    # text cannot tell his from ours, so it is never tokenized as a whole: plain segments go through
+    # the tokenizer that knows no special token. As a segment reaches from one special token to the
+    # next, honest text gets the same ids as it would from the whole.
     plain = iter(tokenizer.encode_batch([s.text for s in parts if not s.is_control]))
     return [[tokenizer.special(s.text)] if s.is_control else next(plain) for s in parts]
 
 
 def segments(
-    messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None, *, thinking: bool = True, generation_prompt: bool = True
+    messages: Sequence[Mapping],
+    tools: Sequence[Mapping] | None = None,
+    *,
+    thinking: bool = True,
+    generation_prompt: bool = True,
 ) -> list[Segment]:
-    """The conversation in segments, none empty, no two plain ones side by side. Arguments and errors as for `render`."""
+    """The conversation in segments, none empty, no two plain ones side by side. Arguments and
+    errors as for `render`.
+    """
     check_tools(tools or ())
     _check_messages(messages)
     parts = _own("[gMASK]<sop>", "system")
     if tools:
-        schemas = [_plain(f"{to_json(tool, f'tools[{i}]')}\n", "system") for i, tool in enumerate(tools)]
+        schemas = [
+            _plain(f"{to_json(tool, f'tools[{i}]')}\n", "system") for i, tool in enumerate(tools)
+        ]
         parts += [*_own(TOOLS_BEFORE, "system"), *schemas, *_own(TOOLS_AFTER, "system")]
     last_user = _last_user(messages)
     for i, message in enumerate(messages):
@@ -186,10 +240,18 @@ def segments(
             parts += _user(visible_text(message, where), thinking)
         elif message["role"] == "tool":
             starts_run = i == 0 or messages[i - 1]["role"] != "tool"
-            parts += _own("<|observation|>" if starts_run else "", "tool") + _own("\n<tool_response>\n", "tool")
-            parts += [_plain(visible_text(message, where), "tool"), *_own("\n</tool_response>", "tool")]
+            parts += _own("<|observation|>" if starts_run else "", "tool") + _own(
+                "\n<tool_response>\n", "tool"
+            )
+            parts += [
+                _plain(visible_text(message, where), "tool"),
+                *_own("\n</tool_response>", "tool"),
+            ]
         else:
-            parts += [*_own("<|system|>\n", "system"), _plain(visible_text(message, where), "system")]
+            parts += [
+                *_own("<|system|>\n", "system"),
+                _plain(visible_text(message, where), "system"),
+            ]
     if generation_prompt:
         parts += _generation_prompt(thinking)
     return _joined(parts)
@@ -206,7 +268,11 @@ def _last_user(messages: Sequence[Mapping]) -> int:
 def _user(text: str, thinking: bool) -> list[Segment]:
     switch = [] if thinking else _own("/nothink", "user")
     # Who typed the switch himself gets no second one.
-    return [*_own("<|user|>\n", "user"), _plain(text if thinking else text.removesuffix("/nothink"), "user"), *switch]
+    return [
+        *_own("<|user|>\n", "user"),
+        _plain(text if thinking else text.removesuffix("/nothink"), "user"),
+        *switch,
+    ]
 
 
 def _assistant(message: Mapping, where: str, *, keep_reasoning: bool) -> list[Segment]:
@@ -215,7 +281,10 @@ def _assistant(message: Mapping, where: str, *, keep_reasoning: bool) -> list[Se
         before, _, content = content.rpartition("</think>")
         reasoning = before.partition("</think>")[0].rpartition("<think>")[2]
     parts = _own("<|assistant|>\n<think>", "assistant")
-    parts += [_plain((reasoning or "").strip() if keep_reasoning else "", "assistant"), *_own("</think>", "assistant")]
+    parts += [
+        _plain((reasoning or "").strip() if keep_reasoning else "", "assistant"),
+        *_own("</think>", "assistant"),
+    ]
     if content.strip():
         parts.append(_plain("\n" + content.strip(), "assistant"))
     for i, call in enumerate(message.get("tool_calls") or ()):
@@ -228,7 +297,11 @@ def _tool_call(function: Mapping, where: str) -> list[Segment]:
     for key, value in arguments_of(function, where).items():
         # Strings are written raw, so that code needs no escaping.
         text = value if isinstance(value, str) else to_json(value, f"{where}.arguments.{key}")
-        parts += [*_own("<arg_key>", "assistant"), _plain(key, "assistant"), *_own("</arg_key>\n<arg_value>", "assistant")]
+        parts += [
+            *_own("<arg_key>", "assistant"),
+            _plain(key, "assistant"),
+            *_own("</arg_key>\n<arg_value>", "assistant"),
+        ]
         parts += [_plain(text, "assistant"), *_own("</arg_value>\n", "assistant")]
     return [*parts, *_own("</tool_call>", "assistant")]
 
@@ -301,10 +374,14 @@ def _check_messages(messages: Sequence[Mapping]):
         if role == "tool":
             answered = message.get("tool_call_id")
             if calls is None:
-                raise TemplateError(f"{where}.role", "a tool message must follow an assistant's tool_calls")
+                raise TemplateError(
+                    f"{where}.role", "a tool message must follow an assistant's tool_calls"
+                )
             if answered is not None and None not in calls and answered not in calls:
                 raise TemplateError(
-                    f"{where}.tool_call_id", f"{answered!r} is none of the calls before it; valid: {', '.join(map(str, calls))}"
+                    f"{where}.tool_call_id",
+                    f"{answered!r} is none of the calls before it; valid:"
+                    f" {', '.join(map(str, calls))}",
                 )
         else:
             calls = _check_calls(message, where) if role == "assistant" else None
@@ -316,14 +393,19 @@ def _check_calls(message: Mapping, where: str) -> list | None:
     if not isinstance(calls, Sequence) or isinstance(calls, str):
         raise TemplateError(f"{where}.tool_calls", f"must be a list, not {_kind(calls)}")
     for i, call in enumerate(calls):
-        function = _object(_object(call, f"{where}.tool_calls[{i}]").get("function"), f"{where}.tool_calls[{i}].function")
+        function = _object(
+            _object(call, f"{where}.tool_calls[{i}]").get("function"),
+            f"{where}.tool_calls[{i}].function",
+        )
         _name(function.get("name"), f"{where}.tool_calls[{i}].function.name")
         arguments_of(function, f"{where}.tool_calls[{i}].function")
     return [call.get("id") for call in calls] or None
 
 
 def visible_text(message: Mapping, where: str) -> str:
-    """A message's content, which may come in parts of type text; of an assistant it may be missing. Raises TemplateError."""
+    """A message's content, which may come in parts of type text; of an assistant it may be missing.
+    Raises TemplateError.
+    """
     content, field = message.get("content"), f"{where}.content"
     if content is None and message["role"] == "assistant":
         return ""
@@ -338,7 +420,9 @@ def visible_text(message: Mapping, where: str) -> str:
 
 
 def arguments_of(function: Mapping, where: str) -> Mapping:
-    """The arguments of a tool call's function, parsed where they are JSON text. Raises TemplateError."""
+    """The arguments of a tool call's function, parsed where they are JSON text. Raises
+    TemplateError.
+    """
     arguments, field = function.get("arguments"), f"{where}.arguments"
     if isinstance(arguments, str):
         try:
@@ -385,13 +469,17 @@ def _text(value, field: str, alternative: str = "") -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise TemplateError(field, f"holds half of a surrogate pair at character {error.start}") from None
+        raise TemplateError(
+            field, f"holds half of a surrogate pair at character {error.start}"
+        ) from None
     return value
 
 
 def _name(value, field: str) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[\w.:/-]+", value):
-        raise TemplateError(field, f"{value!r} is no function name: letters, digits and any of _ - . : /")
+        raise TemplateError(
+            field, f"{value!r} is no function name: letters, digits and any of _ - . : /"
+        )
     return value
 
 

@@ -1,4 +1,5 @@
-"""Curation: a source becomes a dataset folder (tokenizer.json, ArrayRecord shards, manifest.json), all of it or none.
+"""Curation: a source becomes a dataset folder (tokenizer.json, ArrayRecord shards, manifest.json),
+all of it or none.
 
 The corpus is held in memory, so this serves corpora of a few gigabytes.
 """
@@ -23,7 +24,8 @@ from data.sources import Document, file_documents, stdlib_documents
 from data.tokenizer import Tokenizer, train_tokenizer
 
 SOURCES = ("stdlib", "files")
-# Documents tokenized at a time: enough to keep all cores busy, few enough for a lively progress bar.
+# Documents tokenized at a time: enough to keep all cores busy, few enough for a lively progress
+# bar.
 _BATCH = 32
 
 
@@ -39,8 +41,10 @@ class CurateConfig:
     tokenizer_path: a tokenizer.json to use, or '' to train one on the train split.
     vocab_size: of a trained tokenizer, special tokens included.
     tokenizer_train_bytes: train the tokenizer on about so much text of the train split.
-    max_document_bytes: longer files of the train split become several documents, cut at line ends; 0: whole files. Packing
-        reads a document in one go, so where a corpus is small against its longest files, batches would be all of a few files.
+    max_document_bytes: longer files of the train split become several documents, cut at line ends;
+    0: whole files. Packing
+        reads a document in one go, so where a corpus is small against its longest files, batches
+        would be all of a few files.
     train_shards, held_out_shards: number of files of each split.
     """
 
@@ -62,20 +66,26 @@ class CurateConfig:
         if self.source not in SOURCES:
             raise ValueError(f"source={self.source!r}; valid: {list(SOURCES)}")
         if not 0 < self.held_out_fraction < 1:
-            raise ValueError(f"held_out_fraction={self.held_out_fraction}; valid: above 0 and below 1")
+            raise ValueError(
+                f"held_out_fraction={self.held_out_fraction}; valid: above 0 and below 1"
+            )
         for name in ("tokenizer_train_bytes", "train_shards", "held_out_shards"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; valid: 1 or more")
         if self.max_document_bytes < 0:
-            raise ValueError(f"max_document_bytes={self.max_document_bytes}; valid: 0 (whole files) or more")
+            raise ValueError(
+                f"max_document_bytes={self.max_document_bytes}; valid: 0 (whole files) or more"
+            )
 
 
 def curate(config: CurateConfig, output: str | pathlib.Path, progress: bool) -> Manifest:
-    """Makes the dataset folder `output`, or returns the manifest of the one that is already there and matches.
+    """Makes the dataset folder `output`, or returns the manifest of the one that is already there
+    and matches.
 
-    Everything is written to a folder beside `output` that is renamed at the end, so `output` is either finished or absent, after
-    a kill or a full disk too. Raises ValueError, and changes nothing, where `output` holds anything else: another config's or
-    another corpus's dataset, or files of another kind.
+    Everything is written to a folder beside `output` that is renamed at the end, so `output` is
+    either finished or absent, after a kill or a full disk too. Raises ValueError, and changes
+    nothing, where `output` holds anything else: another config's or another corpus's dataset, or
+    files of another kind.
     """
     output = pathlib.Path(output).absolute()
     documents, skipped = _read_corpus(config)
@@ -86,11 +96,19 @@ def curate(config: CurateConfig, output: str | pathlib.Path, progress: bool) -> 
     with _folder_in_one_piece(output) as folder:
         tokenizer = _make_tokenizer(config, train)
         (folder / "tokenizer.json").write_text(tokenizer.to_json(), "utf-8")
-        train = [piece for document in train for piece in _in_pieces(document, config.max_document_bytes)]
+        train = [
+            piece for document in train for piece in _in_pieces(document, config.max_document_bytes)
+        ]
         num_bytes = sum(len(document.content) for document in documents)
-        with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="tokenize", disable=not progress) as bar:
-            train_split = Split(_write_shards(folder, "train", train, config.train_shards, tokenizer, bar))
-            held_out_split = Split(_write_shards(folder, "held_out", held_out, config.held_out_shards, tokenizer, bar))
+        with tqdm(
+            total=num_bytes, unit="B", unit_scale=True, desc="tokenize", disable=not progress
+        ) as bar:
+            train_split = Split(
+                _write_shards(folder, "train", train, config.train_shards, tokenizer, bar)
+            )
+            held_out_split = Split(
+                _write_shards(folder, "held_out", held_out, config.held_out_shards, tokenizer, bar)
+            )
         manifest = Manifest(
             config=_plain(config),
             corpus_sha256=corpus_sha256,
@@ -113,7 +131,11 @@ def _plain(config: CurateConfig) -> dict:
 def _read_corpus(config: CurateConfig) -> tuple[list[Document], dict[str, int]]:
     """All documents that have text, in hash order, and the number of those left out by reason."""
     from_files = config.source == "files"
-    found = file_documents(config.files_root, config.files_glob, config.code_suffixes) if from_files else stdlib_documents()
+    found = (
+        file_documents(config.files_root, config.files_glob, config.code_suffixes)
+        if from_files
+        else stdlib_documents()
+    )
     documents, skipped = [], {"empty": 0, "undecodable": 0}
     for document in found:
         if not document.content:
@@ -122,8 +144,12 @@ def _read_corpus(config: CurateConfig) -> tuple[list[Document], dict[str, int]]:
             skipped["undecodable"] += 1
         else:
             documents.append(document)
-    # Hash order makes every prefix of a split a fair sample of it, for a short evaluation or for the tokenizer.
-    return sorted(documents, key=lambda document: (_hash(config.seed, document.path), document.path)), skipped
+    # Hash order makes every prefix of a split a fair sample of it, for a short evaluation or for
+    # the tokenizer.
+    return (
+        sorted(documents, key=lambda document: (_hash(config.seed, document.path), document.path)),
+        skipped,
+    )
 
 
 def _hash(seed: int, path: str) -> float:
@@ -133,8 +159,12 @@ def _hash(seed: int, path: str) -> float:
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
 
-def _split(documents: Sequence[Document], config: CurateConfig) -> tuple[list[Document], list[Document]]:
-    """Train and held-out documents, by file. Raises ValueError where either has fewer documents than shards."""
+def _split(
+    documents: Sequence[Document], config: CurateConfig
+) -> tuple[list[Document], list[Document]]:
+    """Train and held-out documents, by file. Raises ValueError where either has fewer documents
+    than shards.
+    """
     held_out = [d for d in documents if _hash(config.seed, d.path) < config.held_out_fraction]
     train = documents[len(held_out) :]
     for name, part, num_shards in (
@@ -143,14 +173,17 @@ def _split(documents: Sequence[Document], config: CurateConfig) -> tuple[list[Do
     ):
         if len(part) < num_shards:
             raise ValueError(
-                f"of {len(documents)} documents {len(part)} fall to {name} (held_out_fraction={config.held_out_fraction}), "
-                f"fewer than its {num_shards} shards"
+                f"of {len(documents)} documents {len(part)} fall to {name}"
+                f" (held_out_fraction={config.held_out_fraction}), fewer than its {num_shards}"
+                " shards"
             )
     return list(train), held_out
 
 
 def _in_pieces(document: Document, max_bytes: int) -> list[Document]:
-    """The document, or pieces of at most max_bytes cut at line ends (a longer line is a piece of its own), as path:1, path:2, ..."""
+    """The document, or pieces of at most max_bytes cut at line ends (a longer line is a piece of
+    its own), as path:1, path:2, ...
+    """
     if not max_bytes or len(document.content) <= max_bytes:
         return [document]
     pieces = [b""]
@@ -158,35 +191,59 @@ def _in_pieces(document: Document, max_bytes: int) -> list[Document]:
         if pieces[-1] and len(pieces[-1]) + len(line) > max_bytes:
             pieces.append(b"")
         pieces[-1] += line
-    return [dataclasses.replace(document, path=f"{document.path}:{i}", content=piece) for i, piece in enumerate(pieces, 1)]
+    return [
+        dataclasses.replace(document, path=f"{document.path}:{i}", content=piece)
+        for i, piece in enumerate(pieces, 1)
+    ]
 
 
 def _corpus_digest(documents: Sequence[Document]) -> str:
     digest = hashlib.sha256()
     for document in documents:
-        digest.update(f"{document.path}\0{len(document.content)}\0".encode("utf-8", "surrogateescape"))
+        digest.update(
+            f"{document.path}\0{len(document.content)}\0".encode("utf-8", "surrogateescape")
+        )
         digest.update(document.content)
     return digest.hexdigest()
 
 
 def _existing(config: CurateConfig, corpus_sha256: str, output: pathlib.Path) -> Manifest:
-    """The manifest of the finished dataset at `output` if it is what would be made, else ValueError."""
+    """The manifest of the finished dataset at `output` if it is what would be made, else
+    ValueError.
+    """
     if not (output / MANIFEST).is_file():
-        raise ValueError(f"{str(output)!r} exists, is not empty and is no dataset; nothing was written")
+        raise ValueError(
+            f"{str(output)!r} exists, is not empty and is no dataset; nothing was written"
+        )
     manifest = load_manifest(output, verify_checksums=True)
     wanted = _plain(config)
-    differing = [key for key in sorted(wanted | manifest.config) if wanted.get(key) != manifest.config.get(key)]
+    differing = [
+        key
+        for key in sorted(wanted | manifest.config)
+        if wanted.get(key) != manifest.config.get(key)
+    ]
     if differing:
-        changes = ", ".join(f"{key}: {manifest.config.get(key)!r} there, {wanted.get(key)!r} now" for key in differing)
-        raise ValueError(f"{str(output)!r} holds a dataset of another config ({changes}); choose another --output")
+        changes = ", ".join(
+            f"{key}: {manifest.config.get(key)!r} there, {wanted.get(key)!r} now"
+            for key in differing
+        )
+        raise ValueError(
+            f"{str(output)!r} holds a dataset of another config ({changes}); choose another"
+            " --output"
+        )
     if config.tokenizer_path:
-        digest = hashlib.sha256(Tokenizer.load(config.tokenizer_path).to_json().encode("utf-8")).hexdigest()
+        digest = hashlib.sha256(
+            Tokenizer.load(config.tokenizer_path).to_json().encode("utf-8")
+        ).hexdigest()
         if digest != manifest.tokenizer.sha256:
-            raise ValueError(f"{config.tokenizer_path!r} was another tokenizer when {str(output)!r} was made; choose another --output")
+            raise ValueError(
+                f"{config.tokenizer_path!r} was another tokenizer when {str(output)!r} was made;"
+                " choose another --output"
+            )
     if manifest.corpus_sha256 != corpus_sha256:
         raise ValueError(
-            f"{str(output)!r} holds a dataset of the same config but another corpus (this is Python "
-            f"{platform.python_version()}; were files changed?); choose another --output"
+            f"{str(output)!r} holds a dataset of the same config but another corpus (this is Python"
+            f" {platform.python_version()}; were files changed?); choose another --output"
         )
     return manifest
 
@@ -207,33 +264,49 @@ def _make_tokenizer(config: CurateConfig, train: Sequence[Document]) -> Tokenize
 
 
 def _write_shards(
-    folder: pathlib.Path, name: str, documents: list[Document], num_shards: int, tokenizer: Tokenizer, bar: tqdm
+    folder: pathlib.Path,
+    name: str,
+    documents: list[Document],
+    num_shards: int,
+    tokenizer: Tokenizer,
+    bar: tqdm,
 ) -> tuple[Shard, ...]:
     """Writes `documents` as `num_shards` files of nearly equal numbers of documents."""
     dtype = token_dtype(tokenizer.vocab_size)
     shards = []
     for index in range(num_shards):
-        part = documents[index * len(documents) // num_shards : (index + 1) * len(documents) // num_shards]
+        part = documents[
+            index * len(documents) // num_shards : (index + 1) * len(documents) // num_shards
+        ]
         file = f"{name}-{index:05d}-of-{num_shards:05d}.array_record"
         shards.append(write_shard(folder, file, list(_tokenize(part, tokenizer, bar)), dtype))
     return tuple(shards)
 
 
-def _tokenize(documents: Sequence[Document], tokenizer: Tokenizer, bar: tqdm) -> Iterator[TokenizedDocument]:
+def _tokenize(
+    documents: Sequence[Document], tokenizer: Tokenizer, bar: tqdm
+) -> Iterator[TokenizedDocument]:
     for start in range(0, len(documents), _BATCH):
         batch = documents[start : start + _BATCH]
-        for document, ids in zip(batch, tokenizer.encode_batch([d.text() for d in batch]), strict=True):
-            yield TokenizedDocument(document.path, len(document.content), document.is_code, np.asarray(ids, np.int32))
+        for document, ids in zip(
+            batch, tokenizer.encode_batch([d.text() for d in batch]), strict=True
+        ):
+            yield TokenizedDocument(
+                document.path, len(document.content), document.is_code, np.asarray(ids, np.int32)
+            )
             bar.update(len(document.content))
 
 
 @contextlib.contextmanager
 def _folder_in_one_piece(output: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A fresh folder beside `output` that becomes `output` when the block ends well and is removed when it raises."""
+    """A fresh folder beside `output` that becomes `output` when the block ends well and is removed
+    when it raises.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(output)
     folder = pathlib.Path(tempfile.mkdtemp(prefix=_partial_prefix(output), dir=output.parent))
-    # Held as long as this process lives, so that a later run can tell a killed run's folder from a running one's.
+    # Held as long as this process lives, so that a later run can tell a killed run's folder from a
+    # running one's.
     lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)

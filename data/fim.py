@@ -1,10 +1,12 @@
-"""Fill-in-the-middle (Bavarian et al., arXiv 2207.14255): a document is cut at two places and its middle moved to the end.
+"""Fill-in-the-middle (Bavarian et al., arXiv 2207.14255): a document is cut at two places and its
+middle moved to the end.
 
     PSM   <|code_prefix|> prefix <|code_suffix|> suffix <|code_middle|> middle
     SPM   <|code_prefix|> <|code_suffix|> suffix <|code_middle|> prefix middle
 
-SPM is the paper's variant for training jointly with PSM (its appendix D): the suffix comes first and the model writes the
-middle right after the prefix. Both begin with <|code_prefix|>, so one prompt format serves at sampling time.
+SPM is the paper's variant for training jointly with PSM (its appendix D): the suffix comes first
+and the model writes the middle right after the prefix. Both begin with <|code_prefix|>, so one
+prompt format serves at sampling time.
 """
 
 import numpy as np
@@ -19,16 +21,26 @@ def document_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.default_rng([seed, epoch, index])
 
 
-def rearrange(ids: np.ndarray, tokenizer: Tokenizer, rng: np.random.Generator, rate: float, psm_fraction: float, level: str) -> np.ndarray:
-    """Returns `ids` unchanged, or with probability `rate` as PSM (share `psm_fraction` of those) or SPM.
+def rearrange(
+    ids: np.ndarray,
+    tokenizer: Tokenizer,
+    rng: np.random.Generator,
+    rate: float,
+    psm_fraction: float,
+    level: str,
+) -> np.ndarray:
+    """Returns `ids` unchanged, or with probability `rate` as PSM (share `psm_fraction` of those) or
+    SPM.
 
-    ids: int32 [n], one document without start or end tokens. level: 'character' cuts the text at two uniform character
-    positions and encodes the three pieces anew, so that the model learns to continue inside a token; 'token' cuts between
-    tokens. Returns int32 [m]. Raises ValueError for an unknown level.
+    ids: int32 [n], one document without start or end tokens. level: 'character' cuts the text at
+    two uniform character positions and encodes the three pieces anew, so that the model learns to
+    continue inside a token; 'token' cuts between tokens. Returns int32 [m]. Raises ValueError for
+    an unknown level.
     """
     if level not in LEVELS:
         raise ValueError(f"fim_level={level!r}; valid: {list(LEVELS)}")
-    # Drawn in a fixed order and always, so that a changed rate or share leaves the other draws as they were.
+    # Drawn in a fixed order and always, so that a changed rate or share leaves the other draws as
+    # they were.
     is_fim, is_psm = rng.random() < rate, rng.random() < psm_fraction
     if not is_fim:
         return ids
@@ -46,13 +58,17 @@ def rearrange(ids: np.ndarray, tokenizer: Tokenizer, rng: np.random.Generator, r
 
 
 def fim_prompt(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[int]:
-    """Ids after which a model trained on PSM writes the text between `prefix` and `suffix`, then `<|endoftext|>`."""
+    """Ids after which a model trained on PSM writes the text between `prefix` and `suffix`, then
+    `<|endoftext|>`.
+    """
     prefix_id, middle_id, suffix_id = tokenizer.fim_ids
     prefix_ids, suffix_ids = tokenizer.encode_batch([prefix, suffix])
     return [*tokenizer.start_ids, prefix_id, *prefix_ids, suffix_id, *suffix_ids, middle_id]
 
 
 def _cut(document, rng: np.random.Generator):
-    """Three slices (prefix, middle, suffix) of a sequence, cut at two uniform positions out of 0..n."""
+    """Three slices (prefix, middle, suffix) of a sequence, cut at two uniform positions out of
+    0..n.
+    """
     first, second = np.sort(rng.integers(0, len(document), size=2, endpoint=True))
     return document[:first], document[first:second], document[second:]

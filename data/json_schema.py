@@ -1,4 +1,6 @@
-"""What a tool's JSON schema says of the types of its arguments: local references, `allOf`, `anyOf`, `oneOf`, enums and constants."""
+"""What a tool's JSON schema says of the types of its arguments: local references, `allOf`, `anyOf`,
+`oneOf`, enums and constants.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ MAX_DEPTH = 64  # a deeper schema says nothing about types
 
 
 def argument(root: Mapping, key: str) -> dict:
-    """The schema of an argument: all that the parameters' schema, what it refers to and its `allOf` say about it."""
+    """The schema of an argument: all that the parameters' schema, what it refers to and its `allOf`
+    say about it.
+    """
     found, todo, seen = [], [root], []
     while todo:
         schema = todo.pop()
@@ -26,7 +30,9 @@ def argument(root: Mapping, key: str) -> dict:
 
 
 def referred(root: Mapping, reference):
-    """What a local reference (`#/$defs/Size`) points at in the parameters' schema; None where it points at nothing there."""
+    """What a local reference (`#/$defs/Size`) points at in the parameters' schema; None where it
+    points at nothing there.
+    """
     if not isinstance(reference, str) or not reference.startswith("#"):
         return None
     found = root
@@ -34,7 +40,12 @@ def referred(root: Mapping, reference):
         part = escaped.replace("~1", "/").replace("~0", "~")
         if isinstance(found, Mapping) and part in found:
             found = found[part]
-        elif isinstance(found, list) and part.isascii() and part.isdigit() and int(part[:9]) < len(found):
+        elif (
+            isinstance(found, list)
+            and part.isascii()
+            and part.isdigit()
+            and int(part[:9]) < len(found)
+        ):
             found = found[int(part[:9])]
         else:
             return None
@@ -42,12 +53,18 @@ def referred(root: Mapping, reference):
 
 
 def types(schema, root: Mapping) -> set[str] | None:
-    """Names of the JSON types that a schema lets through; None: any, as far as can be told. root: what its references refer to."""
+    """Names of the JSON types that a schema lets through; None: any, as far as can be told. root:
+    what its references refer to.
+    """
     return _types(schema, root, {})
 
 
-def _types(schema, root: Mapping, known: dict[str, set[str] | None], depth: int = 0) -> set[str] | None:
-    """known: the types of the references met so far, so that each is followed once; one that leads back to itself says nothing."""
+def _types(
+    schema, root: Mapping, known: dict[str, set[str] | None], depth: int = 0
+) -> set[str] | None:
+    """known: the types of the references met so far, so that each is followed once; one that leads
+    back to itself says nothing.
+    """
     if not isinstance(schema, Mapping) or depth > MAX_DEPTH:
         return None
     demands = []
@@ -76,7 +93,13 @@ def _types(schema, root: Mapping, known: dict[str, set[str] | None], depth: int 
 
 def _both(one: set[str], other: set[str]) -> set[str]:
     """The types in both sets; an integer is a number."""
-    integers = {"integer"} if {"integer", "number"} & one and {"integer", "number"} & other and "integer" in one | other else set()
+    integers = (
+        {"integer"}
+        if {"integer", "number"} & one
+        and {"integer", "number"} & other
+        and "integer" in one | other
+        else set()
+    )
     return (one & other) | integers
 
 

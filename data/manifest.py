@@ -1,4 +1,6 @@
-"""manifest.json: what a dataset folder holds. Written last, so a folder without one is not a dataset."""
+"""manifest.json: what a dataset folder holds. Written last, so a folder without one is not a
+dataset.
+"""
 
 import dataclasses
 import hashlib
@@ -21,7 +23,9 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One ArrayRecord file. num_tokens counts text tokens (no start or end tokens), num_bytes the UTF-8 text."""
+    """One ArrayRecord file. num_tokens counts text tokens (no start or end tokens), num_bytes the
+    UTF-8 text.
+    """
 
     file: File
     num_documents: int
@@ -52,8 +56,10 @@ class Split:
 class Manifest:
     """A finished dataset.
 
-    config: curation's settings as plain values. corpus_sha256: over the paths and contents of all documents read.
-    skipped: documents left out, by reason. vocab_size: special tokens included; a model's must be at least this.
+    config: curation's settings as plain values. corpus_sha256: over the paths and contents of all
+    documents read.
+    skipped: documents left out, by reason. vocab_size: special tokens included; a model's must be
+    at least this.
     """
 
     config: dict
@@ -75,7 +81,9 @@ class Manifest:
         tree = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
         for name in SPLITS:
             split = self.split(name)
-            totals = {key: getattr(split, key) for key in ("num_documents", "num_tokens", "num_bytes")}
+            totals = {
+                key: getattr(split, key) for key in ("num_documents", "num_tokens", "num_bytes")
+            }
             tree[name] = {**totals, **tree[name]}
         (folder / MANIFEST).write_text(json.dumps(tree, indent=2) + "\n", "utf-8")
 
@@ -91,21 +99,24 @@ def describe_file(folder: pathlib.Path, name: str) -> File:
 def load_manifest(path: str | pathlib.Path, verify_checksums: bool) -> Manifest:
     """Opens the dataset folder `path` and checks that its files are there.
 
-    Sizes and the tokenizer's digest are always compared, every shard's digest with verify_checksums. Raises ValueError naming
-    the folder or file: not a dataset, another format version, a missing or damaged file.
+    Sizes and the tokenizer's digest are always compared, every shard's digest with
+    verify_checksums. Raises ValueError naming the folder or file: not a dataset, another format
+    version, a missing or damaged file.
     """
     folder = pathlib.Path(path)
     file = folder / MANIFEST
     if not file.is_file():
         raise ValueError(
-            f"no dataset at {str(folder)!r} ({MANIFEST} is missing); "
-            f"make one with: python -m experiments.curate --config=configs/curate.py --output={folder}"
+            f"no dataset at {str(folder)!r} ({MANIFEST} is missing); make one with: python -m"
+            f" experiments.curate --config=configs/curate.py --output={folder}"
         )
     try:
         tree = json.loads(file.read_text("utf-8"))
         version = tree["format_version"]
         if version != FORMAT_VERSION:
-            raise ValueError(f"{str(file)!r} has format_version {version!r}; this code reads {FORMAT_VERSION}")
+            raise ValueError(
+                f"{str(file)!r} has format_version {version!r}; this code reads {FORMAT_VERSION}"
+            )
         manifest = _parse(tree)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{str(file)!r} is damaged: {type(error).__name__}: {error}") from error
@@ -140,4 +151,6 @@ def _check(folder: pathlib.Path, file: File, checksum: bool) -> None:
     if checksum:
         digest = describe_file(folder, file.name).sha256
         if digest != file.sha256:
-            raise ValueError(f"{str(path)!r} is damaged: SHA-256 {digest}, {MANIFEST} says {file.sha256}")
+            raise ValueError(
+                f"{str(path)!r} is damaged: SHA-256 {digest}, {MANIFEST} says {file.sha256}"
+            )

@@ -1,7 +1,7 @@
 """ArrayRecord shards: one record a document, read by index.
 
-A record is the length of a header (4 bytes, little-endian), the header as JSON (path, num_bytes, is_code) and the token ids,
-little-endian, 2 bytes each where the vocabulary allows it, else 4.
+A record is the length of a header (4 bytes, little-endian), the header as JSON (path, num_bytes,
+is_code) and the token ids, little-endian, 2 bytes each where the vocabulary allows it, else 4.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ from array_record.python import array_record_module
 
 from data.manifest import Manifest, Shard, describe_file
 
-# One record a chunk: grain reads by index, and a larger group would decompress neighbours for nothing.
+# One record a chunk: grain reads by index, and a larger group would decompress neighbours for
+# nothing.
 _WRITER_OPTIONS = "group_size:1,zstd:3"
 
 
@@ -44,11 +45,18 @@ def to_record(document: TokenizedDocument, dtype: np.dtype) -> bytes:
 def from_record(record: bytes, dtype: np.dtype) -> TokenizedDocument:
     """The document of one record."""
     start = 4 + int.from_bytes(record[:4], "little")
-    return TokenizedDocument(**json.loads(record[4:start]), ids=np.frombuffer(record, dtype, offset=start).astype(np.int32))
+    return TokenizedDocument(
+        **json.loads(record[4:start]),
+        ids=np.frombuffer(record, dtype, offset=start).astype(np.int32),
+    )
 
 
-def write_shard(folder: pathlib.Path, name: str, documents: Sequence[TokenizedDocument], dtype: np.dtype) -> Shard:
-    """Writes `documents` to one file and reads its length back. Raises OSError where the disk did not take them all."""
+def write_shard(
+    folder: pathlib.Path, name: str, documents: Sequence[TokenizedDocument], dtype: np.dtype
+) -> Shard:
+    """Writes `documents` to one file and reads its length back. Raises OSError where the disk did
+    not take them all.
+    """
     records = [to_record(document, dtype) for document in documents]
     try:
         writer = array_record_module.ArrayRecordWriter(str(folder / name), _WRITER_OPTIONS)
@@ -61,7 +69,10 @@ def write_shard(folder: pathlib.Path, name: str, documents: Sequence[TokenizedDo
     except RuntimeError as error:  # array_record's form of any failure of the file system
         raise OSError(str(error)) from error
     if stored != len(documents):
-        raise OSError(f"{str(folder / name)!r} holds {stored} of {len(documents)} documents after writing; is the disk full?")
+        raise OSError(
+            f"{str(folder / name)!r} holds {stored} of {len(documents)} documents after writing; is"
+            " the disk full?"
+        )
     return Shard(
         file=describe_file(folder, name),
         num_documents=len(documents),
@@ -72,7 +83,9 @@ def write_shard(folder: pathlib.Path, name: str, documents: Sequence[TokenizedDo
 
 @dataclasses.dataclass(frozen=True)
 class _WholeFile:
-    """A shard as grain's reader asks for it; with the number of records known, it opens no file before the first read."""
+    """A shard as grain's reader asks for it; with the number of records known, it opens no file
+    before the first read.
+    """
 
     filename: str
     take: int
@@ -81,11 +94,15 @@ class _WholeFile:
 
 
 class ShardSource:
-    """Random access to the documents of one split, across its shards: a source for `grain.MapDataset`."""
+    """Random access to the documents of one split, across its shards: a source for
+    `grain.MapDataset`.
+    """
 
     def __init__(self, folder: str | pathlib.Path, manifest: Manifest, split: str):
         files = [
-            _WholeFile(str(pathlib.Path(folder, shard.file.name)), shard.num_documents, shard.num_documents)
+            _WholeFile(
+                str(pathlib.Path(folder, shard.file.name)), shard.num_documents, shard.num_documents
+            )
             for shard in manifest.split(split).shards
         ]
         self._records = grain.sources.ArrayRecordDataSource(files)

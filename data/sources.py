@@ -1,4 +1,6 @@
-"""Corpora: where documents come from. A source only walks and reads; splitting and tokenizing are curation's."""
+"""Corpora: where documents come from. A source only walks and reads; splitting and tokenizing are
+curation's.
+"""
 
 import dataclasses
 import os
@@ -14,7 +16,8 @@ _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
 class Document:
     """One file of a corpus.
 
-    path: relative to the corpus root, with forward slashes, so that it is the same on every machine.
+    path: relative to the corpus root, with forward slashes, so that it is the same on every
+    machine.
     content: the file's bytes, undecoded; `text` decodes them.
     is_code: whether fill-in-the-middle may rearrange it.
     """
@@ -32,9 +35,11 @@ class Document:
 
 
 def stdlib_documents() -> Iterator[Document]:
-    """The Python files of the running interpreter's standard library, tests included, sorted by path.
+    """The Python files of the running interpreter's standard library, tests included, sorted by
+    path.
 
-    About 1,790 files and 31 MB for CPython 3.11. Raises ValueError where the library is not on disk as files.
+    About 1,790 files and 31 MB for CPython 3.11. Raises ValueError where the library is not on disk
+    as files.
     """
     root = sysconfig.get_paths()["stdlib"]
     paths = []
@@ -42,14 +47,17 @@ def stdlib_documents() -> Iterator[Document]:
         subfolders[:] = [name for name in subfolders if name not in _NOT_STDLIB]
         paths += [pathlib.Path(folder, name) for name in names if name.endswith(".py")]
     if not paths:
-        raise ValueError(f"no Python files in the standard library folder {root!r} of this interpreter")
+        raise ValueError(
+            f"no Python files in the standard library folder {root!r} of this interpreter"
+        )
     yield from _read(pathlib.Path(root), paths, (".py",))
 
 
 def file_documents(root: str, pattern: str, code_suffixes: tuple[str, ...]) -> Iterator[Document]:
     """Files under `root` that match the glob `pattern` (`**/*.py`), sorted by path.
 
-    code_suffixes: names ending so are code. Raises ValueError where there is no such folder or no file matches.
+    code_suffixes: names ending so are code. Raises ValueError where there is no such folder or no
+    file matches.
     """
     if not os.path.isdir(root):
         raise ValueError(f"source folder {root!r} does not exist or is no folder")
@@ -59,7 +67,9 @@ def file_documents(root: str, pattern: str, code_suffixes: tuple[str, ...]) -> I
     yield from _read(pathlib.Path(root), paths, code_suffixes)
 
 
-def _read(root: pathlib.Path, paths: list[pathlib.Path], code_suffixes: tuple[str, ...]) -> Iterator[Document]:
+def _read(
+    root: pathlib.Path, paths: list[pathlib.Path], code_suffixes: tuple[str, ...]
+) -> Iterator[Document]:
     relative = sorted(path.relative_to(root).as_posix() for path in paths)
     for path in relative:
         yield Document(path, (root / path).read_bytes(), path.endswith(code_suffixes))

@@ -1,10 +1,13 @@
-"""Generation speed on this machine beside transformers' `generate`: same model, prompts, lengths and precision, in one run.
+"""Generation speed on this machine beside transformers' `generate`: same model, prompts, lengths
+and precision, in one run.
 
-    python -m experiments.benchmark_generate --config=configs/bench.py --config.model.scan_layers=False
+    python -m experiments.benchmark_generate --config=configs/bench.py \
+        --config.model.scan_layers=False
 
-64 requests of mixed length, and one alone; greedy, and every request runs to its length. Each side warms up, then the sides
-take turns. Theirs runs in left-padded batches, of all requests or of those alike in length, whatever is fastest. Ours is also
-shown without continuous batching (a new batch begins when the last one has ended) and, where the model has an MTP block, with drafts.
+64 requests of mixed length, and one alone; greedy, and every request runs to its length. Each side
+warms up, then the sides take turns. Theirs runs in left-padded batches, of all requests or of those
+alike in length, whatever is fastest. Ours is also shown without continuous batching (a new batch
+begins when the last one has ended) and, where the model has an MTP block, with drafts.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ NEW = flags.DEFINE_list("new_tokens", ["16", "256"], "Shortest and longest conti
 def workload(vocab_size: int, count: int) -> Workload:
     """Random prompts, lengths uniform between the flags' bounds."""
     rng = np.random.default_rng(0)
-    lengths, new = (rng.integers(int(low), int(high) + 1, count) for low, high in (PROMPT.value, NEW.value))
+    lengths, new = (
+        rng.integers(int(low), int(high) + 1, count) for low, high in (PROMPT.value, NEW.value)
+    )
     return Workload([rng.integers(0, vocab_size, n).tolist() for n in lengths], new.tolist())
 
 
@@ -45,7 +50,11 @@ def race(sides: dict[str, Callable[[], None]], tokens: int) -> dict[str, float]:
             side()
             seconds[name].append(time.perf_counter() - start)
     for name, values in seconds.items():
-        print(f"  {name:42} {tokens / statistics.median(values):8,.0f} tokens/s   ({min(values):.2f} to {max(values):.2f} s)", flush=True)
+        print(
+            f"  {name:42} {tokens / statistics.median(values):8,.0f} tokens/s   ({min(values):.2f}"
+            f" to {max(values):.2f} s)",
+            flush=True,
+        )
     return {name: tokens / statistics.median(values) for name, values in seconds.items()}
 
 
@@ -56,12 +65,18 @@ def main(argv: list[str]):
         work = workload(run.model.vocab_size, REQUESTS.value)
         if count == 1:  # of middling length
             work = Workload(work.prompts[:1], [int(np.mean(work.new_tokens))])
-        print(f"{count} requests, {sum(map(len, work.prompts))} prompt tokens, {sum(work.new_tokens)} new tokens", flush=True)
+        print(
+            f"{count} requests, {sum(map(len, work.prompts))} prompt tokens, {sum(work.new_tokens)}"
+            " new tokens",
+            flush=True,
+        )
         sides = {"ours": our_generation(run, work, rows=count)}
         if count > 1:
             rows = max(2, count // 4)
             sides[f"ours, {rows} rows"] = our_generation(run, work, rows=rows)
-            sides[f"ours, {rows} rows, batch after batch"] = our_generation(run, work, rows=rows, continuous=False)
+            sides[f"ours, {rows} rows, batch after batch"] = our_generation(
+                run, work, rows=rows, continuous=False
+            )
         if run.model.num_mtp_layers:
             sides["ours, 1 draft"] = our_generation(run, work, rows=count, drafts=1)
         for size in sorted({count, max(1, count // 4)}):

@@ -1,4 +1,6 @@
-"""The two sides of the benchmarks, ours and transformers' + torch's: one training step, and generation."""
+"""The two sides of the benchmarks, ours and transformers' + torch's: one training step, and
+generation.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +29,23 @@ def batch_tokens(run):
 
 def ours(run, optimizer: str):
     """A function that runs one step of our training step and returns its loss."""
-    trainee = Trainee.create(run.model, dataclasses.replace(run.optimizer, name=optimizer, max_grad_norm=0.0))
+    trainee = Trainee.create(
+        run.model, dataclasses.replace(run.optimizer, name=optimizer, max_grad_norm=0.0)
+    )
     mesh = make_mesh(run.mesh)
     tokens = batch_tokens(run)[None]
     positions = jnp.broadcast_to(jnp.arange(run.data.sequence_length), tokens[..., 1:].shape)
     batch = {"tokens": tokens[..., :-1], "targets": tokens[..., 1:], "positions": positions}
-    batch |= {"segment_ids": jnp.ones_like(positions), "loss_weights": jnp.ones(positions.shape, jnp.float32)}
-    knobs = Knobs(jnp.int32(1), jnp.float32(LEARNING_RATE), jnp.float32(0), jnp.float32(run.schedule.bias_rate))
+    batch |= {
+        "segment_ids": jnp.ones_like(positions),
+        "loss_weights": jnp.ones(positions.shape, jnp.float32),
+    }
+    knobs = Knobs(
+        jnp.int32(1),
+        jnp.float32(LEARNING_RATE),
+        jnp.float32(0),
+        jnp.float32(run.schedule.bias_rate),
+    )
     step = compile_step(trainee, run.schedule.balance_weight, mesh)
     state = trainee.create_state(mesh, run.loop.seed)
 
@@ -64,7 +76,8 @@ def theirs(run):
 
     model = their_model(run).train()
     optimizer = torch.optim.AdamW(
-        model.parameters(), LEARNING_RATE, betas=(run.optimizer.adam_b1, run.optimizer.adam_b2), eps=run.optimizer.adam_eps,
+        model.parameters(), LEARNING_RATE, betas=(run.optimizer.adam_b1, run.optimizer.adam_b2),
+        eps=run.optimizer.adam_eps,
         weight_decay=run.optimizer.weight_decay, fused=True,
     )  # fmt: skip
     tokens = torch.from_numpy(batch_tokens(run)).long()
@@ -90,11 +103,14 @@ class Workload:
 
 def our_generation(run, work: Workload, *, rows: int, drafts: int = 0, continuous: bool = True):
     """A function that answers the whole workload with an engine of `rows` rows."""
-    page_size, context = 16, max(len(p) + n for p, n in zip(work.prompts, work.new_tokens, strict=True)) + 1
+    page_size = 16
+    context = max(len(p) + n for p, n in zip(work.prompts, work.new_tokens, strict=True)) + 1
     config = EngineConfig(
-        context=context, num_rows=rows, page_size=page_size, num_pages=rows * -(-(context + drafts) // page_size),
+        context=context, num_rows=rows, page_size=page_size,
+        num_pages=rows * -(-(context + drafts) // page_size),
         prefill_chunk=128, min_rows=1, min_chunk=1,
-        decode_steps=16, draft_tokens=drafts, weights="compute", cache_dtype="compute", keep_experts=False,
+        decode_steps=16, draft_tokens=drafts, weights="compute", cache_dtype="compute",
+        keep_experts=False,
     )  # fmt: skip
     engine = Engine(GLM(run.model, rngs=nnx.Rngs(run.loop.seed)), config)
     params = [SamplingParams(max_new_tokens=n, temperature=0) for n in work.new_tokens]
@@ -110,7 +126,9 @@ def our_generation(run, work: Workload, *, rows: int, drafts: int = 0, continuou
 
 
 def their_generation(run, work: Workload, size: int):
-    """The same in batches of `size`, requests of similar length together, padded on the left; each as long as its longest."""
+    """The same in batches of `size`, requests of similar length together, padded on the left; each
+    as long as its longest.
+    """
     import torch
 
     model = their_model(run).eval()
@@ -121,11 +139,20 @@ def their_generation(run, work: Workload, size: int):
         longest = max(len(work.prompts[i]) for i in chosen)
         padded = [[0] * (longest - len(work.prompts[i])) + work.prompts[i] for i in chosen]
         mask = [[0] * (longest - len(work.prompts[i])) + [1] * len(work.prompts[i]) for i in chosen]
-        batches.append((torch.tensor(padded), torch.tensor(mask), max(work.new_tokens[i] for i in chosen)))
+        batches.append(
+            (torch.tensor(padded), torch.tensor(mask), max(work.new_tokens[i] for i in chosen))
+        )
 
     def answer():
         with torch.no_grad():
             for tokens, mask, new_tokens in batches:
-                model.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, eos_token_id=None, pad_token_id=0)
+                model.generate(
+                    tokens,
+                    attention_mask=mask,
+                    do_sample=False,
+                    max_new_tokens=new_tokens,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                )
 
     return answer

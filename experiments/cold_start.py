@@ -1,7 +1,8 @@
-"""Writes conversations that a model is fine-tuned on before reinforcement learning: puzzles asked in chat, answered in GLM-4.5's format.
+"""Writes conversations that a model is fine-tuned on before reinforcement learning: puzzles asked
+in chat, answered in GLM-4.5's format.
 
-Some show their work and are right; the others guess at once, with the answer of another puzzle. The fine-tuned model does both, and
-reinforcement learning has to find out which pays.
+Some show their work and are right; the others guess at once, with the answer of another puzzle. The
+fine-tuned model does both, and reinforcement learning has to find out which pays.
 
 python -m experiments.cold_start --output=W/cold_start.jsonl --generators=aiw,chain_sum --count=1500
 """
@@ -19,11 +20,21 @@ from glm_jax.rewards import puzzles
 from glm_jax.sft.conversations import write_conversations
 
 OUTPUT = flags.DEFINE_string("output", None, "JSONL file of conversations to write.")
-GENERATORS = flags.DEFINE_list("generators", ["aiw"], "Generators of reasoning-gym: aiw, chain_sum.")
-COUNT = flags.DEFINE_integer("count", 1500, "Conversations of each generator, at most.", lower_bound=1)
-WORKED_SHARE = flags.DEFINE_float("worked_share", 0.5, "Share that shows its work; the others guess.", 0.0, 1.0)
-SEED = flags.DEFINE_integer("seed", 0, "Of the choice which of them, and of the guesses.", lower_bound=0)
-FIRST = flags.DEFINE_integer("first", 1_000_000, "Seed of the first puzzle, far from those that RL trains on.", lower_bound=0)
+GENERATORS = flags.DEFINE_list(
+    "generators", ["aiw"], "Generators of reasoning-gym: aiw, chain_sum."
+)
+COUNT = flags.DEFINE_integer(
+    "count", 1500, "Conversations of each generator, at most.", lower_bound=1
+)
+WORKED_SHARE = flags.DEFINE_float(
+    "worked_share", 0.5, "Share that shows its work; the others guess.", 0.0, 1.0
+)
+SEED = flags.DEFINE_integer(
+    "seed", 0, "Of the choice which of them, and of the guesses.", lower_bound=0
+)
+FIRST = flags.DEFINE_integer(
+    "first", 1_000_000, "Seed of the first puzzle, far from those that RL trains on.", lower_bound=0
+)
 
 
 def partial_sums(question: str) -> str:
@@ -37,7 +48,9 @@ def partial_sums(question: str) -> str:
 
 
 def and_herself(question: str) -> str:
-    """She is the sister, or friend, whom her own count leaves out: '4 sisters' becomes '4 sisters and herself: 4 + 1 = 5'."""
+    """She is the sister, or friend, whom her own count leaves out: '4 sisters' becomes '4 sisters
+    and herself: 4 + 1 = 5'.
+    """
     count, who = re.search(r"(\d+) (sisters|female friends)", question).groups()
     return f"{count} {who} and herself: {count} + 1 = {int(count) + 1}"
 
@@ -46,33 +59,54 @@ WORKED = {"chain_sum": partial_sums, "aiw": and_herself}  # generator -> its wor
 
 
 def conversation(puzzle: puzzles.Puzzle, guess: str | None) -> dict:
-    """Answered with its work and the right answer, or, where there is a guess, with the guess alone."""
+    """Answered with its work and the right answer, or, where there is a guess, with the guess
+    alone.
+    """
     if guess is None:
-        answer = {"content": f"\\boxed{{{puzzle.answer}}}", "reasoning_content": WORKED[puzzle.generator](puzzle.question)}
+        answer = {
+            "content": f"\\boxed{{{puzzle.answer}}}",
+            "reasoning_content": WORKED[puzzle.generator](puzzle.question),
+        }
     else:
         answer = {"content": f"\\boxed{{{guess}}}"}
-    messages = [{"role": "user", "content": puzzles.chat_request(puzzle)}, {"role": "assistant"} | answer]
+    messages = [
+        {"role": "user", "content": puzzles.chat_request(puzzle)},
+        {"role": "assistant"} | answer,
+    ]
     return {"messages": messages, "thinking": True}
 
 
-def conversations(generator: str, count: int, worked_share: float, first: int, lots: np.random.Generator) -> list[dict]:
-    """Of `count` different training puzzles, the share `worked_share` shows its work; the others get another puzzle's answer.
+def conversations(
+    generator: str, count: int, worked_share: float, first: int, lots: np.random.Generator
+) -> list[dict]:
+    """Of `count` different training puzzles, the share `worked_share` shows its work; the others
+    get another puzzle's answer.
 
     Raises ValueError for a generator whose work is not known here.
     """
     if generator not in WORKED:
-        raise ValueError(f"generators: {generator!r} is not one of {', '.join(WORKED)}, whose work this file can show")
+        raise ValueError(
+            f"generators: {generator!r} is not one of {', '.join(WORKED)}, whose work this file can"
+            " show"
+        )
     chosen = puzzles.distinct(generator, "train", count, first)
     guesses = lots.permutation([puzzle.answer for puzzle in chosen])
     works = lots.random(len(chosen)) < worked_share
-    return [conversation(p, None if work else str(guess)) for p, guess, work in zip(chosen, guesses, works, strict=True)]
+    return [
+        conversation(p, None if work else str(guess))
+        for p, guess, work in zip(chosen, guesses, works, strict=True)
+    ]
 
 
 def main(argv: list[str]):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
     lots = np.random.default_rng(SEED.value)
-    found = [c for g in GENERATORS.value for c in conversations(g, COUNT.value, WORKED_SHARE.value, FIRST.value, lots)]
+    found = [
+        c
+        for g in GENERATORS.value
+        for c in conversations(g, COUNT.value, WORKED_SHARE.value, FIRST.value, lots)
+    ]
     write_conversations(pathlib.Path(OUTPUT.value), found)
     print(f"{len(found)} conversations in {OUTPUT.value}")
 

@@ -1,10 +1,13 @@
 """Hugging Face folder <-> work directory.
 
-    python -m experiments.convert --from_hf=DIR --workdir=W     weights and tokenizer.json of DIR as checkpoint 0 of a new W
-    python -m experiments.convert --workdir=W --to_hf=DIR       W's newest checkpoint as a folder for transformers
+    python -m experiments.convert --from_hf=DIR --workdir=W
+    python -m experiments.convert --workdir=W --to_hf=DIR
 
-The target must not exist, or be empty; it appears when it is complete. What a Hugging Face folder does not know, how the
-model is run, is given by flags.
+The first writes weights and tokenizer.json of DIR as checkpoint 0 of a new W, the second W's newest
+checkpoint as a folder for transformers.
+
+The target must not exist, or be empty; it appears when it is complete. What a Hugging Face folder
+does not know, how the model is run, is given by flags.
 """
 
 from __future__ import annotations
@@ -29,39 +32,69 @@ from pallas_kernels.moe_dispatch import api as moe_dispatch
 
 FROM_HF = flags.DEFINE_string("from_hf", None, "Hugging Face folder to read.")
 TO_HF = flags.DEFINE_string("to_hf", None, "Hugging Face folder to write.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Work directory: read with --to_hf, written with --from_hf.")
-STEP = flags.DEFINE_integer("step", None, "With --to_hf: the checkpoint's step; without it the newest.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Work directory: read with --to_hf, written with --from_hf."
+)
+STEP = flags.DEFINE_integer(
+    "step", None, "With --to_hf: the checkpoint's step; without it the newest."
+)
 DTYPE = flags.DEFINE_enum(
     "dtype", "stored", hf.CHECKPOINT_TYPES,
-    "With --to_hf: type of the weights. 'stored' keeps the checkpoint's types, the others convert. Correction biases are float32.",
+    "With --to_hf: type of the weights. 'stored' keeps the checkpoint's types, the others convert. "
+    "Correction biases are float32.",
 )  # fmt: skip
-SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "With --to_hf: largest size of a file, in 10^9 bytes.", lower_bound=1e-6)
-RUNTIME = {  # with --from_hf: the model config's fields that no folder knows, see hf_config.RUNTIME_FIELDS
-    "compute_dtype": flags.DEFINE_enum("compute_dtype", "bfloat16", DTYPES, "With --from_hf: type of matmul inputs."),
-    "remat": flags.DEFINE_enum("remat", "full", REMAT_POLICIES, "With --from_hf: what the backward pass recomputes."),
-    "attention": flags.DEFINE_enum("attention", "auto", attention.IMPLEMENTATIONS, "With --from_hf: implementation."),
-    "grouped_matmul": flags.DEFINE_enum("grouped_matmul", "auto", moe_dispatch.IMPLEMENTATIONS, "With --from_hf: implementation."),
-    "expert_exchange": flags.DEFINE_enum("expert_exchange", "all_to_all", EXPERT_EXCHANGES, "With --from_hf: see glm_jax.config."),
-    "expert_buffer": flags.DEFINE_float("expert_buffer", 1.25, "With --from_hf: see glm_jax.config."),
-    "scan_layers": flags.DEFINE_bool("scan_layers", True, "With --from_hf: one compiled layer in a loop, or all written out."),
+SHARD_GB = flags.DEFINE_float(
+    "shard_gb", 5.0, "With --to_hf: largest size of a file, in 10^9 bytes.", lower_bound=1e-6
+)
+# with --from_hf: the model config's fields that no folder knows, see hf_config.RUNTIME_FIELDS
+RUNTIME = {
+    "compute_dtype": flags.DEFINE_enum(
+        "compute_dtype", "bfloat16", DTYPES, "With --from_hf: type of matmul inputs."
+    ),
+    "remat": flags.DEFINE_enum(
+        "remat", "full", REMAT_POLICIES, "With --from_hf: what the backward pass recomputes."
+    ),
+    "attention": flags.DEFINE_enum(
+        "attention", "auto", attention.IMPLEMENTATIONS, "With --from_hf: implementation."
+    ),
+    "grouped_matmul": flags.DEFINE_enum(
+        "grouped_matmul", "auto", moe_dispatch.IMPLEMENTATIONS, "With --from_hf: implementation."
+    ),
+    "expert_exchange": flags.DEFINE_enum(
+        "expert_exchange", "all_to_all", EXPERT_EXCHANGES, "With --from_hf: see glm_jax.config."
+    ),
+    "expert_buffer": flags.DEFINE_float(
+        "expert_buffer", 1.25, "With --from_hf: see glm_jax.config."
+    ),
+    "scan_layers": flags.DEFINE_bool(
+        "scan_layers", True, "With --from_hf: one compiled layer in a loop, or all written out."
+    ),
 }
 
 
 def from_hf(source: pathlib.Path, workdir: pathlib.Path, runtime: dict):
-    """A new work directory with the folder's weights as checkpoint 0 (in their own types, no optimizer state), config and tokenizer.
+    """A new work directory with the folder's weights as checkpoint 0 (in their own types, no
+    optimizer state), config and tokenizer.
 
     Raises ValueError where the folder does not fit or workdir is in use; nothing is written then.
     """
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise ValueError(f"{str(workdir)!r} exists and is not an empty folder: nothing was written")
     config, state = hf.import_checkpoint(source, runtime, dtype="stored")
-    params, router = (nnx.to_pure_dict(part) for part in nnx.split_state(state, nnx.Param, RouterBias))
+    params, router = (
+        nnx.to_pure_dict(part) for part in nnx.split_state(state, nnx.Param, RouterBias)
+    )
     partial = workdir.parent / f".{workdir.name}.partial-{os.getpid()}"
     partial.mkdir(parents=True)
     try:
-        (partial / "config.json").write_text(json.dumps({"model": dataclasses.asdict(config)}, indent=2) + "\n")
-        if (source / "tokenizer.json").is_file():  # without the byte order mark that some editors begin a file with
-            (partial / "tokenizer.json").write_text((source / "tokenizer.json").read_text("utf-8-sig"), "utf-8", newline="")
+        (partial / "config.json").write_text(
+            json.dumps({"model": dataclasses.asdict(config)}, indent=2) + "\n"
+        )
+        # without the byte order mark that some editors begin a file with
+        if (source / "tokenizer.json").is_file():
+            (partial / "tokenizer.json").write_text(
+                (source / "tokenizer.json").read_text("utf-8-sig"), "utf-8", newline=""
+            )
         checkpoints = Checkpoints(partial, keep=1)
         checkpoints.save_weights(0, params, router)
         checkpoints.wait()
@@ -71,8 +104,16 @@ def from_hf(source: pathlib.Path, workdir: pathlib.Path, runtime: dict):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def to_hf(workdir: pathlib.Path, target: pathlib.Path, *, step: int | None, dtype: str, max_shard_bytes: int) -> str:
-    """Writes a checkpoint's weights, config and tokenizer as a Hugging Face folder; errors as in hf.export_checkpoint.
+def to_hf(
+    workdir: pathlib.Path,
+    target: pathlib.Path,
+    *,
+    step: int | None,
+    dtype: str,
+    max_shard_bytes: int,
+) -> str:
+    """Writes a checkpoint's weights, config and tokenizer as a Hugging Face folder; errors as in
+    hf.export_checkpoint.
 
     Returns the type of most weights written.
     """
@@ -80,7 +121,12 @@ def to_hf(workdir: pathlib.Path, target: pathlib.Path, *, step: int | None, dtyp
     tokenizer = workdir / "tokenizer.json"
     state = nnx.state(build_model(config, params, router))
     hf.export_checkpoint(
-        target, config, state, dtype=dtype, max_shard_bytes=max_shard_bytes, tokenizer=tokenizer if tokenizer.is_file() else None
+        target,
+        config,
+        state,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        tokenizer=tokenizer if tokenizer.is_file() else None,
     )
     return hf.main_type(state, hf.export_types(state, dtype))
 
@@ -92,12 +138,21 @@ def main(argv: list[str]):
         raise ValueError("give one of --from_hf=DIR and --to_hf=DIR, with --workdir=W")
     workdir = pathlib.Path(WORKDIR.value)
     if FROM_HF.value is not None:
-        from_hf(pathlib.Path(FROM_HF.value), workdir, {name: flag.value for name, flag in RUNTIME.items()})
+        from_hf(
+            pathlib.Path(FROM_HF.value),
+            workdir,
+            {name: flag.value for name, flag in RUNTIME.items()},
+        )
         print(f"{workdir}: checkpoint 0 with the weights of {FROM_HF.value}")
     else:
         target, shard_bytes = pathlib.Path(TO_HF.value), int(SHARD_GB.value * 1e9)
-        written = to_hf(workdir, target, step=STEP.value, dtype=DTYPE.value, max_shard_bytes=shard_bytes)
-        print(f"{target}: {written} weights of {workdir}{'' if DTYPE.value == 'stored' else ', as asked with --dtype'}")
+        written = to_hf(
+            workdir, target, step=STEP.value, dtype=DTYPE.value, max_shard_bytes=shard_bytes
+        )
+        print(
+            f"{target}: {written} weights of"
+            f" {workdir}{'' if DTYPE.value == 'stored' else ', as asked with --dtype'}"
+        )
 
 
 if __name__ == "__main__":

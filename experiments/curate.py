@@ -1,9 +1,10 @@
-"""Raw documents -> dataset folder: tokenizer, token shards of a train and a held-out split, manifest.
+"""Raw documents -> dataset folder: tokenizer, token shards of a train and a held-out split,
+manifest.
 
     python -m experiments.curate --config=configs/curate.py --output=DIR
 
-The folder appears when it is complete; running the same command again does nothing. Keys of the config file can be overridden,
-each as --config.KEY=VALUE, for example --config.vocab_size=8192.
+The folder appears when it is complete; running the same command again does nothing. Keys of the
+config file can be overridden, each as --config.KEY=VALUE, for example --config.vocab_size=8192.
 """
 
 import sys
@@ -15,7 +16,9 @@ from ml_collections import config_flags
 from data.curation import CurateConfig, curate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/curate.py.")
-_OUTPUT = flags.DEFINE_string("output", None, "Dataset folder to make; must not exist, be empty, or be this very dataset.")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Dataset folder to make; must not exist, be empty, or be this very dataset."
+)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -31,15 +34,21 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     start = time.monotonic()
     try:
-        manifest = curate(CurateConfig(**_CONFIG.value.to_dict()), _OUTPUT.value, progress=sys.stderr.isatty())
+        manifest = curate(
+            CurateConfig(**_CONFIG.value.to_dict()), _OUTPUT.value, progress=sys.stderr.isatty()
+        )
     except (ValueError, OSError) as error:
         sys.exit(f"curate: {error}")
-    print(f"{_OUTPUT.value}: vocabulary {manifest.vocab_size:,}, skipped {manifest.skipped}, {time.monotonic() - start:.1f} s")
+    print(
+        f"{_OUTPUT.value}: vocabulary {manifest.vocab_size:,}, skipped {manifest.skipped},"
+        f" {time.monotonic() - start:.1f} s"
+    )
     for name in ("train", "held_out"):
         split = manifest.split(name)
         print(
-            f"  {name:8} {split.num_documents:>9,} documents {split.num_bytes:>13,} bytes {split.num_tokens:>13,} tokens "
-            f"({split.num_bytes / split.num_tokens:.2f} bytes a token)"
+            f"  {name:8} {split.num_documents:>9,} documents {split.num_bytes:>13,} bytes"
+            f" {split.num_tokens:>13,} tokens ({split.num_bytes / split.num_tokens:.2f} bytes a"
+            " token)"
         )
 
 

@@ -1,6 +1,8 @@
-"""Measures tasks with a fine-tuned run, for the curriculum of experiments.rl: solved in how many of how many rollouts.
+"""Measures tasks with a fine-tuned run, for the curriculum of experiments.rl: solved in how many of
+how many rollouts.
 
-python -m experiments.difficulty --workdir=SFT --tasks=puzzle:chain_sum:2000 --output=difficulty.jsonl
+python -m experiments.difficulty --workdir=SFT --tasks=puzzle:chain_sum:2000 \
+    --output=difficulty.jsonl
 """
 
 from __future__ import annotations
@@ -14,12 +16,20 @@ from experiments import entry, rolling
 from glm_jax.rl.collector import Draw
 from glm_jax.rl.difficulty import measure, write_difficulties
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of the run that reinforcement learning will start from.")
-TASKS = flags.DEFINE_list("tasks", None, "Sources as in config.tasks.train: puzzle:GENERATOR:COUNT or task files.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Work directory of the run that reinforcement learning will start from."
+)
+TASKS = flags.DEFINE_list(
+    "tasks", None, "Sources as in config.tasks.train: puzzle:GENERATOR:COUNT or task files."
+)
 OUTPUT = flags.DEFINE_string("output", None, "JSONL file to write.")
 FEW = flags.DEFINE_integer("few", 8, "Rollouts of every task.", lower_bound=1)
-MANY = flags.DEFINE_integer("many", 512, "Rollouts of a task that is not solved before, at most.", lower_bound=1)
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Most tokens of an output.", lower_bound=1)
+MANY = flags.DEFINE_integer(
+    "many", 512, "Rollouts of a task that is not solved before, at most.", lower_bound=1
+)
+MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", 64, "Most tokens of an output.", lower_bound=1
+)
 TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of the rollouts.", lower_bound=0.0)
 THINKING = flags.DEFINE_bool("thinking", True, "Ask the model to reason.")
 NUM_ROWS = flags.DEFINE_integer("num_rows", 64, "Rollouts at a time.", lower_bound=1)
@@ -36,7 +46,10 @@ def main(argv: list[str]):
     write_difficulties(pathlib.Path(OUTPUT.value), found)
     never = sum(d.solved == 0 for d in found.values())
     always = sum(d.solved == d.tried for d in found.values())
-    print(f"{len(found)} tasks: {always} always solved, {len(found) - always - never} sometimes, {never} never; {OUTPUT.value}")
+    print(
+        f"{len(found)} tasks: {always} always solved, {len(found) - always - never} sometimes,"
+        f" {never} never; {OUTPUT.value}"
+    )
 
 
 if __name__ == "__main__":

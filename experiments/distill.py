@@ -1,16 +1,25 @@
-"""Rejection sampling and self-distillation: a finished run's rollouts on tasks, judged and filtered, for experiments.sft to learn from.
+"""Rejection sampling and self-distillation: a finished run's rollouts on tasks, judged and
+filtered, for experiments.sft to learn from.
 
-Experts into one model: each distilled, with and without reasoning, then the base model fine-tuned on all the files.
+Experts into one model: each distilled, with and without reasoning, then the base model fine-tuned
+on all the files.
 
-python -m experiments.distill --workdir=EXPERT --tasks=puzzle:chain_sum:500,code.jsonl --output=W/expert.jsonl
-python -m experiments.distill --workdir=EXPERT --tasks=chat.jsonl --output=W/chat.jsonl --thinking=false --drop_shortest=0
-python -m experiments.sft --config=configs/sft_unified.py --workdir=W/unified --config.data.paths='("W/expert.jsonl","W/chat.jsonl")'
+python -m experiments.distill --workdir=EXPERT --tasks=puzzle:chain_sum:500,code.jsonl \
+    --output=W/expert.jsonl
+python -m experiments.distill --workdir=EXPERT --tasks=chat.jsonl --output=W/chat.jsonl \
+    --thinking=false --drop_shortest=0
+python -m experiments.sft --config=configs/sft_unified.py --workdir=W/unified \
+    --config.data.paths='("W/expert.jsonl","W/chat.jsonl")'
 
-Round the loop: a reinforced run distilled in place of the cold-start set, fine-tuning from the base again, then harder tasks.
+Round the loop: a reinforced run distilled in place of the cold-start set, fine-tuning from the base
+again, then harder tasks.
 
-python -m experiments.distill --workdir=W/rl --tasks=puzzle:chain_sum:500 --output=W/second_start.jsonl
-python -m experiments.sft --config=configs/sft_tiny.py --workdir=W/sft2 --config.data.paths='("W/second_start.jsonl",)'
-python -m experiments.rl --config=configs/rl_math_tiny.py --workdir=W/rl2 --config.start.workdir=W/sft2
+python -m experiments.distill --workdir=W/rl --tasks=puzzle:chain_sum:500 \
+    --output=W/second_start.jsonl
+python -m experiments.sft --config=configs/sft_tiny.py --workdir=W/sft2 \
+    --config.data.paths='("W/second_start.jsonl",)'
+python -m experiments.rl --config=configs/rl_math_tiny.py --workdir=W/rl2 \
+    --config.start.workdir=W/sft2
 """
 
 from __future__ import annotations
@@ -24,20 +33,34 @@ from glm_jax.rl.collector import Draw
 from glm_jax.sft.rejection import RejectionConfig
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of the run that answers.")
-TASKS = flags.DEFINE_list("tasks", None, "Sources as in config.tasks.train: puzzle:GENERATOR:COUNT or task files.")
+TASKS = flags.DEFINE_list(
+    "tasks", None, "Sources as in config.tasks.train: puzzle:GENERATOR:COUNT or task files."
+)
 OUTPUT = flags.DEFINE_string("output", None, "JSONL file of conversations to write.")
 SAMPLES = flags.DEFINE_integer("samples", 8, "Rollouts of every task.", lower_bound=1)
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Most tokens of an output.", lower_bound=1)
+MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", 64, "Most tokens of an output.", lower_bound=1
+)
 TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of the rollouts.", lower_bound=0.0)
 THINKING = flags.DEFINE_bool("thinking", True, "Ask the model to reason.")
 NUM_ROWS = flags.DEFINE_integer("num_rows", 64, "Rollouts at a time.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Of everything that is drawn.", lower_bound=0)
 MIN_TOKENS = flags.DEFINE_integer("min_tokens", 1, "Shorter outputs are dropped.", lower_bound=1)
-MIN_REWARD = flags.DEFINE_float("min_reward", 1.0, "Outputs that the verifier gives less are dropped.")
-DROP_SHORTEST = flags.DEFINE_float("drop_shortest", 0.5, "Share of the tasks dropped: those whose kept outputs are shortest.")
-HARD_PASS_RATE = flags.DEFINE_float("hard_pass_rate", 0.5, "A task of which at most this share of the rollouts is right is hard.")
-HARD_RESPONSES = flags.DEFINE_integer("hard_responses", 4, "Outputs kept of a hard task, at most.", lower_bound=1)
-EASY_RESPONSES = flags.DEFINE_integer("easy_responses", 1, "Outputs kept of another task, at most.", lower_bound=1)
+MIN_REWARD = flags.DEFINE_float(
+    "min_reward", 1.0, "Outputs that the verifier gives less are dropped."
+)
+DROP_SHORTEST = flags.DEFINE_float(
+    "drop_shortest", 0.5, "Share of the tasks dropped: those whose kept outputs are shortest."
+)
+HARD_PASS_RATE = flags.DEFINE_float(
+    "hard_pass_rate", 0.5, "A task of which at most this share of the rollouts is right is hard."
+)
+HARD_RESPONSES = flags.DEFINE_integer(
+    "hard_responses", 4, "Outputs kept of a hard task, at most.", lower_bound=1
+)
+EASY_RESPONSES = flags.DEFINE_integer(
+    "easy_responses", 1, "Outputs kept of another task, at most.", lower_bound=1
+)
 
 
 def main(argv: list[str]):
@@ -45,12 +68,15 @@ def main(argv: list[str]):
         raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
     draw = Draw(SAMPLES.value, MAX_NEW_TOKENS.value, TEMPERATURE.value, SEED.value, THINKING.value)
     config = RejectionConfig(
-        min_tokens=MIN_TOKENS.value, min_reward=MIN_REWARD.value, drop_shortest=DROP_SHORTEST.value, hard_pass_rate=HARD_PASS_RATE.value,
+        min_tokens=MIN_TOKENS.value, min_reward=MIN_REWARD.value, drop_shortest=DROP_SHORTEST.value,
+        hard_pass_rate=HARD_PASS_RATE.value,
         hard_responses=HARD_RESPONSES.value, easy_responses=EASY_RESPONSES.value,
         min_preference=0.0,  # of no effect: every task has a verifier
     )  # fmt: skip
     output = pathlib.Path(OUTPUT.value)
-    counts = distilling.distill(WORKDIR.value, TASKS.value, output, draw, NUM_ROWS.value, config, progress=True)
+    counts = distilling.distill(
+        WORKDIR.value, TASKS.value, output, draw, NUM_ROWS.value, config, progress=True
+    )
     print(distilling.table(counts))
     print(f"{counts['kept']} conversations in {output}")
 

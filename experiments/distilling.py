@@ -1,4 +1,6 @@
-"""What experiments.distill does: a run's rollouts on tasks, judged and filtered, become conversations to fine-tune on."""
+"""What experiments.distill does: a run's rollouts on tasks, judged and filtered, become
+conversations to fine-tune on.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,17 @@ from glm_jax.sft.rejection import RejectionConfig, Sample
 
 
 def distill(
-    workdir: str, sources: Sequence[str], output: pathlib.Path, draw: Draw, num_rows: int, config: RejectionConfig, *, progress: bool
+    workdir: str,
+    sources: Sequence[str],
+    output: pathlib.Path,
+    draw: Draw,
+    num_rows: int,
+    config: RejectionConfig,
+    *,
+    progress: bool,
 ) -> collections.Counter:
-    """Writes what is kept of draw.group_size rollouts of each task. Returns what became of all of them, as rejection.select counts it.
+    """Writes what is kept of draw.group_size rollouts of each task. Returns what became of all of
+    them, as rejection.select counts it.
 
     Raises ValueError where nothing is kept; then nothing is written.
     """
@@ -29,12 +39,19 @@ def distill(
         raise ValueError(f"output {str(output)!r} is a folder: give a file")
     output.parent.mkdir(parents=True, exist_ok=True)
     tasks, roller = rolling.open_run(workdir, sources, draw, num_rows)
-    with tqdm(total=len(tasks) * draw.group_size, unit="rollout", desc="distill", disable=not progress) as bar:
+    with tqdm(
+        total=len(tasks) * draw.group_size, unit="rollout", desc="distill", disable=not progress
+    ) as bar:
         groups = roller.roll(tasks, draw, 0, bar.update)
-    conversations, counts = rejection.select(list(samples(groups, roller.tokenizer, draw.thinking)), config)
+    conversations, counts = rejection.select(
+        list(samples(groups, roller.tokenizer, draw.thinking)), config
+    )
     if not conversations:
         became = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise ValueError(f"no rollout of {workdir} was kept, {str(output)!r} is not written; of {counts.total()}: {became}")
+        raise ValueError(
+            f"no rollout of {workdir} was kept, {str(output)!r} is not written; of"
+            f" {counts.total()}: {became}"
+        )
     write_conversations(output, conversations)
     return counts
 
@@ -45,21 +62,29 @@ def samples(groups: Iterable[Group], tokenizer: Tokenizer, thinking: bool) -> It
         for rollout in group.rollouts:
             readable = rollout.status is RolloutStatus.COMPLETED
             yield Sample(
-                task=group.task.id, prompt=group.task.messages, response=(message(rollout, tokenizer),) if readable else (),
-                thinking=thinking, num_tokens=rollout.num_drawn, status=rollout.status.value, reward=rollout.reward.value,
+                task=group.task.id, prompt=group.task.messages,
+                response=(message(rollout, tokenizer),) if readable else (),
+                thinking=thinking, num_tokens=rollout.num_drawn, status=rollout.status.value,
+                reward=rollout.reward.value,
                 tools=group.task.tools,
             )  # fmt: skip
 
 
 def message(rollout: Rollout, tokenizer: Tokenizer) -> dict:
     """The assistant's turn of a rollout that is one turn and can be read."""
-    drawn = [token for token, is_drawn in zip(rollout.tokens, rollout.mask, strict=True) if is_drawn]
+    drawn = [
+        token for token, is_drawn in zip(rollout.tokens, rollout.mask, strict=True) if is_drawn
+    ]
     return chat_output.parse_tokens(tokenizer, drawn, rollout.task.tools or None)
 
 
 def table(counts: Mapping[str, int]) -> str:
     """A line for what was kept and for every reason of a drop: how many, which share of all."""
     total = sum(counts.values())
-    rows = [("rollouts", total), ("kept", counts["kept"]), *((f"  {name}", n) for name, n in counts.items() if name != "kept")]
+    rows = [
+        ("rollouts", total),
+        ("kept", counts["kept"]),
+        *((f"  {name}", n) for name, n in counts.items() if name != "kept"),
+    ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {count:>8,}  {count / total:>6.1%}" for name, count in rows)

@@ -17,7 +17,14 @@ from glm_jax.devices import choose_platforms, describe, keep_compiled_programs
 from glm_jax.infer.engine import EngineConfig
 from glm_jax.optim.optimizer import OptimizerConfig
 from glm_jax.optim.schedules import ScheduleConfig
-from glm_jax.rl.config import ControlConfig, GrpoConfig, RlConfig, RlLoopConfig, RolloutConfig, TasksConfig
+from glm_jax.rl.config import (
+    ControlConfig,
+    GrpoConfig,
+    RlConfig,
+    RlLoopConfig,
+    RolloutConfig,
+    TasksConfig,
+)
 from glm_jax.sft.conversations import ConversationConfig
 from glm_jax.sharding import MeshConfig
 from glm_jax.train.loop import LoopConfig, RunConfig
@@ -54,14 +61,19 @@ RL = {
 
 
 def sections(config: ConfigDict, kinds: Mapping[str, type]) -> dict:
-    """The frozen sections of a config. Raises ValueError naming a key that is unknown, missing or of the wrong type."""
+    """The frozen sections of a config. Raises ValueError naming a key that is unknown, missing or
+    of the wrong type.
+    """
     tree = config.to_dict()
     for section in tree:
         check_choice("config section", section, kinds)
     missing = [s for s in kinds if s not in tree]
     if missing:
         raise ValueError(f"config lacks the sections {', '.join(missing)}")
-    return {section: from_mapping(cls, tree[section], f"config.{section}") for section, cls in kinds.items()}
+    return {
+        section: from_mapping(cls, tree[section], f"config.{section}")
+        for section, cls in kinds.items()
+    }
 
 
 def run_config(config: ConfigDict) -> RunConfig:
@@ -82,10 +94,14 @@ def rl_config(config: ConfigDict) -> tuple[RlConfig, StartConfig]:
 
 
 def log_to(workdir: pathlib.Path):
-    """Everything that is logged goes to the run's log.txt, too. Says, there and on the terminal, which devices compute."""
+    """Everything that is logged goes to the run's log.txt, too. Says, there and on the terminal,
+    which devices compute.
+    """
     workdir.mkdir(parents=True, exist_ok=True)
     handler = python_logging.FileHandler(workdir / "log.txt")
-    handler.setFormatter(python_logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(
+        python_logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    )
     python_logging.getLogger().addHandler(handler)
     devices = describe()
     logger.info("devices: %s", devices)
@@ -93,11 +109,14 @@ def log_to(workdir: pathlib.Path):
 
 
 def run(main: Callable[[list[str]], None]):
-    """app.run, with expected failures as one line on stderr and exit code 1. The terminal gets our warnings, log.txt everything."""
+    """app.run, with expected failures as one line on stderr and exit code 1. The terminal gets our
+    warnings, log.txt everything.
+    """
     terminal = logging.get_absl_handler()
     terminal.setLevel("WARNING")
     terminal.addFilter(lambda record: record.name.partition(".")[0] in ON_TERMINAL)
-    python_logging.raiseExceptions = False  # a log.txt that cannot be written is no news beside the error that says so
+    # a log.txt that cannot be written is no news beside the error that says so
+    python_logging.raiseExceptions = False
     log_background_errors()
     choose_platforms()
     keep_compiled_programs()
@@ -105,7 +124,9 @@ def run(main: Callable[[list[str]], None]):
 
 
 def log_background_errors():
-    """What a library's own threads raise goes to log.txt: the call that waits for them raises it, too, and becomes the one line."""
+    """What a library's own threads raise goes to log.txt: the call that waits for them raises it,
+    too, and becomes the one line.
+    """
     log, of_main_thread = python_logging.getLogger(BACKGROUND), sys.excepthook
 
     def on_exception(kind, error, trace):
@@ -116,7 +137,9 @@ def log_background_errors():
 
     sys.excepthook = on_exception
     threading.excepthook = lambda args: log.error("in a background thread", exc_info=args[:3])
-    sys.unraisablehook = lambda args: log.error("%s", args.err_msg, exc_info=(args.exc_type, args.exc_value, args.exc_traceback))
+    sys.unraisablehook = lambda args: log.error(
+        "%s", args.err_msg, exc_info=(args.exc_type, args.exc_value, args.exc_traceback)
+    )
 
 
 def guarded(main, argv):

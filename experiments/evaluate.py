@@ -1,15 +1,20 @@
-r"""Measures a checkpoint: held-out text, puzzles, and any task of lm-eval. Prints a table and writes W/evaluation/<step>.json.
+r"""Measures a checkpoint: held-out text, puzzles, and any task of lm-eval. Prints a table and
+writes W/evaluation/<step>.json.
 
 python -m experiments.evaluate --workdir=W --tasks=held_out,arithmetic,logic
 python -m experiments.evaluate --workdir=W --tasks=python_syntax,my_task.yaml --limit=100
 python -m experiments.evaluate --workdir=W --tasks=human_eval --max_new_tokens=512
 
 Tasks:
-  held_out           loss, perplexity and bits per byte of the run's held-out text, of the MTP block as well
-  arithmetic, logic  puzzles of reasoning-gym, from seeds and with questions that training never sees
-  human_eval         pass@1 of 164 functions to write, run in sandboxes (needs bubblewrap); never trained on
+  held_out           loss, perplexity and bits per byte of the run's held-out text, of the MTP block
+                     as well
+  arithmetic, logic  puzzles of reasoning-gym, from seeds and with questions that training never
+                     sees
+  human_eval         pass@1 of 164 functions to write, run in sandboxes (needs bubblewrap); never
+                     trained on
   python_syntax      which of two snippets is Python (data/tasks), by lm-eval
-  anything else      a task, group or tag of lm-eval 0.4.13, or the path of a YAML file that describes one
+  anything else      a task, group or tag of lm-eval 0.4.13, or the path of a YAML file that
+                     describes one
 """
 
 from __future__ import annotations
@@ -20,26 +25,56 @@ from absl import flags
 
 from experiments import entry, evaluating
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a run, or a Hugging Face folder with a tokenizer.json.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Work directory of a run, or a Hugging Face folder with a tokenizer.json."
+)
 TASKS = flags.DEFINE_list("tasks", None, "Names of tasks, separated by commas; see above.")
 STEP = flags.DEFINE_integer("step", None, "The checkpoint's step; without it the newest.")
-OUTPUT = flags.DEFINE_string("output", None, "Results file, written anew. By default W/evaluation/<step>.json, which keeps other tasks.")
+OUTPUT = flags.DEFINE_string(
+    "output",
+    None,
+    "Results file, written anew. By default W/evaluation/<step>.json, which keeps other tasks.",
+)
 DATA = flags.DEFINE_list("data", [], "Dataset folders for held_out; by default those of the run.")
 LIMIT = flags.DEFINE_integer(
     "limit",
     None,
-    "At most so many batches of held-out text, puzzles of each generator, problems, documents of lm-eval tasks.",
+    "At most so many batches of held-out text, puzzles of each generator, problems, documents of"
+    " lm-eval tasks.",
     lower_bound=1,
 )
-CONTEXT = flags.DEFINE_integer("context", None, "Most tokens of prompt and answer; by default the model's, up to 4096.", lower_bound=2)
-NUM_ROWS = flags.DEFINE_integer("num_rows", 16, "Prompts that are answered at a time.", lower_bound=1)
-BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 4096, "Tokens of a forward pass that scores given text.", lower_bound=1)
-DRAFT_TOKENS = flags.DEFINE_integer("draft_tokens", 0, "Tokens that the MTP block guesses ahead; 0: no speculation.", lower_bound=0)
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Most tokens of an answer, reasoning included.", lower_bound=1)
-TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of answers; 0: always the most likely token.", lower_bound=0.0)
-SEED = flags.DEFINE_integer("seed", 0, "Of everything that samples.", lower_bound=0, upper_bound=2**32 - 1)
-EXAMPLES = flags.DEFINE_integer("examples", 2, "Solved training puzzles in front of each puzzle; none in chat.", lower_bound=0)
-CHAT = flags.DEFINE_bool("chat", False, r"Ask as a chat, read answers from \boxed{} or a fenced block; else as text to complete.")
+CONTEXT = flags.DEFINE_integer(
+    "context",
+    None,
+    "Most tokens of prompt and answer; by default the model's, up to 4096.",
+    lower_bound=2,
+)
+NUM_ROWS = flags.DEFINE_integer(
+    "num_rows", 16, "Prompts that are answered at a time.", lower_bound=1
+)
+BATCH_TOKENS = flags.DEFINE_integer(
+    "batch_tokens", 4096, "Tokens of a forward pass that scores given text.", lower_bound=1
+)
+DRAFT_TOKENS = flags.DEFINE_integer(
+    "draft_tokens", 0, "Tokens that the MTP block guesses ahead; 0: no speculation.", lower_bound=0
+)
+MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", 64, "Most tokens of an answer, reasoning included.", lower_bound=1
+)
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.0, "Of answers; 0: always the most likely token.", lower_bound=0.0
+)
+SEED = flags.DEFINE_integer(
+    "seed", 0, "Of everything that samples.", lower_bound=0, upper_bound=2**32 - 1
+)
+EXAMPLES = flags.DEFINE_integer(
+    "examples", 2, "Solved training puzzles in front of each puzzle; none in chat.", lower_bound=0
+)
+CHAT = flags.DEFINE_bool(
+    "chat",
+    False,
+    r"Ask as a chat, read answers from \boxed{} or a fenced block; else as text to complete.",
+)
 THINKING = flags.DEFINE_bool("thinking", True, "In chat, let the model reason first.")
 
 
@@ -47,8 +82,10 @@ def main(argv: list[str]):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
     settings = evaluating.Settings(
-        limit=LIMIT.value, context=CONTEXT.value, num_rows=NUM_ROWS.value, batch_tokens=BATCH_TOKENS.value,
-        draft_tokens=DRAFT_TOKENS.value, max_new_tokens=MAX_NEW_TOKENS.value, temperature=TEMPERATURE.value, seed=SEED.value,
+        limit=LIMIT.value, context=CONTEXT.value, num_rows=NUM_ROWS.value,
+        batch_tokens=BATCH_TOKENS.value,
+        draft_tokens=DRAFT_TOKENS.value, max_new_tokens=MAX_NEW_TOKENS.value,
+        temperature=TEMPERATURE.value, seed=SEED.value,
         num_examples=EXAMPLES.value, chat=CHAT.value, thinking=THINKING.value,
     )  # fmt: skip
     path = pathlib.Path(WORKDIR.value)
@@ -57,7 +94,9 @@ def main(argv: list[str]):
     output, known = evaluating.find_output(path, STEP.value, OUTPUT.value)
     subject = evaluating.open_subject(path, STEP.value, tokenizer, settings)
     results = evaluating.run(tasks, subject, output, known)
-    print(evaluating.table({name: entry for name, entry in results.items() if entry["task"] in tasks}))
+    print(
+        evaluating.table({name: entry for name, entry in results.items() if entry["task"] in tasks})
+    )
     print(f"\n{output}")
 
 

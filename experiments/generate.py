@@ -13,12 +13,24 @@ from experiments import entry
 from glm_jax import load
 from glm_jax.infer.engine import SamplingParams, generate
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a run, or a Hugging Face folder with a tokenizer.json.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Work directory of a run, or a Hugging Face folder with a tokenizer.json."
+)
 PROMPT = flags.DEFINE_string("prompt", None, r"Text to continue; \n stands for a line break.")
-SUFFIX = flags.DEFINE_string("suffix", None, "Text behind the gap: completes the middle between prompt and suffix.")
+SUFFIX = flags.DEFINE_string(
+    "suffix", None, "Text behind the gap: completes the middle between prompt and suffix."
+)
 LENGTH = flags.DEFINE_integer("length", 128, "Most new tokens.", lower_bound=1)
-TEMPERATURE = flags.DEFINE_float("temperature", 0.6, "0: always the most likely token.", lower_bound=0.0)
-TOP_P = flags.DEFINE_float("top_p", 0.95, "Nucleus: the most likely tokens up to this probability.", lower_bound=0.0, upper_bound=1.0)
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.6, "0: always the most likely token.", lower_bound=0.0
+)
+TOP_P = flags.DEFINE_float(
+    "top_p",
+    0.95,
+    "Nucleus: the most likely tokens up to this probability.",
+    lower_bound=0.0,
+    upper_bound=1.0,
+)
 SEED = flags.DEFINE_integer("seed", 0, "Same seed, same text.")
 
 
@@ -35,7 +47,11 @@ def main(argv: list[str]):
         suffix = SUFFIX.value.replace("\\n", "\n")
         ids = fim_prompt(tokenizer, prompt, suffix)
     params = SamplingParams(
-        max_new_tokens=LENGTH.value, temperature=TEMPERATURE.value, top_p=TOP_P.value, seed=SEED.value, stop_tokens=(tokenizer.eos_id,)
+        max_new_tokens=LENGTH.value,
+        temperature=TEMPERATURE.value,
+        top_p=TOP_P.value,
+        seed=SEED.value,
+        stop_tokens=(tokenizer.eos_id,),
     )
     print(prompt + tokenizer.decode(generate(model, [ids], params)[0].text_tokens) + suffix)
 

@@ -1,9 +1,11 @@
-"""What the engine's formats cost in agreement and its drafts win in speed, on a trained model and its held-out text.
+"""What the engine's formats cost in agreement and its drafts win in speed, on a trained model and
+its held-out text.
 
     python -m experiments.measure_engine --workdir=runs/demo/run
 
-Prints two tables: log-probabilities of drawn tokens, engine beside the training forward in the model's own precision, for each
-format of weights and cache; and tokens a pass, accepted drafts and tokens/s for each number of drafts.
+Prints two tables: log-probabilities of drawn tokens, engine beside the training forward in the
+model's own precision, for each format of weights and cache; and tokens a pass, accepted drafts and
+tokens/s for each number of drafts.
 """
 
 from __future__ import annotations
@@ -27,13 +29,16 @@ from glm_jax.model.transformer import GLM
 from glm_jax.train.checkpoint import read_config
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a finished run.")
-PROMPTS = flags.DEFINE_integer("prompts", 16, "Prompts, each the beginning of a held-out document.", lower_bound=1)
+PROMPTS = flags.DEFINE_integer(
+    "prompts", 16, "Prompts, each the beginning of a held-out document.", lower_bound=1
+)
 PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 32, "Tokens of a prompt.", lower_bound=1)
 NEW_TOKENS = flags.DEFINE_integer("new_tokens", 128, "Tokens drawn behind each.", lower_bound=1)
 DRAFTS = flags.DEFINE_integer("drafts", 3, "Most drafts to try.", lower_bound=0)
 # (compute type, weights, cache)
 FORMATS = [
-    ("float32", "compute", "compute"), ("bfloat16", "compute", "compute"), ("float32", "fp8", "compute"), ("bfloat16", "fp8", "compute"),
+    ("float32", "compute", "compute"), ("bfloat16", "compute", "compute"),
+    ("float32", "fp8", "compute"), ("bfloat16", "fp8", "compute"),
     ("bfloat16", "fp8", "float8_e4m3fn"), ("float32", "int8", "compute"),
 ]  # fmt: skip
 
@@ -43,24 +48,52 @@ def held_out_prompts(workdir: pathlib.Path) -> list[list[int]]:
     config = from_mapping(DataConfig, read_config(workdir)["data"], "data")
     prompts, length = [], PROMPT_TOKENS.value
     for batch in HeldOutBatches(config, 0, 1, None):
-        for tokens, positions, segments in zip(batch["tokens"], batch["positions"], batch["segment_ids"], strict=True):
+        for tokens, positions, segments in zip(
+            batch["tokens"], batch["positions"], batch["segment_ids"], strict=True
+        ):
             for start in np.flatnonzero((positions == 0) & (segments > 0)):
                 if positions[start : start + length].tolist() == list(range(length)):
                     prompts.append(tokens[start : start + length].tolist())
         if len(prompts) >= PROMPTS.value:
             return prompts[: PROMPTS.value]
-    raise ValueError(f"{workdir}: only {len(prompts)} held-out documents of {length} tokens, --prompts={PROMPTS.value}")
+    raise ValueError(
+        f"{workdir}: only {len(prompts)} held-out documents of {length} tokens,"
+        f" --prompts={PROMPTS.value}"
+    )
 
 
 def engine(model: GLM, rows: int, **settings) -> Engine:
     context, page_size = PROMPT_TOKENS.value + NEW_TOKENS.value + 1, 16
-    sizes = {"context": context, "num_rows": rows, "page_size": page_size, "num_pages": rows * -(-(context + 8) // page_size)}
-    defaults = {"draft_tokens": 0, "weights": "compute", "cache_dtype": "compute", "keep_experts": False}
-    return Engine(model, EngineConfig(**sizes, prefill_chunk=64, min_rows=1, min_chunk=1, decode_steps=16, **(defaults | settings)))
+    sizes = {
+        "context": context,
+        "num_rows": rows,
+        "page_size": page_size,
+        "num_pages": rows * -(-(context + 8) // page_size),
+    }
+    defaults = {
+        "draft_tokens": 0,
+        "weights": "compute",
+        "cache_dtype": "compute",
+        "keep_experts": False,
+    }
+    return Engine(
+        model,
+        EngineConfig(
+            **sizes,
+            prefill_chunk=64,
+            min_rows=1,
+            min_chunk=1,
+            decode_steps=16,
+            **(defaults | settings),
+        ),
+    )
 
 
 def sampling(temperature: float) -> list[SamplingParams]:
-    return [SamplingParams(max_new_tokens=NEW_TOKENS.value, temperature=temperature, seed=i) for i in range(PROMPTS.value)]
+    return [
+        SamplingParams(max_new_tokens=NEW_TOKENS.value, temperature=temperature, seed=i)
+        for i in range(PROMPTS.value)
+    ]
 
 
 def formats(model: GLM, prompts: list[list[int]]):
@@ -68,14 +101,23 @@ def formats(model: GLM, prompts: list[list[int]]):
     for compute, weights, cache in FORMATS:
         other = GLM(dataclasses.replace(model.config, compute_dtype=compute), rngs=nnx.Rngs(0))
         nnx.update(other, nnx.state(model))
-        requests = engine(other, len(prompts), weights=weights, cache_dtype=cache, keep_experts=True).generate(prompts, sampling(1.0))
+        requests = engine(
+            other, len(prompts), weights=weights, cache_dtype=cache, keep_experts=True
+        ).generate(prompts, sampling(1.0))
         found = agreement(model, requests, replay=False)
         mean, largest = found["logprob_difference_mean"], found["logprob_difference_max"]
-        print(f"{compute:10}{weights:10}{cache:16}{mean:10.1e}{largest:10.1e}{found['experts_differ']:16.2%}", flush=True)
+        print(
+            f"{compute:10}{weights:10}{cache:16}{mean:10.1e}{largest:10.1e}"
+            f"{found['experts_differ']:16.2%}",
+            flush=True,
+        )
 
 
 def drafts(model: GLM, prompts: list[list[int]]):
-    print(f"\n{'rows':>5}{'temperature':>13}{'drafts':>8}{'tokens/pass':>13}{'accepted':>10}{'tokens/s':>10}{'speed-up':>10}")
+    print(
+        f"\n{'rows':>5}{'temperature':>13}{'drafts':>8}{'tokens/pass':>13}{'accepted':>10}"
+        f"{'tokens/s':>10}{'speed-up':>10}"
+    )
     for rows in sorted({1, len(prompts)}):
         for temperature in (0.0, 1.0):
             plain = None
@@ -88,12 +130,18 @@ def drafts(model: GLM, prompts: list[list[int]]):
                     start = time.perf_counter()
                     requests = ours.generate(prompts[chosen], sampling(temperature)[chosen])
                     times.append(time.perf_counter() - start)
-                tokens, passes = (sum(values) for values in zip(*((len(r.tokens) - 1, r.passes) for r in requests), strict=True))
+                tokens, passes = (
+                    sum(values)
+                    for values in zip(
+                        *((len(r.tokens) - 1, r.passes) for r in requests), strict=True
+                    )
+                )
                 speed = tokens / min(times)
                 plain = plain or speed
                 accepted = sum(r.accepted for r in requests) / max(passes * count, 1)
                 print(
-                    f"{rows:5}{temperature:13}{count:8}{tokens / passes:13.2f}{accepted:10.1%}{speed:10,.0f}{speed / plain:10.2f}",
+                    f"{rows:5}{temperature:13}{count:8}{tokens / passes:13.2f}{accepted:10.1%}"
+                    f"{speed:10,.0f}{speed / plain:10.2f}",
                     flush=True,
                 )
 

@@ -1,9 +1,11 @@
-"""Correctness, kernels, training and decoding on one GPU, in at most 8 minutes; --rehearse runs it all on a CPU at toy size.
+"""Correctness, kernels, training and decoding on one GPU, in at most 8 minutes; --rehearse runs it
+all on a CPU at toy size.
 
     python -m experiments.measure_gpu --output=DIR
 
-Each section runs in a process of its own, in order of worth, so one that fails or hangs ends none of the others. DIR gets every
-measurement at once (measurements.jsonl), the tables (gpu.md) and each section's log. Exit code 1 where a section is not done.
+Each section runs in a process of its own, in order of worth, so one that fails or hangs ends none
+of the others. DIR gets every measurement at once (measurements.jsonl), the tables (gpu.md) and each
+section's log. Exit code 1 where a section is not done.
 """
 
 from __future__ import annotations
@@ -16,10 +18,20 @@ from absl import app, flags
 from experiments.gpu import sections
 
 OUTPUT = flags.DEFINE_string("output", None, "Folder for the results.")
-SECONDS = flags.DEFINE_float("seconds", 480, "Time for everything; sections that do not fit are recorded as such.", lower_bound=0)
+SECONDS = flags.DEFINE_float(
+    "seconds",
+    480,
+    "Time for everything; sections that do not fit are recorded as such.",
+    lower_bound=0,
+)
 REHEARSE = flags.DEFINE_bool("rehearse", False, "Toy sizes on the CPU.")
 ONLY = flags.DEFINE_list("sections", list(sections.SECTIONS), "Sections to run.")
-SECTION = flags.DEFINE_enum("section", None, [*sections.SECTIONS, "reference"], "One section in this process: what the command starts.")
+SECTION = flags.DEFINE_enum(
+    "section",
+    None,
+    [*sections.SECTIONS, "reference"],
+    "One section in this process: what the command starts.",
+)
 
 
 def main(argv: list[str]):
@@ -30,7 +42,10 @@ def main(argv: list[str]):
         return
     unknown = set(ONLY.value) - set(sections.SECTIONS)
     if unknown:
-        sys.exit(f"error: --sections: {', '.join(sorted(unknown))}: valid are {', '.join(sections.SECTIONS)}")
+        sys.exit(
+            f"error: --sections: {', '.join(sorted(unknown))}: valid are"
+            f" {', '.join(sections.SECTIONS)}"
+        )
     chosen = [name for name in sections.SECTIONS if name in ONLY.value]
     statuses = sections.run_all(chosen, output, SECONDS.value, REHEARSE.value)
     if set(statuses.values()) - {"done"}:

@@ -1,9 +1,11 @@
-"""Where the time of a reinforcement-learning step goes: generate, score, train, swap, by group size and output length.
+"""Where the time of a reinforcement-learning step goes: generate, score, train, swap, by group size
+and output length.
 
     python -m experiments.measure_rl --workdir=SFT
 
-SFT: a run of experiments.sft with configs/sft_tiny.py. The step is that of configs/rl_math_tiny.py, but outputs do not stop: every one
-has the whole length; half of each group is rewarded. Prints medians of a few steps, without the first, which compiles.
+SFT: a run of experiments.sft with configs/sft_tiny.py. The step is that of configs/rl_math_tiny.py,
+but outputs do not stop: every one has the whole length; half of each group is rewarded. Prints
+medians of a few steps, without the first, which compiles.
 """
 
 from __future__ import annotations
@@ -25,7 +27,11 @@ from glm_jax.rl.collector import Draw
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of the run to start from.")
 STEPS = flags.DEFINE_integer("steps", 3, "Steps to time of each size.", lower_bound=1)
-SIZES = flags.DEFINE_list("sizes", ["4x16", "8x16", "16x16", "32x16", "8x32", "8x64"], "GROUPxLENGTH: rollouts of a task, tokens of one.")
+SIZES = flags.DEFINE_list(
+    "sizes",
+    ["4x16", "8x16", "16x16", "32x16", "8x32", "8x64"],
+    "GROUPxLENGTH: rollouts of a task, tokens of one.",
+)
 PHASES = ("generate", "score", "train", "swap")
 
 
@@ -50,15 +56,21 @@ def measure(config: ConfigDict, group_size: int, length: int) -> dict[str, float
     """Median seconds of each phase."""
     config.start.workdir = WORKDIR.value
     context = config.engine.context + length
-    config.engine.update(context=context, num_pages=config.engine.num_rows * -(-context // config.engine.page_size))
+    config.engine.update(
+        context=context, num_pages=config.engine.num_rows * -(-context // config.engine.page_size)
+    )
     config.grpo.row_length = 2 * -(-context // 16) * 16
     config.rollout.group_size, config.control.length_stages = group_size, ((0, length),)
     rl, start = entry.rl_config(config)
     draw = Draw(group_size, length, 1.0, rl.loop.seed, rl.tasks.thinking)
     with tempfile.TemporaryDirectory() as folder:
-        run = loop.open_run(rl, start, pathlib.Path(folder), config_json=config.to_json(), progress=False)
+        run = loop.open_run(
+            rl, start, pathlib.Path(folder), config_json=config.to_json(), progress=False
+        )
         run.roller.stop_tokens = ()
-        found = [step(run, draw, i * rl.rollout.prompts_per_step) for i in range(STEPS.value + 1)][1:]
+        found = [step(run, draw, i * rl.rollout.prompts_per_step) for i in range(STEPS.value + 1)][
+            1:
+        ]
         run.close()
     return {phase: float(np.median([seconds[phase] for seconds in found])) for phase in PHASES}
 
@@ -67,15 +79,26 @@ def main(argv: list[str]):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
     sizes = [size.split("x") for size in SIZES.value]
-    if not all(len(size) == 2 and all(n.isdecimal() and int(n) > 1 for n in size) for size in sizes):
+    if not all(
+        len(size) == 2 and all(n.isdecimal() and int(n) > 1 for n in size) for size in sizes
+    ):
         raise ValueError(f"--sizes={','.join(SIZES.value)}: must be GROUPxLENGTH, such as 8x16")
     print(
-        "| rollouts of a task | tokens of each | " + " | ".join(f"{phase}, s" for phase in PHASES) + " | generate |\n" + "|" + " --- |" * 7
+        "| rollouts of a task | tokens of each | "
+        + " | ".join(f"{phase}, s" for phase in PHASES)
+        + " | generate |\n"
+        + "|"
+        + " --- |" * 7
     )
     for group_size, length in (map(int, size) for size in sizes):
         seconds = measure(rl_math_tiny.get_config(), group_size, length)
         share = seconds["generate"] / sum(seconds.values())
-        print(f"| {group_size} | {length} | " + " | ".join(f"{seconds[phase]:.2f}" for phase in PHASES) + f" | {share:.0%} |", flush=True)
+        print(
+            f"| {group_size} | {length} | "
+            + " | ".join(f"{seconds[phase]:.2f}" for phase in PHASES)
+            + f" | {share:.0%} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python -m experiments.measure_sandbox --workers=2
 
-Prints milliseconds to run an empty program in a sandbox, beside a bare interpreter; answers judged a second, with cases and with a
-test; how many of HumanEval's reference solutions pass, and in what time. Ends with code 1 where one does not.
+Prints milliseconds to run an empty program in a sandbox, beside a bare interpreter; answers judged
+a second, with cases and with a test; how many of HumanEval's reference solutions pass, and in what
+time. Ends with code 1 where one does not.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ from glm_jax.rewards.task import Task
 WORKERS = flags.DEFINE_integer("workers", 2, "Solutions run at a time.", lower_bound=1)
 RUNS = flags.DEFINE_integer("runs", 30, "Sandboxed runs to time; answers to judge.", lower_bound=2)
 
-ADD = Task("add", "code", "code", (), {"entry_point": "add", "cases": [{"args": [n, 1], "expected": n + 1} for n in range(10)]})
+ADD = Task(
+    "add",
+    "code",
+    "code",
+    (),
+    {"entry_point": "add", "cases": [{"args": [n, 1], "expected": n + 1} for n in range(10)]},
+)
 
 
 def main(argv: list[str]):
@@ -33,7 +40,10 @@ def main(argv: list[str]):
     verifier = CodeVerifier(workers=WORKERS.value)
     tasks, solutions = human_eval_tasks(), reference_solutions()
     verifier.check([ADD, *tasks])
-    bare = [timed(lambda: subprocess.run([sys.executable, "-I", "-S", "-c", ""], check=True)) for _ in range(RUNS.value)]
+    bare = [
+        timed(lambda: subprocess.run([sys.executable, "-I", "-S", "-c", ""], check=True))
+        for _ in range(RUNS.value)
+    ]
     boxed = [timed(lambda: sandbox.run("", sandbox.STANDARD)) for _ in range(RUNS.value)]
     inside, outside = 1e3 * statistics.median(boxed), 1e3 * statistics.median(bare)
     print(f"one run, median of {RUNS.value}: {inside:.1f} ms; without a sandbox {outside:.1f} ms")
@@ -45,7 +55,10 @@ def main(argv: list[str]):
     seconds = time.perf_counter() - started
     print(f"judged by a test: {len(tasks) / seconds:.1f} answers/s with {WORKERS.value} workers")
     failed = [task.id for task, reward in zip(tasks, rewards, strict=True) if reward.value != 1]
-    print(f"HumanEval: {len(tasks) - len(failed)} of {len(tasks)} reference solutions pass, {seconds:.1f} s")
+    print(
+        f"HumanEval: {len(tasks) - len(failed)} of {len(tasks)} reference solutions pass,"
+        f" {seconds:.1f} s"
+    )
     if failed:
         raise ValueError(f"reference solutions fail: {', '.join(failed)}")
 

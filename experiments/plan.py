@@ -1,12 +1,16 @@
-"""Asks the real TPU compiler whether a program fits a pod, what it takes there, and where its time goes. Needs libtpu, no TPU.
+"""Asks the real TPU compiler whether a program fits a pod, what it takes there, and where its time
+goes. Needs libtpu, no TPU.
 
     python -m experiments.plan --config=configs/glm45.py --topology=v5p:4x4x4 --weights=fp8 \\
         --config.mesh.data=2 --config.mesh.fsdp=1 --config.mesh.expert=32
-    python -m experiments.plan --config=configs/glm45.py --topology=v5p:8x8x8 --mode=train --num_rows=4096 --config.mesh.expert=8
+    python -m experiments.plan --config=configs/glm45.py --topology=v5p:8x8x8 --mode=train \
+        --num_rows=4096 --config.mesh.expert=8
 
-Modes: `train`, a step of one microbatch of --num_rows rows of data.sequence_length tokens; `decode`, a token of every row over a cache
-of --num_rows rows of --context tokens; `prefill`, the last --prefill_chunk tokens of every row. Bytes and cycles are the compiler's, of
-one chip; the rest is estimated from them (glm_jax/plan/plan.py says what is left out); nothing here is measured on hardware.
+Modes: `train`, a step of one microbatch of --num_rows rows of data.sequence_length tokens;
+`decode`, a token of every row over a cache of --num_rows rows of --context tokens; `prefill`, the
+last --prefill_chunk tokens of every row. Bytes and cycles are the compiler's, of one chip; the rest
+is estimated from them (glm_jax/plan/plan.py says what is left out); nothing here is measured on
+hardware.
 """
 
 from __future__ import annotations
@@ -31,35 +35,50 @@ TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and shape of the pod, as 
 NUM_ROWS = flags.DEFINE_integer("num_rows", 0, "Rows of the batch; 0: one a chip.", lower_bound=0)
 CONTEXT = flags.DEFINE_integer("context", 8192, "Most tokens of a request.", lower_bound=2)
 PAGE_SIZE = flags.DEFINE_integer("page_size", 128, "Tokens of a page of the cache.", lower_bound=1)
-PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", 512, "Tokens of a row that one prefill call takes.", lower_bound=1)
+PREFILL_CHUNK = flags.DEFINE_integer(
+    "prefill_chunk", 512, "Tokens of a row that one prefill call takes.", lower_bound=1
+)
 DECODE_STEPS = flags.DEFINE_integer("decode_steps", 16, "Tokens drawn in one call.", lower_bound=1)
 DRAFT_TOKENS = flags.DEFINE_integer("draft_tokens", 0, "Guessed by the MTP block.", lower_bound=0)
-WEIGHTS = flags.DEFINE_string("weights", "compute", "Format of the weights: compute precision, fp8 or int8.")
-CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "compute", "Of keys and values: compute precision, bfloat16 or float8_e4m3fn.")
+WEIGHTS = flags.DEFINE_string(
+    "weights", "compute", "Format of the weights: compute precision, fp8 or int8."
+)
+CACHE_DTYPE = flags.DEFINE_string(
+    "cache_dtype", "compute", "Of keys and values: compute precision, bfloat16 or float8_e4m3fn."
+)
 JSON = flags.DEFINE_string("json", None, "File for the same figures.")
 HTML = flags.DEFINE_string("html", None, "File for a page that shows where the time goes.")
 
 
 def main(argv: list[str]):
     del argv
-    jax.config.update("jax_platforms", "cpu")  # the program is for the pod, never for what this machine has
+    # the program is for the pod, never for what this machine has
+    jax.config.update("jax_platforms", "cpu")
     run = entry.run_config(CONFIG.value)
     model = run.model
     rows = NUM_ROWS.value or len(tpu_devices(TOPOLOGY.value))
     more = {}
     if MODE.value == "train":
         balance, length = run.schedule.balance_weight, run.data.sequence_length
-        plan, program = plan_train(model, run.optimizer, balance, run.mesh, TOPOLOGY.value, rows, length)
+        plan, program = plan_train(
+            model, run.optimizer, balance, run.mesh, TOPOLOGY.value, rows, length
+        )
     else:
         engine = EngineConfig(
-            context=CONTEXT.value, num_rows=rows, page_size=PAGE_SIZE.value, prefill_chunk=PREFILL_CHUNK.value, min_rows=1, min_chunk=1,
+            context=CONTEXT.value, num_rows=rows, page_size=PAGE_SIZE.value,
+            prefill_chunk=PREFILL_CHUNK.value, min_rows=1, min_chunk=1,
             decode_steps=DECODE_STEPS.value,
-            num_pages=rows * -(-(CONTEXT.value + DRAFT_TOKENS.value) // PAGE_SIZE.value), draft_tokens=DRAFT_TOKENS.value,
+            num_pages=rows * -(-(CONTEXT.value + DRAFT_TOKENS.value) // PAGE_SIZE.value),
+            draft_tokens=DRAFT_TOKENS.value,
             weights=WEIGHTS.value, cache_dtype=CACHE_DTYPE.value, keep_experts=False,
         )  # fmt: skip
         plan, program, more = plan_engine(model, engine, run.mesh, TOPOLOGY.value, MODE.value)
     result = dataclasses.asdict(plan) | more
-    gib = {key: f"{value / 2**30:,.2f} GiB" for key, value in result.items() if "bytes" in key and "token" not in key}
+    gib = {
+        key: f"{value / 2**30:,.2f} GiB"
+        for key, value in result.items()
+        if "bytes" in key and "token" not in key
+    }
     for key, value in (result | gib).items():
         if key != "parts":
             print(f"{key:24} {value}")
@@ -70,7 +89,8 @@ def main(argv: list[str]):
             print(f"{seconds:12.6f} {seconds / plan.estimated_step_seconds:7.1%}  {name}")
         print("\nmost of XLA's cycles: times, cycles of one, kind, shape, line")
         for operation, times in operations:
-            shape, where = operation.shape.partition("{")[0], operation.source or operation.op_name[-60:]
+            shape = operation.shape.partition("{")[0]
+            where = operation.source or operation.op_name[-60:]
             print(f"{times:6} x {operation.cycles:12,}  {operation.kind:10} {shape:32} {where}")
     if JSON.value:
         with open(JSON.value, "w") as file:

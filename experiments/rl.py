@@ -1,4 +1,5 @@
-"""Reinforcement learning with GRPO from a fine-tuned run, or its continuation: run the same command again.
+"""Reinforcement learning with GRPO from a fine-tuned run, or its continuation: run the same command
+again.
 
 python -m experiments.rl --config=configs/rl_math_tiny.py --workdir=W --config.start.workdir=SFT
 """
@@ -13,8 +14,12 @@ from ml_collections import config_flags
 from experiments import entry
 from glm_jax.rl import loop
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; override any key with --config.a.b=value.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, checkpoints, metrics, rollouts, log.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file of configs/; override any key with --config.a.b=value."
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run: config, checkpoints, metrics, rollouts, log."
+)
 PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
 
 
@@ -24,7 +29,9 @@ def main(argv: list[str]):
     config, start = entry.rl_config(CONFIG.value)
     workdir = pathlib.Path(WORKDIR.value)
     entry.log_to(workdir)
-    steps = loop.train(config, start, workdir, config_json=CONFIG.value.to_json(indent=2), progress=PROGRESS.value)
+    steps = loop.train(
+        config, start, workdir, config_json=CONFIG.value.to_json(indent=2), progress=PROGRESS.value
+    )
     print(f"{steps} steps done; metrics, rollouts and checkpoints are in {workdir}")
 
 

@@ -1,9 +1,12 @@
-"""Serves a trained checkpoint with OpenAI's HTTP API: chat and text completions, models, health, metrics.
+"""Serves a trained checkpoint with OpenAI's HTTP API: chat and text completions, models, health,
+metrics.
 
 python -m experiments.serve --workdir=W
-python -m experiments.serve --workdir=W --host=0.0.0.0 --port=8000 --api_key_file=key.txt --num_rows=32 --draft_tokens=1
+python -m experiments.serve --workdir=W --host=0.0.0.0 --port=8000 --api_key_file=key.txt \
+    --num_rows=32 --draft_tokens=1
 
-Prints one line with its address when it is ready. SIGTERM and Ctrl-C let the requests under way end, up to --drain_seconds.
+Prints one line with its address when it is ready. SIGTERM and Ctrl-C let the requests under way
+end, up to --drain_seconds.
 """
 
 from __future__ import annotations
@@ -20,32 +23,76 @@ from glm_jax.infer.engine import Engine, EngineConfig
 from glm_jax.infer.server import Server, ServerConfig, bound_socket, create_app
 from glm_jax.infer.service import Service, ServiceConfig
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a run, or a Hugging Face folder with a tokenizer.json.")
-CORS_ORIGINS = flags.DEFINE_list("cors_origins", [], "Origins of web pages that may use the server, as http://localhost:3000; * is all.")
-HEAD_SECONDS = flags.DEFINE_float("head_seconds", 15.0, "Seconds for a client to send a request's head.", lower_bound=0.1)
-HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 is all of this machine's.")
-PORT = flags.DEFINE_integer("port", 8000, "Port; 0: any free one.", lower_bound=0, upper_bound=65535)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Work directory of a run, or a Hugging Face folder with a tokenizer.json."
+)
+CORS_ORIGINS = flags.DEFINE_list(
+    "cors_origins",
+    [],
+    "Origins of web pages that may use the server, as http://localhost:3000; * is all.",
+)
+HEAD_SECONDS = flags.DEFINE_float(
+    "head_seconds", 15.0, "Seconds for a client to send a request's head.", lower_bound=0.1
+)
+HOST = flags.DEFINE_string(
+    "host", "127.0.0.1", "Address to listen on; 0.0.0.0 is all of this machine's."
+)
+PORT = flags.DEFINE_integer(
+    "port", 8000, "Port; 0: any free one.", lower_bound=0, upper_bound=65535
+)
 MODEL_NAME = flags.DEFINE_string("model_name", "glm", "What requests call the model.")
-API_KEY_FILE = flags.DEFINE_string("api_key_file", None, "File with the key that requests must show; without it none is asked for.")
+API_KEY_FILE = flags.DEFINE_string(
+    "api_key_file", None, "File with the key that requests must show; without it none is asked for."
+)
 CONTEXT = flags.DEFINE_integer(
-    "context", 0, "Most tokens of a request, prompt and answer; 0: as many as the model is meant for.", lower_bound=0
+    "context",
+    0,
+    "Most tokens of a request, prompt and answer; 0: as many as the model is meant for.",
+    lower_bound=0,
 )
 NUM_ROWS = flags.DEFINE_integer("num_rows", 8, "Requests in the batch at a time.", lower_bound=1)
 PAGE_SIZE = flags.DEFINE_integer("page_size", 16, "Tokens of a page of the cache.", lower_bound=1)
-NUM_PAGES = flags.DEFINE_integer("num_pages", 0, "Pages of the cache; 0: enough for every row to fill its context.", lower_bound=0)
-PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", 256, "Most prompt tokens of a row in one call.", lower_bound=1)
-DECODE_STEPS = flags.DEFINE_integer("decode_steps", 8, "Tokens sampled between two looks at the queue.", lower_bound=1)
-DRAFT_TOKENS = flags.DEFINE_integer("draft_tokens", 0, "Guessed by the MTP block and verified at once; 0: none.", lower_bound=0)
-WEIGHTS = flags.DEFINE_string("weights", "compute", "Format of the weights: compute precision, fp8 or int8.")
-CACHE_DTYPE = flags.DEFINE_string(
-    "cache_dtype", "compute", "Type of cached keys and values: compute precision, float32, bfloat16 or float8_e4m3fn."
+NUM_PAGES = flags.DEFINE_integer(
+    "num_pages",
+    0,
+    "Pages of the cache; 0: enough for every row to fill its context.",
+    lower_bound=0,
 )
-QUEUE_LIMIT = flags.DEFINE_integer("queue_limit", 256, "Requests that may wait; further ones get 429.", lower_bound=0)
-REQUEST_SECONDS = flags.DEFINE_float("request_seconds", 600.0, "Seconds that a request may take, waiting included.")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 0, "Most new tokens of a request; 0: what the context leaves.", lower_bound=0)
-MAX_BODY_BYTES = flags.DEFINE_integer("max_body_bytes", 2**20, "Longest body of a request.", lower_bound=1)
-MAX_REQUESTS = flags.DEFINE_integer("max_requests", 512, "HTTP requests in work at a time; further ones get 503.", lower_bound=1)
-DRAIN_SECONDS = flags.DEFINE_float("drain_seconds", 30.0, "Seconds for the requests under way to end at shutdown.")
+PREFILL_CHUNK = flags.DEFINE_integer(
+    "prefill_chunk", 256, "Most prompt tokens of a row in one call.", lower_bound=1
+)
+DECODE_STEPS = flags.DEFINE_integer(
+    "decode_steps", 8, "Tokens sampled between two looks at the queue.", lower_bound=1
+)
+DRAFT_TOKENS = flags.DEFINE_integer(
+    "draft_tokens", 0, "Guessed by the MTP block and verified at once; 0: none.", lower_bound=0
+)
+WEIGHTS = flags.DEFINE_string(
+    "weights", "compute", "Format of the weights: compute precision, fp8 or int8."
+)
+CACHE_DTYPE = flags.DEFINE_string(
+    "cache_dtype",
+    "compute",
+    "Type of cached keys and values: compute precision, float32, bfloat16 or float8_e4m3fn.",
+)
+QUEUE_LIMIT = flags.DEFINE_integer(
+    "queue_limit", 256, "Requests that may wait; further ones get 429.", lower_bound=0
+)
+REQUEST_SECONDS = flags.DEFINE_float(
+    "request_seconds", 600.0, "Seconds that a request may take, waiting included."
+)
+MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", 0, "Most new tokens of a request; 0: what the context leaves.", lower_bound=0
+)
+MAX_BODY_BYTES = flags.DEFINE_integer(
+    "max_body_bytes", 2**20, "Longest body of a request.", lower_bound=1
+)
+MAX_REQUESTS = flags.DEFINE_integer(
+    "max_requests", 512, "HTTP requests in work at a time; further ones get 503.", lower_bound=1
+)
+DRAIN_SECONDS = flags.DEFINE_float(
+    "drain_seconds", 30.0, "Seconds for the requests under way to end at shutdown."
+)
 
 
 def engine_config(max_length: int) -> EngineConfig:
@@ -53,7 +100,8 @@ def engine_config(max_length: int) -> EngineConfig:
     context = CONTEXT.value or max_length
     pages_a_row = -(-(context + DRAFT_TOKENS.value) // PAGE_SIZE.value)
     return EngineConfig(
-        context=context, num_rows=NUM_ROWS.value, page_size=PAGE_SIZE.value, num_pages=NUM_PAGES.value or NUM_ROWS.value * pages_a_row,
+        context=context, num_rows=NUM_ROWS.value, page_size=PAGE_SIZE.value,
+        num_pages=NUM_PAGES.value or NUM_ROWS.value * pages_a_row,
         prefill_chunk=PREFILL_CHUNK.value, min_rows=1, min_chunk=1,
         decode_steps=DECODE_STEPS.value, draft_tokens=DRAFT_TOKENS.value, weights=WEIGHTS.value,
         cache_dtype=CACHE_DTYPE.value, keep_experts=False,
@@ -85,8 +133,10 @@ def main(argv: list[str]):
         raise ValueError(f"{WORKDIR.value} has no tokenizer.json")
     sizes = engine_config(model.config.max_length)
     config = ServerConfig(
-        model_name=MODEL_NAME.value, api_key=key, max_new_tokens=MAX_NEW_TOKENS.value or sizes.context,
-        max_body_bytes=MAX_BODY_BYTES.value, max_requests=MAX_REQUESTS.value, cors_origins=tuple(CORS_ORIGINS.value),
+        model_name=MODEL_NAME.value, api_key=key,
+        max_new_tokens=MAX_NEW_TOKENS.value or sizes.context,
+        max_body_bytes=MAX_BODY_BYTES.value, max_requests=MAX_REQUESTS.value,
+        cors_origins=tuple(CORS_ORIGINS.value),
     )  # fmt: skip
     service = Service(Engine(model, sizes, decode_text=tokenizer.decode), service_config)
     allow_many_connections()
@@ -96,7 +146,8 @@ def main(argv: list[str]):
     ready = f"serving {MODEL_NAME.value!r} from {WORKDIR.value} at %s/v1"
     app = create_app(service, tokenizer, config)
     Server(
-        app, service, bound, DRAIN_SECONDS.value, lambda address: print(ready % address, flush=True), head_seconds=HEAD_SECONDS.value
+        app, service, bound, DRAIN_SECONDS.value,
+        lambda address: print(ready % address, flush=True), head_seconds=HEAD_SECONDS.value
     ).run()  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Supervised fine-tuning on conversations, or its continuation: run the same command again.
 
-python -m experiments.sft --config=configs/sft_tiny.py --workdir=W --config.start.workdir=PRETRAINED --config.data.paths='("chat.jsonl",)'
+python -m experiments.sft --config=configs/sft_tiny.py --workdir=W \
+    --config.start.workdir=PRETRAINED --config.data.paths='("chat.jsonl",)'
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ from experiments import entry
 from glm_jax.sft.conversations import SOURCE
 from glm_jax.train import loop
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; override any key with --config.a.b=value.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, checkpoints, metrics, samples, log.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file of configs/; override any key with --config.a.b=value."
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run: config, checkpoints, metrics, samples, log."
+)
 PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
 
 
@@ -25,7 +30,13 @@ def main(argv: list[str]):
     config = entry.sft_config(CONFIG.value)
     workdir = pathlib.Path(WORKDIR.value)
     entry.log_to(workdir)
-    steps = loop.train(config, workdir, config_json=CONFIG.value.to_json(indent=2), progress=PROGRESS.value, source=SOURCE)
+    steps = loop.train(
+        config,
+        workdir,
+        config_json=CONFIG.value.to_json(indent=2),
+        progress=PROGRESS.value,
+        source=SOURCE,
+    )
     print(f"{steps} steps done; metrics, samples and checkpoints are in {workdir}")
 
 

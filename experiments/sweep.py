@@ -1,14 +1,17 @@
 """Runs a sweep: a list of config overrides, one training run each, then one table and one plot.
 
     python -m experiments.sweep --sweep=experiments/sweeps/muon_vs_adamw.py --workdir=W --data=DIR
-    python -m experiments.sweep --sweep=... --workdir=W --index=$TASK_ID          one run, for a cluster's array job
-    python -m experiments.sweep --sweep=... --workdir=W --results_only            table and plot of what is there
+    python -m experiments.sweep --sweep=... --workdir=W --index=$TASK_ID
+    python -m experiments.sweep --sweep=... --workdir=W --results_only
+    python -m experiments.sweep --sweep=experiments/sweeps/rl_loss.py --workdir=W \
+        --set=start.workdir=SFT
 
-    python -m experiments.sweep --sweep=experiments/sweeps/rl_loss.py --workdir=W --set=start.workdir=SFT
+--index does one run, for a cluster's array job; --results_only makes table and plot of what is
+there.
 
-Every run is `experiments.train`, or `experiments.rl`, in a process and folder of its own, W/<name>. Running the same command again
-skips what is finished and resumes the rest; SIGTERM and Ctrl-C save the run under way and stop. results.csv, results.md and
-results.png are in W.
+Every run is `experiments.train`, or `experiments.rl`, in a process and folder of its own, W/<name>.
+Running the same command again skips what is finished and resumes the rest; SIGTERM and Ctrl-C save
+the run under way and stop. results.csv, results.md and results.png are in W.
 """
 
 from __future__ import annotations
@@ -20,12 +23,29 @@ from absl import flags
 
 from experiments import entry, sweep_results, sweep_rewards, sweeping
 
-SWEEP = flags.DEFINE_string("sweep", None, "A file of experiments/sweeps/: CONFIG, RUNS, METRIC, PLOT.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep; each run has a folder of its own in it.")
-DATA = flags.DEFINE_string("data", None, "Dataset folder of experiments.curate; sets data.paths of every run.")
-SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE of every run's config, for where things lie: start.workdir=DIR; may be repeated.")
-INDEX = flags.DEFINE_integer("index", None, "Only this run, counted from 0; then get the table with --results_only.", lower_bound=0)
-RESULTS_ONLY = flags.DEFINE_bool("results_only", False, "Run nothing, write table and plot of the runs that are there.")
+SWEEP = flags.DEFINE_string(
+    "sweep", None, "A file of experiments/sweeps/: CONFIG, RUNS, METRIC, PLOT."
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the sweep; each run has a folder of its own in it."
+)
+DATA = flags.DEFINE_string(
+    "data", None, "Dataset folder of experiments.curate; sets data.paths of every run."
+)
+SET = flags.DEFINE_multi_string(
+    "set",
+    [],
+    "KEY=VALUE of every run's config, for where things lie: start.workdir=DIR; may be repeated.",
+)
+INDEX = flags.DEFINE_integer(
+    "index",
+    None,
+    "Only this run, counted from 0; then get the table with --results_only.",
+    lower_bound=0,
+)
+RESULTS_ONLY = flags.DEFINE_bool(
+    "results_only", False, "Run nothing, write table and plot of the runs that are there."
+)
 
 
 def main(argv: list[str]):
@@ -47,7 +67,9 @@ def main(argv: list[str]):
         write = sweep_rewards.write if sweep.metric in sweeping.REWARDS else sweep_results.write
         print(write(sweep, runs, workdir))
     if failed:
-        raise ValueError(f"failed: {', '.join(failed)}; see log.txt in their folders under {workdir}")
+        raise ValueError(
+            f"failed: {', '.join(failed)}; see log.txt in their folders under {workdir}"
+        )
 
 
 def places() -> dict[str, object]:

@@ -1,6 +1,8 @@
-"""Trains a model, or resumes: run the same command again. SIGTERM and Ctrl-C save a checkpoint and exit.
+"""Trains a model, or resumes: run the same command again. SIGTERM and Ctrl-C save a checkpoint and
+exit.
 
-python -m experiments.train --config=configs/tiny.py --workdir=W --config.schedule.learning_rate=5e-3
+python -m experiments.train --config=configs/tiny.py --workdir=W \
+    --config.schedule.learning_rate=5e-3
 """
 
 from __future__ import annotations
@@ -13,10 +15,16 @@ from ml_collections import config_flags
 from experiments import entry
 from glm_jax.train import loop
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; override any key with --config.a.b=value.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, checkpoints, metrics, samples, log.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file of configs/; override any key with --config.a.b=value."
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run: config, checkpoints, metrics, samples, log."
+)
 PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Start jax.distributed first: one process a host of a pod.")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Start jax.distributed first: one process a host of a pod."
+)
 
 
 def main(argv: list[str]):
@@ -29,7 +37,9 @@ def main(argv: list[str]):
     config = entry.run_config(CONFIG.value)
     workdir = pathlib.Path(WORKDIR.value)
     entry.log_to(workdir)
-    steps = loop.train(config, workdir, config_json=CONFIG.value.to_json(indent=2), progress=PROGRESS.value)
+    steps = loop.train(
+        config, workdir, config_json=CONFIG.value.to_json(indent=2), progress=PROGRESS.value
+    )
     print(f"{steps} steps done; metrics, samples and checkpoints are in {workdir}")
 
 

@@ -25,7 +25,9 @@ EXPERT_EXCHANGES = ("all_gather", "all_to_all", "ragged_all_to_all")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A GLM-4.5 architecture (arXiv 2508.06471, Table 1). Every field is set by a file in configs/; none has a default."""
+    """A GLM-4.5 architecture (arXiv 2508.06471, Table 1). Every field is set by a file in configs/;
+    none has a default.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -53,27 +55,55 @@ class ModelConfig:
     init_std: float
     mtp_embeddings: str  # 'shared'; 'copied' in Hugging Face folders; 'own' parameters
     compute_dtype: str  # matmul inputs and activations; parameters are float32
-    scan_layers: bool  # one compiled layer in a loop, or all written out: longer to compile, faster on a CPU
+    # one compiled layer in a loop, or all written out: longer to compile, faster on a CPU
+    scan_layers: bool
     remat: str  # what the backward pass recomputes in each layer
     attention: str  # implementation, see pallas_kernels.attention.api
     grouped_matmul: str  # implementation, see pallas_kernels.moe_dispatch.api
-    # Over the expert axis: every token to every device, or rows to their experts; ragged (TPU, GPU): without filling up slots.
+    # Over the expert axis: every token to every device, or rows to their experts; ragged (TPU,
+    # GPU): without filling up slots.
     expert_exchange: str
-    expert_buffer: float  # rows of an exchange's buffers over the rows a device sends; what does not fit goes in further rounds
+    # rows of an exchange's buffers over the rows a device sends; what does not fit goes in further
+    # rounds
+    expert_buffer: float
 
     def __post_init__(self):
         check_types(self)
         choices = {
-            "remat": REMAT_POLICIES, "mtp_embeddings": MTP_EMBEDDINGS, "compute_dtype": DTYPES, "expert_exchange": EXPERT_EXCHANGES
+            "remat": REMAT_POLICIES, "mtp_embeddings": MTP_EMBEDDINGS, "compute_dtype": DTYPES,
+            "expert_exchange": EXPERT_EXCHANGES
         }  # fmt: skip
         for field, valid in choices.items():
             check_choice(field, getattr(self, field), valid)
-        _require(self.expert_buffer > 0, "expert_buffer", self.expert_buffer, "positive, 1.25 for example")
-        for field in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_size", "max_length"):
+        _require(
+            self.expert_buffer > 0,
+            "expert_buffer",
+            self.expert_buffer,
+            "positive, 1.25 for example",
+        )
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_size",
+            "max_length",
+        ):
             _require(getattr(self, field) > 0, field, getattr(self, field), "a positive integer")
-        _require(0 <= self.num_dense_layers <= self.num_layers, "num_dense_layers", self.num_dense_layers, f"0..{self.num_layers}")
+        _require(
+            0 <= self.num_dense_layers <= self.num_layers,
+            "num_dense_layers",
+            self.num_dense_layers,
+            f"0..{self.num_layers}",
+        )
         _require(self.num_mtp_layers in (0, 1), "num_mtp_layers", self.num_mtp_layers, "0 or 1")
-        _require(self.num_heads % self.num_kv_heads == 0, "num_heads", self.num_heads, f"a multiple of num_kv_heads={self.num_kv_heads}")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            "num_heads",
+            self.num_heads,
+            f"a multiple of num_kv_heads={self.num_kv_heads}",
+        )
         _require(
             self.rotary_size % 2 == 0 and 0 < self.rotary_size <= self.head_size,
             "rotary_fraction",
@@ -86,12 +116,25 @@ class ModelConfig:
     def _check_experts(self):
         groups, chosen = self.num_expert_groups, self.num_groups_per_token
         _require(
-            groups >= 1 and self.num_experts % groups == 0, "num_expert_groups", groups, f"a divisor of num_experts={self.num_experts}"
+            groups >= 1 and self.num_experts % groups == 0,
+            "num_expert_groups",
+            groups,
+            f"a divisor of num_experts={self.num_experts}",
         )
-        _require(groups == 1 or self.num_experts // groups >= 2, "num_expert_groups", groups, "groups of at least two experts")
+        _require(
+            groups == 1 or self.num_experts // groups >= 2,
+            "num_expert_groups",
+            groups,
+            "groups of at least two experts",
+        )
         _require(1 <= chosen <= groups, "num_groups_per_token", chosen, f"1..{groups}")
         reachable = self.num_experts // groups * chosen
-        _require(1 <= self.num_experts_per_token <= reachable, "num_experts_per_token", self.num_experts_per_token, f"1..{reachable}")
+        _require(
+            1 <= self.num_experts_per_token <= reachable,
+            "num_experts_per_token",
+            self.num_experts_per_token,
+            f"1..{reachable}",
+        )
 
     @property
     def num_moe_layers(self) -> int:
@@ -122,20 +165,26 @@ def check_choice(field: str, value: str, valid) -> str:
 
 
 def check_types(config):
-    """Raises ValueError where a dataclass field holds another type than declared (an int is welcome as a float), NaN or infinity."""
+    """Raises ValueError where a dataclass field holds another type than declared (an int is welcome
+    as a float), NaN or infinity.
+    """
     scalars = {"int": int, "float": (int, float), "bool": bool, "str": str}
     for field in dataclasses.fields(config):
         value, expected = getattr(config, field.name), scalars.get(str(field.type))
         if expected is None:
             continue
         if not isinstance(value, expected) or (isinstance(value, bool) and field.type != "bool"):
-            raise ValueError(f"{field.name}={value!r}: must be of type {field.type}, not {type(value).__name__}")
+            raise ValueError(
+                f"{field.name}={value!r}: must be of type {field.type}, not {type(value).__name__}"
+            )
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{field.name}={value}: must be a finite number")
 
 
 def from_mapping(cls, mapping, where: str):
-    """Builds a frozen dataclass from a mapping with exactly its fields; names the nearest field for an unknown key."""
+    """Builds a frozen dataclass from a mapping with exactly its fields; names the nearest field for
+    an unknown key.
+    """
     names = [f.name for f in dataclasses.fields(cls)]
     for key in mapping:
         check_choice(f"{where} key", key, names)

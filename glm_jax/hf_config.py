@@ -35,7 +35,8 @@ CONFIG_KEYS = {
     "init_std": "initializer_range",
 }
 ROPE_KEYS = {"rope_theta": "rope_theta", "rotary_fraction": "partial_rotary_factor"}
-# What transformers' Glm4MoeConfig takes for a key that config.json lacks, or where it is null; the same values here.
+# What transformers' Glm4MoeConfig takes for a key that config.json lacks, or where it is null; the
+# same values here.
 DEFAULTS = {
     "vocab_size": 151552,
     "hidden_size": 4096,
@@ -61,17 +62,27 @@ DEFAULTS = {
     "rope_theta": 10000.0,
     "partial_rotary_factor": 0.5,
 }
-ALIASES = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts"}  # transformers' second names
+# transformers' second names
+ALIASES = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts"}
 # How the model is run, which is nothing that a folder says: the caller's to choose.
-RUNTIME_FIELDS = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name not in {*CONFIG_KEYS, *ROPE_KEYS, "mtp_embeddings"})
+RUNTIME_FIELDS = tuple(
+    f.name
+    for f in dataclasses.fields(ModelConfig)
+    if f.name not in {*CONFIG_KEYS, *ROPE_KEYS, "mtp_embeddings"}
+)
 # What config.json may say, but only so: this model has nothing else.
 CONFIG_CONSTANTS = {"hidden_act": "silu", "attention_dropout": 0.0, "tie_word_embeddings": False}
 
 
 def config_to_hf(config: ModelConfig, dtype: str) -> dict:
-    """config.json for weights of type `dtype`. RoPE is written twice: as transformers 5 reads it, and as older readers do."""
+    """config.json for weights of type `dtype`. RoPE is written twice: as transformers 5 reads it,
+    and as older readers do.
+    """
     if not config.num_shared_experts:
-        raise ValueError("num_shared_experts=0: transformers' glm4_moe always has a shared expert, such a model cannot be exported")
+        raise ValueError(
+            "num_shared_experts=0: transformers' glm4_moe always has a shared expert, such a model"
+            " cannot be exported"
+        )
     rope = {theirs: getattr(config, ours) for ours, theirs in ROPE_KEYS.items()}
     return {
         "architectures": ["Glm4MoeForCausalLM"],
@@ -86,7 +97,8 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict:
 
 
 def config_from_hf(hf: Mapping, ours: Mapping) -> ModelConfig:
-    """ModelConfig of a config.json; `ours`: RUNTIME_FIELDS and mtp_embeddings, which it does not know.
+    """ModelConfig of a config.json; `ours`: RUNTIME_FIELDS and mtp_embeddings, which it does not
+    know.
 
     A key that is missing or null has transformers' default; a warning names them.
 
@@ -105,39 +117,67 @@ def config_from_hf(hf: Mapping, ours: Mapping) -> ModelConfig:
     rope = rope_from_hf(hf)
     absent = [key for key in CONFIG_KEYS.values() if key not in hf and key in DEFAULTS]
     if absent:
-        logging.warning("config.json lacks %s: transformers' defaults are taken", ", ".join(f"{key} ({DEFAULTS[key]})" for key in absent))
+        logging.warning(
+            "config.json lacks %s: transformers' defaults are taken",
+            ", ".join(f"{key} ({DEFAULTS[key]})" for key in absent),
+        )
     hf = DEFAULTS | hf
-    hf.setdefault("head_dim", hf["hidden_size"] // hf["num_attention_heads"])  # as glm4_moe computes it
+    # as glm4_moe computes it
+    hf.setdefault("head_dim", hf["hidden_size"] // hf["num_attention_heads"])
     fields = {name: hf[key] for name, key in CONFIG_KEYS.items()} | rope | dict(ours)
     floats = [f.name for f in dataclasses.fields(ModelConfig) if f.type == "float"]
-    return from_mapping(ModelConfig, fields | {name: float(fields[name]) for name in floats}, "model config")
+    return from_mapping(
+        ModelConfig, fields | {name: float(fields[name]) for name in floats}, "model config"
+    )
 
 
 def check_quantization(quantization: Mapping | None):
-    """Weights may be FP8 with scales: compressed-tensors, as the released GLM-4.5-FP8 folders, or `fp8` with blocks.
+    """Weights may be FP8 with scales: compressed-tensors, as the released GLM-4.5-FP8 folders, or
+    `fp8` with blocks.
 
-    What scale a value has follows from the shapes of the tensors themselves. Raises ValueError for anything else.
+    What scale a value has follows from the shapes of the tensors themselves. Raises ValueError for
+    anything else.
     """
     if quantization is None:
         return
-    check_choice("config.json: quantization_config.quant_method", quantization.get("quant_method"), ("compressed-tensors", "fp8"))
+    check_choice(
+        "config.json: quantization_config.quant_method",
+        quantization.get("quant_method"),
+        ("compressed-tensors", "fp8"),
+    )
     for name, group in quantization.get("config_groups", {}).items():
         weights = group.get("weights") or {}
-        if (weights.get("type"), weights.get("num_bits"), weights.get("symmetric", True)) != ("float", 8, True):
-            raise ValueError(f"config.json: quantization_config.config_groups.{name}.weights={weights!r} is not symmetric 8-bit float")
+        if (weights.get("type"), weights.get("num_bits"), weights.get("symmetric", True)) != (
+            "float",
+            8,
+            True,
+        ):
+            raise ValueError(
+                f"config.json: quantization_config.config_groups.{name}.weights={weights!r} is not"
+                " symmetric 8-bit float"
+            )
 
 
 def rope_from_hf(hf: Mapping) -> dict[str, float]:
-    """rope_theta and rotary_fraction, from `rope_parameters` (transformers 5), `rope_scaling` or the top level (before it)."""
+    """rope_theta and rotary_fraction, from `rope_parameters` (transformers 5), `rope_scaling` or
+    the top level (before it).
+    """
     place = next((key for key in ("rope_parameters", "rope_scaling") if hf.get(key)), None)
     nested = hf[place] if place else {}
     kind = nested.get("rope_type", nested.get("type", "default"))
     if kind != "default":
-        raise ValueError(f"config.json: {place}={nested!r}: rope_type={kind!r} is not supported, only 'default'")
+        raise ValueError(
+            f"config.json: {place}={nested!r}: rope_type={kind!r} is not supported, only 'default'"
+        )
     found = {}
     for ours, key in ROPE_KEYS.items():
-        values = {float(where[key]) for where in (nested, hf) if where.get(key) is not None} or {DEFAULTS[key]}
+        values = {float(where[key]) for where in (nested, hf) if where.get(key) is not None} or {
+            DEFAULTS[key]
+        }
         if len(values) > 1:
-            raise ValueError(f"config.json: {key} must be given, and only one value of it; found {sorted(values)}")
+            raise ValueError(
+                f"config.json: {key} must be given, and only one value of it; found"
+                f" {sorted(values)}"
+            )
         found[ours] = values.pop()
     return found

@@ -11,7 +11,9 @@ from glm_jax.sharding import by_device, gathered, summed
 
 
 def chunked_cross_entropy(h_BLD, head_DV, targets_BL, weights_BL, chunk: int) -> jax.Array:
-    """sum of weights * -log softmax(h head)[target], a float32 scalar; arguments as for chunked_token_loss."""
+    """sum of weights * -log softmax(h head)[target], a float32 scalar; arguments as for
+    chunked_token_loss.
+    """
     return chunked_token_loss(_weighted, h_BLD, head_DV, targets_BL, weights_BL, chunk, False)[0]
 
 
@@ -21,34 +23,52 @@ def _weighted(logprobs, weights):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6))
 def chunked_token_loss(token_loss, h_BLD, head_DV, targets_BL, inputs, chunk: int, observe: bool):
-    """sum over positions of token_loss(log softmax(h head)[target], inputs), holding logits of `chunk` positions at a time.
+    """sum over positions of token_loss(log softmax(h head)[target], inputs), holding logits of
+    `chunk` positions at a time.
 
-    The gradient of a scalar needs nothing from behind it but a factor, so the forward pass already computes it chunk by
-    chunk (as Liger Kernel, arXiv 2410.10989, does): three products in all and no logits are kept or computed twice.
+    The gradient of a scalar needs nothing from behind it but a factor, so the forward pass already
+    computes it chunk by chunk (as Liger Kernel, arXiv 2410.10989, does): three products in all and
+    no logits are kept or computed twice.
 
     Args:
-      token_loss: elementwise, (log-probabilities, inputs) -> losses; differentiated by JAX in its first argument.
-      h_BLD: states in compute precision. head_DV: float32 head. targets_BL: int32. inputs: tree of arrays [B, L], no gradient.
-      chunk: positions a row at a time; the last chunk is padded with zeros where it does not divide L, and must cost 0 there.
-      observe: return the targets' log-probabilities and the entropies in nats, both float32 [B, L], no gradient; else None.
+      token_loss: elementwise, (log-probabilities, inputs) -> losses; differentiated by JAX in its
+        first argument.
+      h_BLD: states in compute precision. head_DV: float32 head. targets_BL: int32. inputs: tree of
+        arrays [B, L], no gradient.
+      chunk: positions a row at a time; the last chunk is padded with zeros where it does not divide
+        L, and must cost 0 there.
+      observe: return the targets' log-probabilities and the entropies in nats, both float32 [B, L],
+        no gradient; else None.
     Returns (loss, observations).
     """
-    loss, observed, _, _ = _token_loss(token_loss, h_BLD, head_DV, targets_BL, inputs, chunk, observe, with_gradient=False)
+    loss, observed, _, _ = _token_loss(
+        token_loss, h_BLD, head_DV, targets_BL, inputs, chunk, observe, with_gradient=False
+    )
     return loss, observed
 
 
 def _token_loss(token_loss, h_BLD, head_DV, targets_BL, inputs, chunk, observe, *, with_gradient):
-    """Loss, observations, gradients of h and head. By device: the head is gathered once, and its gradient is summed over all chunks
-    before it moves, once."""
+    """Loss, observations, gradients of h and head. By device: the head is gathered once, and its
+    gradient is summed over all chunks before it moves, once.
+    """
     rows, head = ("batch", "length"), ("embed", "vocab")
-    run = functools.partial(_token_loss_of_device, token_loss, chunk=chunk, observe=observe, with_gradient=with_gradient)
+    run = functools.partial(
+        _token_loss_of_device, token_loss, chunk=chunk, observe=observe, with_gradient=with_gradient
+    )
     each = jax.tree.map(lambda x: (*rows, *[None] * (x.ndim - 2)), inputs)
     given = (*rows, None), head, rows, each
-    found = (), (rows, rows) if observe else None, (*rows, None) if with_gradient else None, head if with_gradient else ()
+    found = (
+        (),
+        (rows, rows) if observe else None,
+        (*rows, None) if with_gradient else None,
+        head if with_gradient else (),
+    )
     return by_device(run, given, found)(h_BLD, head_DV, targets_BL, inputs)
 
 
-def _token_loss_of_device(token_loss, h_BLD, head_DV, targets_BL, inputs, *, chunk, observe, with_gradient):
+def _token_loss_of_device(
+    token_loss, h_BLD, head_DV, targets_BL, inputs, *, chunk, observe, with_gradient
+):
     batch, length, _ = h_BLD.shape
     chunk = min(chunk, length)
     pad = -length % chunk
@@ -74,7 +94,9 @@ def _token_loss_of_device(token_loss, h_BLD, head_DV, targets_BL, inputs, *, chu
         loss += jnp.sum(losses)
         observed = None
         if observe:
-            entropy = (jnp.log(total) + top)[..., 0] - jnp.sum(exps * logits, axis=-1) / total[..., 0]
+            entropy = (jnp.log(total) + top)[..., 0] - jnp.sum(exps * logits, axis=-1) / total[
+                ..., 0
+            ]
             observed = logprobs, entropy
         if not with_gradient:
             return (loss, dhead), (observed, None)
@@ -89,11 +111,18 @@ def _token_loss_of_device(token_loss, h_BLD, head_DV, targets_BL, inputs, *, chu
     scanned = chunks(h_BLD), chunks(targets_BL), jax.tree.map(chunks, inputs)
     (loss, dhead), outputs = jax.lax.scan(body, (jnp.zeros((), jnp.float32), dhead), scanned)
     observed, dh = jax.tree.map(whole, outputs)
-    return summed(loss, "batch"), observed, dh, summed(dhead, "batch", "embed", 0) if with_gradient else dhead
+    return (
+        summed(loss, "batch"),
+        observed,
+        dh,
+        summed(dhead, "batch", "embed", 0) if with_gradient else dhead,
+    )
 
 
 def _token_loss_forward(token_loss, h_BLD, head_DV, targets_BL, inputs, chunk, observe):
-    loss, observed, dh, dhead = _token_loss(token_loss, h_BLD, head_DV, targets_BL, inputs, chunk, observe, with_gradient=True)
+    loss, observed, dh, dhead = _token_loss(
+        token_loss, h_BLD, head_DV, targets_BL, inputs, chunk, observe, with_gradient=True
+    )
     return (loss, observed), (dh, dhead)
 
 
@@ -107,13 +136,17 @@ chunked_token_loss.defvjp(_token_loss_forward, _token_loss_backward)
 
 
 def mtp_targets(batch) -> tuple[jax.Array, jax.Array]:
-    """Targets t_{i+2} and their weights, both [B, L]: zero weight where the next position is another document's or padding."""
-    shift = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))  # noqa: E731
+    """Targets t_{i+2} and their weights, both [B, L]: zero weight where the next position is
+    another document's or padding.
+    """
+    shift = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
     same = shift(batch["segment_ids"]) == batch["segment_ids"]
     return shift(batch["targets"]), shift(batch["loss_weights"]) * same
 
 
 def update_router_bias(bias_RE, expert_counts_RE, rate) -> jax.Array:
-    """Loss-free balancing (arXiv 2408.15664): b_e += rate * sign(mean(c) - c_e), one row a router, from global counts."""
+    """Loss-free balancing (arXiv 2408.15664): b_e += rate * sign(mean(c) - c_e), one row a router,
+    from global counts.
+    """
     counts = expert_counts_RE.astype(jnp.float32)
     return bias_RE + rate * jnp.sign(jnp.mean(counts, axis=-1, keepdims=True) - counts)

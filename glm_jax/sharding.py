@@ -16,7 +16,8 @@ from glm_jax.config import check_types
 from glm_jax.torus import arranged
 
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
-BATCH_AXES = ("data", "fsdp", "expert")  # an expert-parallel device holds its own rows of the batch, too
+# an expert-parallel device holds its own rows of the batch, too
+BATCH_AXES = ("data", "fsdp", "expert")
 
 # Logical axis of a tensor -> mesh axes it is split over.
 RULES: dict[str, tuple[str, ...]] = {
@@ -54,9 +55,11 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-    """Mesh over all devices (or those given). Raises ValueError where the sizes do not multiply to their number.
+    """Mesh over all devices (or those given). Raises ValueError where the sizes do not multiply to
+    their number.
 
-    On a TPU the devices of the last axes stand closest together (glm_jax/torus.py): experts are exchanged in every layer.
+    On a TPU the devices of the last axes stand closest together (glm_jax/torus.py): experts are
+    exchanged in every layer.
     """
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
     devices = jax.devices() if devices is None else list(devices)
@@ -66,7 +69,9 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
             raise ValueError(f"mesh.{axis}={size}: must be positive, or -1 for what is left over")
     for axis in ("context", "tensor"):
         if sizes[axis] != 1:
-            raise ValueError(f"mesh.{axis}={sizes[axis]}: this axis is not supported yet, set it to 1")
+            raise ValueError(
+                f"mesh.{axis}={sizes[axis]}: this axis is not supported yet, set it to 1"
+            )
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1:
         raise ValueError(f"mesh: only one axis can be -1, not {', '.join(free)}")
@@ -74,9 +79,15 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     if free:
         sizes[free[0]] = max(count // known, 1)
     if math.prod(sizes.values()) != count:
-        raise ValueError(f"mesh {sizes} needs {math.prod(sizes.values())} devices, there are {count}")
+        raise ValueError(
+            f"mesh {sizes} needs {math.prod(sizes.values())} devices, there are {count}"
+        )
     shape, types = tuple(sizes.values()), (AxisType.Auto,) * len(MESH_AXES)
-    placed = arranged(devices, shape) if devices[0].platform == "tpu" else np.asarray(devices).reshape(shape)
+    placed = (
+        arranged(devices, shape)
+        if devices[0].platform == "tpu"
+        else np.asarray(devices).reshape(shape)
+    )
     return Mesh(placed, MESH_AXES, axis_types=types)
 
 
@@ -88,45 +99,66 @@ def spec(axes) -> PartitionSpec:
     entries, used = [], {}
     for axis in axes:
         if axis is not None and axis not in RULES:
-            raise ValueError(f"logical axis {axis!r} of {tuple(axes)} is not one of {', '.join(RULES)}")
+            raise ValueError(
+                f"logical axis {axis!r} of {tuple(axes)} is not one of {', '.join(RULES)}"
+            )
         mesh_axes = RULES[axis] if axis is not None else ()
         for mesh_axis in mesh_axes:
             if mesh_axis in used:
-                raise ValueError(f"{tuple(axes)}: {axis!r} and {used[mesh_axis]!r} both want mesh axis {mesh_axis!r}")
+                raise ValueError(
+                    f"{tuple(axes)}: {axis!r} and {used[mesh_axis]!r} both want mesh axis"
+                    f" {mesh_axis!r}"
+                )
             used[mesh_axis] = axis
         entries.append(mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None)
     return PartitionSpec(*entries)
 
 
 def named(mesh: Mesh, axes, shape=None, name: str = "tensor") -> NamedSharding:
-    """NamedSharding of a tensor; with its shape given, raises ValueError where a dimension does not divide evenly."""
+    """NamedSharding of a tensor; with its shape given, raises ValueError where a dimension does not
+    divide evenly.
+    """
     partition = spec(axes)
     if shape is not None:
         for size, axis, entry in zip(shape, axes, partition, strict=True):
-            split = math.prod(mesh.shape[a] for a in ((entry,) if isinstance(entry, str) else entry or ()))
+            split = math.prod(
+                mesh.shape[a] for a in ((entry,) if isinstance(entry, str) else entry or ())
+            )
             if size % split:
-                raise ValueError(f"{name}: {axis!r} of size {size} cannot be split over {entry!r}, {split} devices")
+                raise ValueError(
+                    f"{name}: {axis!r} of size {size} cannot be split over {entry!r}, {split}"
+                    " devices"
+                )
     return NamedSharding(mesh, partition)
 
 
 def constrain(x: jax.Array, *axes) -> jax.Array:
-    """Pins x to its logical axes on the current mesh (jax.set_mesh); without one, returns x as it is."""
+    """Pins x to its logical axes on the current mesh (jax.set_mesh); without one, returns x as it
+    is.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
 
 
 def by_device(function, in_axes, out_axes):
-    """The function with each device working on its own part, of arguments and results split by logical axes (None: whole), or trees
-    of them.
+    """The function with each device working on its own part, of arguments and results split by
+    logical axes (None: whole), or trees of them.
 
-    Without a mesh of several devices, the function itself. What it needs of others it gets by `gathered`, `summed` and `dealt`.
+    Without a mesh of several devices, the function itself. What it needs of others it gets by
+    `gathered`, `summed` and `dealt`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function
-    is_axes = lambda axes: axes is None or (isinstance(axes, tuple) and all(a is None or isinstance(a, str) for a in axes))  # noqa: E731
-    in_specs, out_specs = (jax.tree.map(lambda axes: spec(axes or ()), tree, is_leaf=is_axes) for tree in (tuple(in_axes), out_axes))
+    is_axes = lambda axes: (
+        axes is None
+        or (isinstance(axes, tuple) and all(a is None or isinstance(a, str) for a in axes))
+    )
+    in_specs, out_specs = (
+        jax.tree.map(lambda axes: spec(axes or ()), tree, is_leaf=is_axes)
+        for tree in (tuple(in_axes), out_axes)
+    )
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
@@ -137,18 +169,23 @@ def gathered(x: jax.Array, axis: str, dim: int) -> jax.Array:
 
 
 def summed(x: jax.Array, axis: str, scattered: str | None = None, dim: int = 0) -> jax.Array:
-    """Inside by_device: x summed over the devices that a logical axis splits; with `scattered`, another logical axis, its dimension
-    `dim` is split as that says."""
+    """Inside by_device: x summed over the devices that a logical axis splits; with `scattered`,
+    another logical axis, its dimension `dim` is split as that says.
+    """
     over, split = _several(axis), _several(scattered)
     if set(split) - set(over):
-        raise ValueError(f"{scattered!r} is split over {split}, which are not all of {axis!r}'s {over}")
+        raise ValueError(
+            f"{scattered!r} is split over {split}, which are not all of {axis!r}'s {over}"
+        )
     x = jax.lax.psum_scatter(x, split, scatter_dimension=dim, tiled=True) if split else x
     rest = tuple(a for a in over if a not in split)
     return jax.lax.psum(x, rest) if rest else x
 
 
 def dealt(x: jax.Array, axis: str, split: int, joined: int) -> jax.Array:
-    """Inside by_device: each device's part of dimension `split`, whole along dimension `joined`, which a logical axis splits."""
+    """Inside by_device: each device's part of dimension `split`, whole along dimension `joined`,
+    which a logical axis splits.
+    """
     over = _several(axis)
     return jax.lax.all_to_all(x, over, split, joined, tiled=True) if over else x
 

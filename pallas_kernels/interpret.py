@@ -19,7 +19,9 @@ def params() -> pltpu.InterpretParams | bool:
 
 @contextlib.contextmanager
 def on(**options):
-    """Kernels traced inside run simulated: memory spaces, copies, semaphores. options: of pltpu.InterpretParams, e.g. detect_races=True."""
+    """Kernels traced inside run simulated: memory spaces, copies, semaphores. options: of
+    pltpu.InterpretParams, e.g. detect_races=True.
+    """
     token = _params.set(pltpu.InterpretParams(**options))
     try:
         yield
@@ -28,5 +30,7 @@ def on(**options):
 
 
 def available() -> bool:
-    """Whether a kernel traced now can run: for a TPU (of this process or of the current mesh), or simulated."""
+    """Whether a kernel traced now can run: for a TPU (of this process or of the current mesh), or
+    simulated.
+    """
     return target_platform() == "tpu" or bool(params())

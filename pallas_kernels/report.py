@@ -1,11 +1,15 @@
-"""Our kernels beside the public ones at GLM's shapes, as the real TPU compiler sees them. Needs libtpu, no TPU.
+"""Our kernels beside the public ones at GLM's shapes, as the real TPU compiler sees them. Needs
+libtpu, no TPU.
 
-    python -m pallas_kernels.report --topology=v5p:2x2x1 [--kernel=attention] [--shape=128K] [--json=FILE]
+    python -m pallas_kernels.report \
+        --topology=v5p:2x2x1 [--kernel=attention] [--shape=128K] [--json=FILE]
 
-Every figure is compiled or counted, none measured. First table, a line a kernel, shape and pass: `rate` is the useful multiply-adds of
-a full tile over what its cycles could do; `HBM MiB` what the blocks of the call move, beside what it needs (every operand and
-result once); `wall` what binds the call, the matrix unit or HBM; `share` the call's useful multiply-adds over what its time at that
-wall could do; then registers filled from and spilled to VMEM in the hot region. Second table: work visited over work needed.
+Every figure is compiled or counted, none measured. First table, a line a kernel, shape and pass:
+`rate` is the useful multiply-adds of a full tile over what its cycles could do; `HBM MiB` what the
+blocks of the call move, beside what it needs (every operand and result once); `wall` what binds the
+call, the matrix unit or HBM; `share` the call's useful multiply-adds over what its time at that
+wall could do; then registers filled from and spilled to VMEM in the hot region. Second table: work
+visited over work needed.
 """
 
 from __future__ import annotations
@@ -56,17 +60,25 @@ class Line:
         mib = self.hbm_bytes / 2**20, self.hbm_bytes_needed / 2**20
         rate = f"{self.rate:.3f}", f"{self.share:.3f}", self.wall
         return (
-            *names, *rate, *(f"{m:,.1f}" for m in mib), f"{self.flops / 1e9:,.1f}", f"{self.vmem_bytes / 2**20:.1f}", str(self.fills),
+            *names, *rate, *(f"{m:,.1f}" for m in mib), f"{self.flops / 1e9:,.1f}",
+            f"{self.vmem_bytes / 2**20:.1f}", str(self.fills),
             str(self.spills),
         )  # fmt: skip
 
 
 HEADINGS = (
-    "kernel", "shape", "pass", "implementation", "rate", "share", "wall", "HBM MiB", "needed", "GFLOP", "VMEM MiB", "fills", "spills"
+    "kernel", "shape", "pass", "implementation", "rate", "share", "wall", "HBM MiB", "needed",
+    "GFLOP", "VMEM MiB", "fills", "spills"
 )  # fmt: skip
 
 
-def judge(where: tuple[str, str, str, str], blocks: dict, probe: compiler.Probe, topology: str, folder: pathlib.Path) -> Line:
+def judge(
+    where: tuple[str, str, str, str],
+    blocks: dict,
+    probe: compiler.Probe,
+    topology: str,
+    folder: pathlib.Path,
+) -> Line:
     """One line; where the kernel or the compiler refuses, one that says so."""
     counted = probe.hbm_bytes, probe.hbm_bytes_needed, 2 * probe.total_macs
     try:
@@ -79,13 +91,16 @@ def judge(where: tuple[str, str, str, str], blocks: dict, probe: compiler.Probe,
     share = probe.total_macs / (max(unit, hbm) * chip.macs_per_cycle)
     schedules = verdict.schedules.values()
     return Line(
-        *where, blocks, rate, share, "HBM" if hbm > unit else "unit", *counted, max(verdict.vmem_bytes.values()),
+        *where, blocks, rate, share, "HBM" if hbm > unit else "unit", *counted,
+        max(verdict.vmem_bytes.values()),
         sum(s.fills for s in schedules), sum(s.spills for s in schedules), "",
     )  # fmt: skip
 
 
 def lines(topology: str, folder: pathlib.Path, kernels, shape_filter: str):
-    """Of every kernel, shape and pass: ours with the blocks that it would take, then the public ones."""
+    """Of every kernel, shape and pass: ours with the blocks that it would take, then the public
+    ones.
+    """
     mesh = compiler.one_device(topology)
     for kernel in kernels:
         module = importlib.import_module(KERNELS[kernel])
@@ -93,7 +108,13 @@ def lines(topology: str, folder: pathlib.Path, kernels, shape_filter: str):
             for pass_ in module.PASSES if shape_filter in name else ():
                 with jax.set_mesh(mesh):
                     blocks = module.chosen_blocks(shape, pass_)
-                yield judge((kernel, name, pass_, "ours"), dataclasses.asdict(blocks), module.probe(shape, blocks, pass_), topology, folder)
+                yield judge(
+                    (kernel, name, pass_, "ours"),
+                    dataclasses.asdict(blocks),
+                    module.probe(shape, blocks, pass_),
+                    topology,
+                    folder,
+                )
                 for public, probe in module.public_probes(shape, pass_).items():
                     yield judge((kernel, name, pass_, public), {}, probe, topology, folder)
 
@@ -107,18 +128,24 @@ def work_tables(topology: str, kernels) -> dict[str, list[dict]]:
 def table(headings, rows) -> str:
     widths = [max(len(str(row[n])) for row in [headings, *rows]) for n in range(len(headings))]
     return "\n".join(
-        "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [headings, *rows]
+        "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [headings, *rows]
     )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topology", required=True, help="kind and shape, as in v5p:2x2x1, v6e:2x2, tpu7x:2x2x1")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--topology", required=True, help="kind and shape, as in v5p:2x2x1, v6e:2x2, tpu7x:2x2x1"
+    )
     parser.add_argument("--kernel", choices=KERNELS, help="this kernel only")
     parser.add_argument("--shape", default="", help="only shapes with this in their names")
     parser.add_argument("--json", type=pathlib.Path, help="file for the same figures")
     args = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")  # the programs are for the topology, never for what this machine has
+    # the programs are for the topology, never for what this machine has
+    jax.config.update("jax_platforms", "cpu")
     kernels = [args.kernel] if args.kernel else list(KERNELS)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
@@ -129,17 +156,31 @@ def main():
             parser.error(str(error))
         judged = []
         for line in lines(args.topology, folder, kernels, args.shape):
-            print("  ".join(cell for cell in line.cells() if cell), file=sys.stderr)  # the table comes when all are judged
+            # the table comes when all are judged
+            print("  ".join(cell for cell in line.cells() if cell), file=sys.stderr)
             judged.append(line)
-    print(f"{args.topology}: compiled and counted\n\n{table(HEADINGS, [line.cells() for line in judged])}")
+    print(
+        f"{args.topology}: compiled and"
+        f" counted\n\n{table(HEADINGS, [line.cells() for line in judged])}"
+    )
     work = work_tables(args.topology, kernels)
     for kernel, rows in work.items():
         if rows:
-            cells = [[f"{x:.3f}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
+            cells = [
+                [f"{x:.3f}" if isinstance(x, float) else str(x) for x in row.values()]
+                for row in rows
+            ]
             print(f"\n{kernel}: work\n\n{table(list(rows[0]), cells)}")
     if args.json:
         args.json.write_text(
-            json.dumps({"topology": args.topology, "lines": [dataclasses.asdict(x) for x in judged], "work": work}, indent=1)
+            json.dumps(
+                {
+                    "topology": args.topology,
+                    "lines": [dataclasses.asdict(x) for x in judged],
+                    "work": work,
+                },
+                indent=1,
+            )
         )
 
 

@@ -1,12 +1,22 @@
-"""What the current trace is for: the devices of the current mesh, which need not be this machine's, else this process's own."""
+"""What the current trace is for: the devices of the current mesh, which need not be this machine's,
+else this process's own.
+"""
 
 from __future__ import annotations
 
 import jax
 
-KIND_OF_DEVICE = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+KIND_OF_DEVICE = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU7x": "tpu7x",
+}
 WIDE_UNITS = ("v6e", "tpu7x")  # kinds whose matrix units are 256 wide, not 128
-TWO_CORES = ("v4", "v5p")  # kinds whose chips have two cores, which share a grid's parallel dimensions
+# kinds whose chips have two cores, which share a grid's parallel dimensions
+TWO_CORES = ("v4", "v5p")
 
 
 def target_platform() -> str:

@@ -1,9 +1,11 @@
-"""Searches block sizes with the real TPU compiler and writes each kernel's tuning.json. Needs libtpu, no TPU.
+"""Searches block sizes with the real TPU compiler and writes each kernel's tuning.json. Needs
+libtpu, no TPU.
 
     python -m pallas_kernels.tune --topology=v5p:2x2x1 [--kernel=attention]
 
-A candidate's score is the time of the call at the wall that it meets: cycles of the matrix unit by its schedule, or HBM bytes by the
-chip's bandwidth. What does not compile is left out; of candidates within half a percent the one with the fewest spills wins.
+A candidate's score is the time of the call at the wall that it meets: cycles of the matrix unit by
+its schedule, or HBM bytes by the chip's bandwidth. What does not compile is left out; of candidates
+within half a percent the one with the fewest spills wins.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ def cycles(probe: compiler.Probe, verdict: compiler.Verdict, chip: compiler.Chip
 
 
 def best(module, shape, pass_: str, topology: str, folder: pathlib.Path):
-    """The best blocks of a shape and pass, and their cycles. Raises ValueError where no candidate compiles."""
+    """The best blocks of a shape and pass, and their cycles. Raises ValueError where no candidate
+    compiles.
+    """
     chip, found = compiler.chip(topology), []
     for blocks in module.candidates(shape, pass_, chip):
         probe = module.probe(shape, blocks, pass_)
@@ -48,8 +52,12 @@ def best(module, shape, pass_: str, topology: str, folder: pathlib.Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topology", required=True, help="kind and shape, as in v5p:2x2x1, v6e:2x2, tpu7x:2x2x1")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--topology", required=True, help="kind and shape, as in v5p:2x2x1, v6e:2x2, tpu7x:2x2x1"
+    )
     parser.add_argument("--kernel", choices=KERNELS, help="this kernel only")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
@@ -68,7 +76,9 @@ def main():
                 for pass_ in module.PASSES:
                     time, _, blocks = best(module, shape, pass_, args.topology, folder)
                     table.setdefault(kind, {})[f"{pass_} {shape.key}"] = dataclasses.asdict(blocks)
-                    print(f"{kernel}, {shape_name}, {pass_}: {blocks}, {time:,.0f} cycles", flush=True)
+                    print(
+                        f"{kernel}, {shape_name}, {pass_}: {blocks}, {time:,.0f} cycles", flush=True
+                    )
             path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 

@@ -1,4 +1,6 @@
-"""Block sizes by kind of device and shape, from a kernel's tuning.json; what is not in it is up to the kernel's own safe rule."""
+"""Block sizes by kind of device and shape, from a kernel's tuning.json; what is not in it is up to
+the kernel's own safe rule.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,19 @@ def table(folder: pathlib.Path) -> dict[str, dict[str, dict]]:
 
 
 def lookup(folder: pathlib.Path, kind: str | None, key: str) -> dict | None:
-    """Tuned blocks of a shape on a kind of device (target.target_kind); None where that was not tuned."""
+    """Tuned blocks of a shape on a kind of device (target.target_kind); None where that was not
+    tuned.
+    """
     return table(folder).get(kind, {}).get(key)
 
 
 def vmem_limit() -> int:
     """Bytes of vector memory for a kernel of the current trace, for pltpu.CompilerParams."""
-    return int(VMEM_SHARE * (pltpu.get_tpu_info().vmem_capacity_bytes if target_platform() == "tpu" else SIMULATED_VMEM))
+    return int(
+        VMEM_SHARE
+        * (
+            pltpu.get_tpu_info().vmem_capacity_bytes
+            if target_platform() == "tpu"
+            else SIMULATED_VMEM
+        )
+    )

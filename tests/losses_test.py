@@ -13,8 +13,10 @@ B, L, D, V = 2, 10, 6, 17
 @pytest.fixture(scope="module")
 def problem():
     rng = np.random.default_rng(0)
-    h, head = rng.normal(size=(B, L, D)).astype(np.float32), rng.normal(size=(D, V)).astype(np.float32)
-    targets, weights = rng.integers(0, V, (B, L)).astype(np.int32), rng.integers(0, 2, (B, L)).astype(np.float32)
+    h = rng.normal(size=(B, L, D)).astype(np.float32)
+    head = rng.normal(size=(D, V)).astype(np.float32)
+    targets = rng.integers(0, V, (B, L)).astype(np.int32)
+    weights = rng.integers(0, 2, (B, L)).astype(np.float32)
     return h, head, targets, weights
 
 
@@ -25,9 +27,11 @@ def full(h, head, targets, weights):
 @pytest.mark.parametrize("chunk", [1, 4, 10, 64])
 def test_chunked_cross_entropy_and_its_gradients_equal_optax_on_full_logits(problem, chunk):
     h, head, targets, weights = problem
-    chunked = lambda h, head: 3 * losses.chunked_cross_entropy(h, head, targets, weights, chunk)  # noqa: E731
+    chunked = lambda h, head: 3 * losses.chunked_cross_entropy(h, head, targets, weights, chunk)
     mine = jax.value_and_grad(chunked, (0, 1))(h, head)
-    theirs = jax.value_and_grad(lambda h, head: 3 * full(h, head, targets, weights), (0, 1))(h, head)
+    theirs = jax.value_and_grad(lambda h, head: 3 * full(h, head, targets, weights), (0, 1))(
+        h, head
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), mine, theirs)
     np.testing.assert_allclose(chunked(h, head), theirs[0], rtol=1e-6)
 
@@ -74,6 +78,8 @@ def test_balance_loss_equals_the_formula_of_every_document():
 def test_bias_moves_against_the_load_by_its_rate_and_stays_at_rate_zero():
     bias = jnp.asarray([[0.5, 0.0, -0.5, 0.0]])
     counts = jnp.asarray([[40, 10, 5, 25]])
-    np.testing.assert_allclose(losses.update_router_bias(bias, counts, 0.1), [[0.4, 0.1, -0.4, -0.1]], rtol=1e-6)
+    np.testing.assert_allclose(
+        losses.update_router_bias(bias, counts, 0.1), [[0.4, 0.1, -0.4, -0.1]], rtol=1e-6
+    )
     np.testing.assert_array_equal(losses.update_router_bias(bias, counts, 0.0), bias)
     np.testing.assert_array_equal(losses.update_router_bias(bias, jnp.full((1, 4), 7), 0.1), bias)

@@ -1,4 +1,6 @@
-"""The notebooks run from top to bottom on a tiny run, and are committed without outputs. And `glm_jax.load`, which they start with."""
+"""The notebooks run from top to bottom on a tiny run, and are committed without outputs. And
+`glm_jax.load`, which they start with.
+"""
 
 import json
 import pathlib
@@ -25,18 +27,34 @@ NOTEBOOKS = sorted(pathlib.Path("experiments/notebooks").glob("*.ipynb"))
 
 
 OVERRIDES = {f"model.{key}": value for key, value in toy.MODEL.items()} | {
-    "model.num_layers": 3, "data.batch_size": 4, "data.virtual_shards": 4, "data.sequence_length": 64, "schedule.total_tokens": 6 * 256,
-    "schedule.decay_tokens": 6 * 256, "schedule.warmup_tokens": 256, "loop.checkpoint_every": 4, "loop.eval_every": 2,
-    "loop.eval_batches": 1, "loop.sample_every": 1000, "loop.sample_length": 8, "loop.sample_prompts": ("def f(",), "loop.fim_prompts": (),
+    "model.num_layers": 3, "data.batch_size": 4, "data.virtual_shards": 4,
+    "data.sequence_length": 64, "schedule.total_tokens": 6 * 256,
+    "schedule.decay_tokens": 6 * 256, "schedule.warmup_tokens": 256, "loop.checkpoint_every": 4,
+    "loop.eval_every": 2,
+    "loop.eval_batches": 1, "loop.sample_every": 1000, "loop.sample_length": 8,
+    "loop.sample_prompts": ("def f(",), "loop.fim_prompts": (),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def run(corpus_folder, tmp_path_factory):
-    """Work directory of a run of 6 steps, made in a process of its own: one device, as on a laptop."""
+    """Work directory of a run of 6 steps, made in a process of its own: one device, as on a
+    laptop.
+    """
     workdir = tmp_path_factory.mktemp("run")
-    flags = [f"--config.{key}={value}" for key, value in (OVERRIDES | {"data.paths": (str(corpus_folder),)}).items()]
-    command = [sys.executable, "-m", "experiments.train", "--config=configs/tiny.py", f"--workdir={workdir}", "--noprogress", *flags]
+    flags = [
+        f"--config.{key}={value}"
+        for key, value in (OVERRIDES | {"data.paths": (str(corpus_folder),)}).items()
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.train",
+        "--config=configs/tiny.py",
+        f"--workdir={workdir}",
+        "--noprogress",
+        *flags,
+    ]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return workdir
@@ -48,13 +66,21 @@ def rl_run(corpus_folder, tmp_path_factory):
     from configs import rl_math_tiny
 
     folder = tmp_path_factory.mktemp("rl")
-    chatting.fine_tune(folder / "sft", [chatting.write_guesses(folder / "guesses.jsonl")], corpus_folder, start="", steps=80)
+    chatting.fine_tune(
+        folder / "sft",
+        [chatting.write_guesses(folder / "guesses.jsonl")],
+        corpus_folder,
+        start="",
+        steps=80,
+    )
     train = toy.write_tasks(folder / "train.jsonl", 0, chatting.NUM_TASKS)
     held_out = toy.write_tasks(folder / "held_out.jsonl", chatting.NUM_TASKS, 3)
     config = rl_math_tiny.get_config()
     config.update_from_flattened_dict(toy.RL | {
-        "start.workdir": str(folder / "sft"), "tasks.train": (train,), "tasks.held_out": (held_out,), "engine.context": 48,
-        "control.length_stages": ((0, 16), (3, 24)), "grpo.updates_per_step": 2, "loop.steps": 6, "loop.eval_every": 2,
+        "start.workdir": str(folder / "sft"), "tasks.train": (train,),
+        "tasks.held_out": (held_out,), "engine.context": 48,
+        "control.length_stages": ((0, 16), (3, 24)), "grpo.updates_per_step": 2, "loop.steps": 6,
+        "loop.eval_every": 2,
     })  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rl_loop, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
@@ -64,7 +90,10 @@ def rl_run(corpus_folder, tmp_path_factory):
 
 
 # Notebook -> the run that it opens, figures at least, what its last output says.
-SHOWN = {"checkpoint": ("run", 6, "def read(path):"), "rl": ("rl_run", 8, "BEST: reward 1 (correct 1, answered 1), completed")}
+SHOWN = {
+    "checkpoint": ("run", 6, "def read(path):"),
+    "rl": ("rl_run", 8, "BEST: reward 1 (correct 1, answered 1), completed"),
+}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -72,9 +101,18 @@ def test_notebook_runs(path, request, monkeypatch):
     workdir, figures, last = SHOWN[path.stem]
     monkeypatch.setenv("GLM_WORKDIR", str(request.getfixturevalue(workdir)))
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    NotebookClient(
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+    ).execute()
     outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
-    assert not [o.text for o in outputs if o.output_type == "stream" and o.name == "stderr" and "Warning" in o.text]
+    assert not [
+        o.text
+        for o in outputs
+        if o.output_type == "stream" and o.name == "stderr" and "Warning" in o.text
+    ]
     assert sum("image/png" in o["data"] for o in outputs if "data" in o) >= figures
     assert last in outputs[-1].text
 
@@ -82,7 +120,9 @@ def test_notebook_runs(path, request, monkeypatch):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_is_committed_without_outputs(path):
     notebook = nbformat.read(path, as_version=4)
-    assert all(not c.outputs and c.execution_count is None for c in notebook.cells if c.cell_type == "code")
+    assert all(
+        not c.outputs and c.execution_count is None for c in notebook.cells if c.cell_type == "code"
+    )
 
 
 def test_load_opens_a_run_and_what_it_exports(run, tmp_path):
@@ -93,7 +133,9 @@ def test_load_opens_a_run_and_what_it_exports(run, tmp_path):
     assert model.config == config
 
     state = jax.tree.map(np.asarray, nnx.state(model))
-    folder = hf.export_checkpoint(tmp_path / "hf", config, state, dtype="float32", tokenizer=run / "tokenizer.json")
+    folder = hf.export_checkpoint(
+        tmp_path / "hf", config, state, dtype="float32", tokenizer=run / "tokenizer.json"
+    )
     imported, same_tokenizer = load(folder)
     tokens = np.arange(1, 13, dtype=np.int32)[None]
     np.testing.assert_allclose(imported(tokens), model(tokens), rtol=1e-5, atol=1e-5)

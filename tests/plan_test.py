@@ -29,11 +29,17 @@ OPTIMIZER = OptimizerConfig(**glm45.get_config().optimizer.to_dict())
 
 
 def test_a_toy_decode_step_fits_and_its_bytes_are_counted():
-    model = dataclasses.replace(tiny_config(), compute_dtype="bfloat16", grouped_matmul="ragged_dot")
+    model = dataclasses.replace(
+        tiny_config(), compute_dtype="bfloat16", grouped_matmul="ragged_dot"
+    )
     plan, read, more = plan_engine(model, ENGINE, MESH, TOPOLOGY, "decode")
     assert plan.fits and plan.num_devices == 4 and not plan.message
     layers, pages = model.num_layers + 1, ENGINE.num_pages // 4
-    assert plan.cache_bytes == layers * pages * ENGINE.page_size * 2 * model.num_kv_heads * model.head_size  # a byte each
+    # a byte each
+    assert (
+        plan.cache_bytes
+        == layers * pages * ENGINE.page_size * 2 * model.num_kv_heads * model.head_size
+    )
     assert more["cache_bytes_per_token"] == plan.cache_bytes / (pages * ENGINE.page_size)
     assert plan.weight_bytes + plan.cache_bytes < plan.hbm_bytes_per_chip < plan.hbm_capacity_bytes
     free = plan.hbm_capacity_bytes - plan.hbm_bytes_per_chip + plan.cache_bytes
@@ -45,8 +51,16 @@ def test_a_toy_decode_step_fits_and_its_bytes_are_counted():
     assert sum(plan.parts.values()) == pytest.approx(plan.estimated_step_seconds)
     listed = worst(read, 1)
     shown = page(plan, listed)
-    assert all(name in shown for name, seconds in plan.parts.items() if seconds > 0.01 * plan.estimated_step_seconds)
-    assert len(listed) == 10 and all(html.escape(o.source or o.op_name[-60:]) in shown for o, _ in listed) and "http" not in shown
+    assert all(
+        name in shown
+        for name, seconds in plan.parts.items()
+        if seconds > 0.01 * plan.estimated_step_seconds
+    )
+    assert (
+        len(listed) == 10
+        and all(html.escape(o.source or o.op_name[-60:]) in shown for o, _ in listed)
+        and "http" not in shown
+    )
     assert any(operation.source.startswith("glm_jax/model/") for operation, _ in read.executed(1))
 
 
@@ -90,13 +104,18 @@ StackFrames
 }
 
 %layer (p: (s32[])) -> (s32[]) {
-  %fusion.1 = bf16[4,8]{1,0} fusion(%x), metadata={op_name="dot_general" stack_frame_id=2}, backend_config={"estimated_cycles":"30"}
+  %fusion.1 = bf16[4,8]{1,0} fusion(%x), metadata={op_name="dot_general" stack_frame_id=2}, \
+    backend_config={"estimated_cycles":"30"}
   %copy.2 = (f32[2]{0}, bf16[4,8]{1,0}) copy(%x), backend_config={"estimated_cycles":"7"}
-  %rows-start = ((u32[8,1,2]{2,1,0}), u32[8,1,2]{2,1,0}) ragged-all-to-all-start(%x), replica_groups=[4,16]<=[64]
-  %gather.1 = bf16[64,8]{1,0} all-gather(%x), replica_groups=mesh['data'=2,'fsdp'=8] {'fsdp'}, dimensions={0}
+  %rows-start = ((u32[8,1,2]{2,1,0}), u32[8,1,2]{2,1,0}) \
+    ragged-all-to-all-start(%x), replica_groups=[4,16]<=[64]
+  %gather.1 = bf16[64,8]{1,0} all-gather(%x), \
+    replica_groups=mesh['data'=2,'fsdp'=8] {'fsdp'}, dimensions={0}
   %reduce.1 = bf16[64,8]{1,0} all-reduce(%x), replica_groups=[4,16]<=[64]
-  %scattered.1 = bf16[4,8]{1,0} fusion(%x), calls=%all-reduce-scatter.1, {"strategy":"UniDirection1D","debug":"UniDirection1D{colors:6"}
-  %kernel.1 = bf16[4,8] custom-call(%x), custom_call_target="tpu_custom_call", {"cost_estimate":{"flops":"64","bytes_accessed":"256"}}
+  %scattered.1 = bf16[4,8]{1,0} fusion(%x), calls=%all-reduce-scatter.1, \
+    {"strategy":"UniDirection1D","debug":"UniDirection1D{colors:6"}
+  %kernel.1 = bf16[4,8] custom-call(%x), custom_call_target="tpu_custom_call", \
+    {"cost_estimate":{"flops":"64","bytes_accessed":"256"}}
   %rows-done = u32[8,1,2]{2,1,0} ragged-all-to-all-done(%rows-start)
   %copy.4 = bf16[4,8]{1,0} copy(%x), backend_config={"estimated_cycles":"2"}
   %w = (s32[]) while(%x), condition=%rounds, body=%further
@@ -114,24 +133,45 @@ def test_a_program_is_read():
     assert read.entry == "main" and read.times(1) == {"main": 1, "layer": 5, "further": 0}
     found = {operation.name: (operation, times) for operation, times in read.executed(1)}
     assert {name: operation.kind for name, (operation, _) in found.items()} == {
-        "fusion.1": "product", "copy.2": "copy", "gather.1": "collective", "reduce.1": "collective", "kernel.1": "kernel", "copy.1": "copy",
+        "fusion.1": "product", "copy.2": "copy", "gather.1": "collective", "reduce.1": "collective",
+        "kernel.1": "kernel", "copy.1": "copy",
         "copy.4": "copy", "rows-start": "collective", "scattered.1": "collective",
     }  # fmt: skip
     assert sum(operation.cycles * times for operation, times in found.values()) == 5 * 39
     assert (found["kernel.1"][0].flops, found["kernel.1"][0].moved_bytes) == (64, 256)
-    assert [operation.name for operation in read.meanwhile["rows-start"]] == ["gather.1", "reduce.1", "scattered.1", "kernel.1"]
-    assert found["fusion.1"][0].source == "glm_jax/model/moe.py:7 observe" and found["copy.2"][0].bytes == 64
+    assert [operation.name for operation in read.meanwhile["rows-start"]] == [
+        "gather.1",
+        "reduce.1",
+        "scattered.1",
+        "kernel.1",
+    ]
+    assert (
+        found["fusion.1"][0].source == "glm_jax/model/moe.py:7 observe"
+        and found["copy.2"][0].bytes == 64
+    )
     gather, reduce = found["gather.1"][0], found["reduce.1"][0]
-    assert gather.group == tuple(range(8)) and reduce.group == found["rows-start"][0].group == tuple(range(16))
+    assert gather.group == tuple(range(8)) and reduce.group == found["rows-start"][
+        0
+    ].group == tuple(range(16))
     # 64 chips: 8 in a row along an axis that is a ring, groups of 16 are two such rows.
-    torus, places, slow = Torus((8, 8, 1, 1), (True, True, False, False)), [(i % 8, i // 8, 0, 0) for i in range(64)], 512
+    torus = Torus((8, 8, 1, 1), (True, True, False, False))
+    places = [(i % 8, i // 8, 0, 0) for i in range(64)]
+    slow = 512
     assert collective_seconds(gather, torus, places, slow) == pytest.approx(7 / 8)
     assert collective_seconds(reduce, torus, places, slow) == pytest.approx(2 * 15 / 16)
-    assert collective_seconds(found["rows-start"][0], torus, places, slow) == pytest.approx(64 / 512)  # 8 * 8 / 8 pairs cross a link
+    # 8 * 8 / 8 pairs cross a link
+    assert collective_seconds(found["rows-start"][0], torus, places, slow) == pytest.approx(
+        64 / 512
+    )
     scattered = found["scattered.1"][0]  # three rings, each with a third of the 1,024 bytes
-    assert (scattered.opcode, scattered.bytes, scattered.group) == ("reduce-scatter", 1024, reduce.group)
+    assert (scattered.opcode, scattered.bytes, scattered.group) == (
+        "reduce-scatter",
+        1024,
+        reduce.group,
+    )
     assert collective_seconds(scattered, torus, places, slow) == pytest.approx(15 / 16 / 3)
-    assert collective_seconds(gather, torus, places, 1e30) == pytest.approx(4e-6)  # four links to the other side of the ring
+    # four links to the other side of the ring
+    assert collective_seconds(gather, torus, places, 1e30) == pytest.approx(4e-6)
 
 
 @pytest.mark.parametrize(
@@ -145,32 +185,75 @@ def test_a_program_is_read():
     ],
 )
 def test_groups_are_read_as_xla_writes_them(groups, expected):
-    text = f"ENTRY %main (x: f32[2]) -> f32[2] {{\n  %g = f32[8] all-gather(%x), replica_groups={groups}, dimensions={{0}}\n}}\n"
+    text = (
+        "ENTRY %main (x: f32[2]) -> f32[2] {\n  %g = f32[8] all-gather(%x),"
+        f" replica_groups={groups}, dimensions={{0}}\n}}\n"
+    )
     assert program.read(text).operations["main"][0].group == tuple(expected)
 
 
 def test_a_toy_training_step_fits_and_its_work_is_counted():
     """5 MoE layers on 4 devices."""
-    model = dataclasses.replace(tiny_config(), num_layers=6, num_dense_layers=1, compute_dtype="bfloat16", grouped_matmul="ragged_dot")
+    model = dataclasses.replace(
+        tiny_config(),
+        num_layers=6,
+        num_dense_layers=1,
+        compute_dtype="bfloat16",
+        grouped_matmul="ragged_dot",
+    )
     plan, read = plan_train(model, OPTIMIZER, 1e-4, MESH, TOPOLOGY, rows=8, length=64)
-    assert plan.fits and plan.num_devices == 4 and plan.weight_bytes < plan.hbm_bytes_per_chip < plan.hbm_capacity_bytes
+    assert (
+        plan.fits
+        and plan.num_devices == 4
+        and plan.weight_bytes < plan.hbm_bytes_per_chip < plan.hbm_capacity_bytes
+    )
     assert 0 < plan.xla_seconds < plan.estimated_step_seconds and 0 < plan.estimated_mfu < 1
     assert 5 in {loop.trips for found in read.loops.values() for loop in found}
 
 
 def test_a_training_step_lowers_a_kernel_for_few_of_its_calls():
-    """Before kernels were traced once, such a step lowered some 100 calls of them, and took over a minute for it."""
-    changes = {"hidden_size": 256, "head_size": 128, "expert_ffn_size": 128, "num_experts": 8, "num_experts_per_token": 4, "num_layers": 6}
-    more = {"compute_dtype": "bfloat16", "attention": "pallas", "grouped_matmul": "pallas", "expert_exchange": "ragged_all_to_all"}
-    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=4, context=1, tensor=1), tpu_devices("v5e:2x4"))
-    traced, _ = trace_train(tiny_config(**changes, num_dense_layers=1, remat="full", **more), OPTIMIZER, 1e-4, mesh, 16, 512)
-    kernels = re.findall(r'@tpu_custom_call.*?backend_config = "((?:[^"\\]|\\.)*)"', traced.lower(lowering_platforms=("tpu",)).as_text())
+    """Before kernels were traced once, such a step lowered some 100 calls of them, and took over a
+    minute for it.
+    """
+    changes = {
+        "hidden_size": 256,
+        "head_size": 128,
+        "expert_ffn_size": 128,
+        "num_experts": 8,
+        "num_experts_per_token": 4,
+        "num_layers": 6,
+    }
+    more = {
+        "compute_dtype": "bfloat16",
+        "attention": "pallas",
+        "grouped_matmul": "pallas",
+        "expert_exchange": "ragged_all_to_all",
+    }
+    mesh = make_mesh(
+        MeshConfig(data=1, fsdp=2, expert=4, context=1, tensor=1), tpu_devices("v5e:2x4")
+    )
+    traced, _ = trace_train(
+        tiny_config(**changes, num_dense_layers=1, remat="full", **more),
+        OPTIMIZER,
+        1e-4,
+        mesh,
+        16,
+        512,
+    )
+    kernels = re.findall(
+        r'@tpu_custom_call.*?backend_config = "((?:[^"\\]|\\.)*)"',
+        traced.lower(lowering_platforms=("tpu",)).as_text(),
+    )
     assert len(set(kernels)) <= 24 and len(kernels) <= 75
 
 
 def test_what_does_not_fit_says_so():
-    model = dataclasses.replace(tiny_config(), compute_dtype="bfloat16", grouped_matmul="ragged_dot")
-    plan, read, more = plan_engine(model, dataclasses.replace(ENGINE, num_pages=40_000_000), MESH, TOPOLOGY, "decode")
+    model = dataclasses.replace(
+        tiny_config(), compute_dtype="bfloat16", grouped_matmul="ragged_dot"
+    )
+    plan, read, more = plan_engine(
+        model, dataclasses.replace(ENGINE, num_pages=40_000_000), MESH, TOPOLOGY, "decode"
+    )
     assert not plan.fits and "exceeds available HBM" in plan.message
     assert more["cached_tokens_that_fit"] == 0 and read is None
     assert "Does not fit 15.8 GiB" in page(plan, [])
@@ -178,14 +261,18 @@ def test_what_does_not_fit_says_so():
 
 def test_rows_that_cannot_be_split_are_named():
     with pytest.raises(ValueError, match=r"engine.num_rows=6 cannot be split over 4 shards"):
-        plan_engine(tiny_config(), dataclasses.replace(ENGINE, num_rows=6), MESH, TOPOLOGY, "decode")
+        plan_engine(
+            tiny_config(), dataclasses.replace(ENGINE, num_rows=6), MESH, TOPOLOGY, "decode"
+        )
 
 
 # --- what may stand in a layer's loop ---
 
 KERNELS = {
-    "hidden_size": 256, "head_size": 128, "expert_ffn_size": 128, "dense_ffn_size": 200, "vocab_size": 1000, "num_experts": 8,
-    "num_experts_per_token": 4, "num_layers": 6, "num_dense_layers": 1, "compute_dtype": "bfloat16", "attention": "pallas",
+    "hidden_size": 256, "head_size": 128, "expert_ffn_size": 128, "dense_ffn_size": 200,
+    "vocab_size": 1000, "num_experts": 8,
+    "num_experts_per_token": 4, "num_layers": 6, "num_dense_layers": 1, "compute_dtype": "bfloat16",
+    "attention": "pallas",
     "grouped_matmul": "pallas", "expert_exchange": "ragged_all_to_all", "remat": "full",
 }  # fmt: skip
 
@@ -199,36 +286,60 @@ def in_loops(read: program.Program, trips: int):
 
 @pytest.mark.parametrize("mode", ["decode", "prefill"])
 def test_no_operation_of_a_layer_touches_more_than_its_weights_and_rows(mode):
-    """5 MoE layers, FP8, 3 rows a device. The cache of a layer is larger than all else: copied in any layout it would show."""
+    """5 MoE layers, FP8, 3 rows a device. The cache of a layer is larger than all else: copied in
+    any layout it would show.
+    """
     model = tiny_config(**KERNELS)
     engine = dataclasses.replace(
-        ENGINE, context=4096, num_rows=12, page_size=128, num_pages=12 * 33, prefill_chunk=64, cache_dtype="bfloat16", draft_tokens=0
+        ENGINE,
+        context=4096,
+        num_rows=12,
+        page_size=128,
+        num_pages=12 * 33,
+        prefill_chunk=64,
+        cache_dtype="bfloat16",
+        draft_tokens=0,
     )
     plan, read, _ = plan_engine(model, engine, MESH, TOPOLOGY, mode)
     layer_cache = plan.cache_bytes // model.num_layers // 2
     tokens = 3 * (engine.prefill_chunk if mode == "prefill" else 1)
-    weights = model.hidden_size * max(model.num_heads * model.head_size, model.num_experts // 2 * model.expert_ffn_size) * 2
+    weights = (
+        model.hidden_size
+        * max(model.num_heads * model.head_size, model.num_experts // 2 * model.expert_ffn_size)
+        * 2
+    )
     rows = 2 * tokens * model.num_experts_per_token * 2 * model.hidden_size * 4
     most = max(weights, rows)
     assert most < layer_cache / 2
     for operation in in_loops(read, model.num_moe_layers):
         if not operation.name.startswith("store_pages"):  # which changes the cache where it lies
             assert operation.bytes <= most, operation
-    assert sum(operation.opcode == "all-reduce" for operation in in_loops(read, model.num_moe_layers)) <= 1  # of the rounds
+    # of the rounds
+    assert (
+        sum(operation.opcode == "all-reduce" for operation in in_loops(read, model.num_moe_layers))
+        <= 1
+    )
 
 
 def test_a_training_step_moves_and_makes_nothing_whole():
-    """7 MoE layers on 8 devices, 16 rows: what a layer makes is its device's part of the batch, and the head's gradient moves once."""
+    """7 MoE layers on 8 devices, 16 rows: what a layer makes is its device's part of the batch, and
+    the head's gradient moves once.
+    """
     sizes = {"hidden_size": 128, "num_experts": 160, "num_experts_per_token": 2, "num_layers": 8}
     model, length = tiny_config(**KERNELS | sizes), 512
-    plan, read = plan_train(model, OPTIMIZER, 1e-4, MeshConfig(1, 2, 4, 1, 1), "v5e:2x4", rows=16, length=length)
+    plan, read = plan_train(
+        model, OPTIMIZER, 1e-4, MeshConfig(1, 2, 4, 1, 1), "v5e:2x4", rows=16, length=length
+    )
     assert plan.fits
     experts = model.num_experts // 4 * model.hidden_size * model.expert_ffn_size
-    pairs = 2 * (16 // 8 * length * model.num_experts_per_token) * model.hidden_size  # with an exchange's spare room
+    # with an exchange's spare room
+    pairs = 2 * (16 // 8 * length * model.num_experts_per_token) * model.hidden_size
     most = 4 * max(experts, pairs)
-    assert 4 * 16 * (length + 1) * model.num_experts > 1.5 * most  # what the balance loss once counted, of the whole batch
+    # what the balance loss once counted, of the whole batch
+    assert 4 * 16 * (length + 1) * model.num_experts > 1.5 * most
     for operation in in_loops(read, model.num_moe_layers):
-        stacked = operation.shape.partition("[")[2].startswith(f"{model.num_moe_layers},")  # gradients and states of all layers, in place
+        # gradients and states of all layers, in place
+        stacked = operation.shape.partition("[")[2].startswith(f"{model.num_moe_layers},")
         assert stacked or operation.bytes <= most, operation
     for found in read.loops.values():
         for loop in found:

@@ -1,4 +1,6 @@
-"""Programs that try to get out of the sandbox, or to use up the machine: none may. What works without a sandbox is tried so as well."""
+"""Programs that try to get out of the sandbox, or to use up the machine: none may. What works
+without a sandbox is tried so as well.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,19 @@ SHORT = dataclasses.replace(STANDARD, wall_seconds=0.7)
 # Programs that print ESCAPED where they succeed, as each does without a sandbox.
 REACH = {
     "tcp": "import socket; socket.create_connection(('127.0.0.1', {port}), 2); print('ESCAPED')",
-    "udp": "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', {port})); print('ESCAPED')",
-    "unix socket": "import socket; socket.socket(socket.AF_UNIX).connect({folder!r} + '/socket'); print('ESCAPED')",
-    "abstract unix socket": "import socket; socket.socket(socket.AF_UNIX).connect('\\0' + {abstract!r}); print('ESCAPED')",
-    "another netlink": "import socket; socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0); print('ESCAPED')",
+    "udp": "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', "
+           "('127.0.0.1', {port})); print('ESCAPED')",
+    "unix socket": "import socket; socket.socket(socket.AF_UNIX).connect({folder!r} + '/socket'); "
+                   "print('ESCAPED')",
+    "abstract unix socket": "import socket; socket.socket(socket.AF_UNIX).connect('\\0' + "
+                            "{abstract!r}); print('ESCAPED')",
+    "another netlink": "import socket; socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0); "
+                       "print('ESCAPED')",
     "read a file": "print('ESCAPED' if {text!r} in open({secret!r}).read() else '')",
-    "read by ..": "print('ESCAPED' if {text!r} in open('/tmp/../../..' + {secret!r}).read() else '')",
-    "read by /proc/self/root": "print('ESCAPED' if {text!r} in open('/proc/self/root' + {secret!r}).read() else '')",
+    "read by ..": "print('ESCAPED' if {text!r} in open('/tmp/../../..' + {secret!r}).read() else "
+                  "'')",
+    "read by /proc/self/root": "print('ESCAPED' if {text!r} in open('/proc/self/root' + "
+                               "{secret!r}).read() else '')",
     "read by a symlink": (
         "import os, tempfile; link = tempfile.mkdtemp() + '/link'; os.symlink({secret!r}, link)\n"
         "print('ESCAPED' if {text!r} in open(link).read() else '')"
@@ -47,10 +55,12 @@ REACH = {
     "delete a file": "import os; os.remove({victim_file!r}); print('ESCAPED')",
     "environment": "import os; print('ESCAPED' if {text!r} in os.environ.values() else '')",
     "a descriptor left open": (
-        "import os\nfor fd in range(3, 256):\n  try:\n    if {text!r}.encode() in os.pread(fd, 999, 0): print('ESCAPED')\n"
+        "import os\nfor fd in range(3, 256):\n  try:\n"
+        "    if {text!r}.encode() in os.pread(fd, 999, 0): print('ESCAPED')\n"
         "  except OSError: pass"
     ),
-    "see other processes": "import os; print('ESCAPED' if os.path.exists('/proc/{pid}/stat') else '')",
+    "see other processes": "import os; print('ESCAPED' if os.path.exists('/proc/{pid}/stat') else "
+                           "'')",
     "command lines of others": (
         "import glob\nfor name in glob.glob('/proc/[0-9]*/cmdline'):\n"
         "  if b'{marker}' in open(name, 'rb').read() and '/self/' not in name: print('ESCAPED')"
@@ -59,68 +69,105 @@ REACH = {
     "kill a process": "import os; os.kill({victim_pid}, 9); print('ESCAPED')",
     "memory of a process": "open('/proc/{pid}/mem', 'rb'); print('ESCAPED')",
     "files of a process": "import os; os.listdir('/proc/{pid}/fd'); print('ESCAPED')",
-    "limits of a process": "import resource; resource.prlimit({pid}, resource.RLIMIT_CORE); print('ESCAPED')",
+    "limits of a process": "import resource; resource.prlimit({pid}, resource.RLIMIT_CORE); "
+                           "print('ESCAPED')",
     "host name": "import socket; print('ESCAPED' if socket.gethostname() == {host!r} else '')",
     "trace": "import ctypes; print('ESCAPED' if ctypes.CDLL(None).ptrace(0, 0, 0, 0) == 0 else '')",
     "read memory by a call": (
-        "import ctypes, os; c = ctypes; data = c.create_string_buffer(b'x' * 8); got = c.create_string_buffer(8)\n"
+        "import ctypes, os; c = ctypes; data = c.create_string_buffer(b'x' * 8); got = "
+        "c.create_string_buffer(8)\n"
         "class Part(c.Structure): _fields_ = [('base', c.c_void_p), ('len', c.c_size_t)]\n"
         "one, two = Part(c.addressof(got), 8), Part(c.addressof(data), 8)\n"
-        "print('ESCAPED' if c.CDLL(None).process_vm_readv(os.getpid(), c.byref(one), 1, c.byref(two), 1, 0) == 8 else '')"
+        "print('ESCAPED' if c.CDLL(None).process_vm_readv(os.getpid(), c.byref(one), 1, "
+        "c.byref(two), 1, 0) == 8 else '')"
     ),
     "memory without a process": "import os; os.memfd_create('x'); print('ESCAPED')",
     "shared memory": (
-        "import ctypes; libc = ctypes.CDLL(None); found = libc.shmget(0, 4096, 0o1600); print('ESCAPED' if found >= 0 else '')\n"
+        "import ctypes; libc = ctypes.CDLL(None); found = libc.shmget(0, 4096, 0o1600); "
+        "print('ESCAPED' if found >= 0 else '')\n"
         "libc.shmctl(found, 0, 0)"
     ),
-    "raise a limit": "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (65, {hard_files})); print('ESCAPED')",
+    "raise a limit": "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (65, "
+                     "{hard_files})); print('ESCAPED')",
 }  # fmt: skip
 
 # Programs that print ESCAPED where they succeed, and that are not to be tried without a sandbox.
 ROOT_CALLS = "import ctypes; libc = ctypes.CDLL(None, use_errno=True)\n"
 FORBIDDEN = {
-    "mount": ROOT_CALLS + "print('ESCAPED' if libc.mount(b'none', b'/tmp', b'tmpfs', 0, 0) == 0 else '')",
+    "mount": (
+        ROOT_CALLS + "print('ESCAPED' if libc.mount(b'none', b'/tmp', b'tmpfs', 0, 0) == 0 else '')"
+    ),
     "unmount": ROOT_CALLS + "print('ESCAPED' if libc.umount2(b'/proc', 2) == 0 else '')",
-    "remount for writing": ROOT_CALLS + "print('ESCAPED' if libc.mount(b'', b'/', b'', 32 | 4096, 0) == 0 else '')",
+    "remount for writing": (
+        ROOT_CALLS + "print('ESCAPED' if libc.mount(b'', b'/', b'', 32 | 4096, 0) == 0 else '')"
+    ),
     "chroot": "import os; os.chroot('/tmp'); print('ESCAPED')",
     "user namespace": ROOT_CALLS + "print('ESCAPED' if libc.unshare(0x10000000) == 0 else '')",
     "user namespace by clone": (
-        ROOT_CALLS + "import os, platform\nnumber = 56 if platform.machine() == 'x86_64' else 220\n"
-        "pid = libc.syscall(number, 0x10000000 | 17, 0, 0, 0, 0)\nif pid == 0: print('ESCAPED', flush=True); os._exit(0)\n"
-        "if pid > 0: print('ESCAPED')"
+        ROOT_CALLS
+        + "import os, platform\nnumber = 56 if platform.machine() == 'x86_64' else 220\npid ="
+        " libc.syscall(number, 0x10000000 | 17, 0, 0, 0, 0)\nif pid == 0: print('ESCAPED',"
+        " flush=True); os._exit(0)\nif pid > 0: print('ESCAPED')"
     ),
     "user namespace by clone3": (
-        ROOT_CALLS + "import os, struct\npid = libc.syscall(435, struct.pack('8Q', 0x10000000, 0, 0, 0, 17, 0, 0, 0), 64)\n"
-        "if pid >= 0: print('ESCAPED', flush=True)"
+        ROOT_CALLS
+        + "import os, struct\npid = libc.syscall(435, struct.pack('8Q', 0x10000000, 0, 0, 0, 17, 0,"
+        " 0, 0), 64)\nif pid >= 0: print('ESCAPED', flush=True)"
     ),
-    "socket by another number": ROOT_CALLS + "print('ESCAPED' if libc.syscall(0x40000000 + 41, 1, 1, 0) >= 0 else '')",
+    "socket by another number": (
+        ROOT_CALLS + "print('ESCAPED' if libc.syscall(0x40000000 + 41, 1, 1, 0) >= 0 else '')"
+    ),
     "vsock": ROOT_CALLS + "print('ESCAPED' if libc.socket(40, 1, 0) >= 0 else '')",
-    "io_uring": ROOT_CALLS + "print('ESCAPED' if libc.syscall(425, 4, ctypes.create_string_buffer(256)) >= 0 else '')",
-    "become root": "import os\ntry: os.setuid(0)\nfinally: print('ESCAPED' if os.getuid() == 0 else '')",
+    "io_uring": (
+        ROOT_CALLS
+        + "print('ESCAPED' if libc.syscall(425, 4, ctypes.create_string_buffer(256)) >= 0 else '')"
+    ),
+    "become root": (
+        "import os\ntry: os.setuid(0)\nfinally: print('ESCAPED' if os.getuid() == 0 else '')"
+    ),
     "become a group": "import os; os.setgroups([0]); print('ESCAPED')",
-    "set-uid file": "import os; open('/tmp/x', 'w'); os.chown('/tmp/x', 0, 0); os.chmod('/tmp/x', 0o4755); print('ESCAPED')",
+    "set-uid file": (
+        "import os; open('/tmp/x', 'w'); os.chown('/tmp/x', 0, 0); os.chmod('/tmp/x', 0o4755);"
+        " print('ESCAPED')"
+    ),
     "map users": "open('/proc/self/uid_map', 'w').write('0 0 1'); print('ESCAPED')",
-    "a capability": "print('ESCAPED' if 'CapEff:\\t0000000000000000' not in open('/proc/self/status').read() else '')",
+    "a capability": (
+        "print('ESCAPED' if 'CapEff:\\t0000000000000000' not in open('/proc/self/status').read()"
+        " else '')"
+    ),
     "kernel settings": "open('/proc/sys/kernel/core_pattern', 'r+'); print('ESCAPED')",
     "any kernel setting": (
         "import os\nfor top, _, names in os.walk('/proc/sys'):\n  for name in names:\n"
         "    if os.access(top + '/' + name, os.W_OK): print('ESCAPED')"
     ),
     "sysrq": "open('/proc/sysrq-trigger', 'w'); print('ESCAPED')",
-    "make a device": "import os, stat; os.mknod('/tmp/x', 0o600 | stat.S_IFBLK, os.makedev(254, 0)); print('ESCAPED')",
-    "find a device": "import os; print('ESCAPED' if set(os.listdir('/dev')) - {'null', 'zero', 'random', 'urandom'} else '')",
+    "make a device": (
+        "import os, stat; os.mknod('/tmp/x', 0o600 | stat.S_IFBLK, os.makedev(254, 0));"
+        " print('ESCAPED')"
+    ),
+    "find a device": (
+        "import os; print('ESCAPED' if set(os.listdir('/dev')) - {'null', 'zero', 'random',"
+        " 'urandom'} else '')"
+    ),
     "the terminal": "open('/dev/tty', 'r+'); print('ESCAPED')",
     "write anywhere but /tmp": (
-        "import os\nfor top, folders, _ in os.walk('/'):\n  folders[:] = [f for f in folders if top + f not in ('/tmp', '/proc')]\n"
-        "  if os.access(top, os.W_OK): print('ESCAPED', top)"
+        "import os\nfor top, folders, _ in os.walk('/'):\n  folders[:] = [f for f in folders if top"
+        " + f not in ('/tmp', '/proc')]\n  if os.access(top, os.W_OK): print('ESCAPED', top)"
     ),
     "change the interpreter": "import os; open(os.__file__, 'r+'); print('ESCAPED')",
     "installed packages": (
-        "import os, sys\nfor top, folders, names in os.walk('/'):\n  folders[:] = [f for f in folders if top + f != '/proc']\n"
-        "  if top.endswith('-packages') and folders + names: print('ESCAPED', top)"
+        "import os, sys\nfor top, folders, names in os.walk('/'):\n  folders[:] = [f for f in"
+        " folders if top + f != '/proc']\n  if top.endswith('-packages') and folders + names:"
+        " print('ESCAPED', top)"
     ),
-    "the first process": "import os, time\nos.kill(1, 9)\ntime.sleep(0.2)\nprint(open('/proc/1/' + 'root/etc/passwd').read(), 'ESCAPED')",
-    "the monitor's files": "import os\nfor n in os.listdir('/proc/1/fd'): print('ESCAPED', os.listdir('/proc/1/fd/' + n))",
+    "the first process": (
+        "import os, time\nos.kill(1, 9)\ntime.sleep(0.2)\nprint(open('/proc/1/' +"
+        " 'root/etc/passwd').read(), 'ESCAPED')"
+    ),
+    "the monitor's files": (
+        "import os\nfor n in os.listdir('/proc/1/fd'): print('ESCAPED', os.listdir('/proc/1/fd/'"
+        " + n))"
+    ),
     "set the clock": "import time; time.clock_settime(time.CLOCK_REALTIME, 0); print('ESCAPED')",
     "priority": "import os; os.nice(-5); print('ESCAPED')",
 }
@@ -131,47 +178,63 @@ EXHAUST = {
     "endless loop": ("while True: pass", {}, STOPPED),
     "sleep": ("import time; time.sleep(1000)", {}, STOPPED),
     "stop itself": ("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)", {}, STOPPED),
-    "no output, no end": ("import os, time\nfor fd in range(3): os.close(fd)\ntime.sleep(1000)", {}, STOPPED),
+    "no output, no end": ("import os, time\nfor fd in range(3): os.close(fd)\ntime.sleep(1000)", {},
+                          STOPPED),
     "CPU": ("while True: pass", {"cpu_seconds": 1, "wall_seconds": 20}, STOPPED),
     "CPU without the signal": (
-        "import signal; signal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass", {"cpu_seconds": 1, "wall_seconds": 20},
+        "import signal; signal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass",
+        {"cpu_seconds": 1, "wall_seconds": 20},
         {*STOPPED, *DIED},
     ),
     "one long instruction": ("x = 3 ** 10 ** 8", {}, STOPPED),
     "every signal ignored": (
-        "import signal\nfor s in range(1, 32):\n  try: signal.signal(s, signal.SIG_IGN)\n  except OSError: pass\nwhile True: pass", {},
+        "import signal\nfor s in range(1, 32):\n  try: signal.signal(s, signal.SIG_IGN)\n"
+        "  except OSError: pass\nwhile True: pass", {},
         STOPPED,
     ),
-    "fork bomb": ("import os\nwhile True:\n  try: os.fork()\n  except OSError: pass", {}, {*STOPPED, Status.PROCESSES}),
+    "fork bomb": ("import os\nwhile True:\n  try: os.fork()\n  except OSError: pass", {},
+                  {*STOPPED, Status.PROCESSES}),
     "threads": (
-        "import threading, time\nfor n in range(500): threading.Thread(target=time.sleep, args=(1,)).start()", {"wall_seconds": 10},
+        "import threading, time\nfor n in range(500): threading.Thread(target=time.sleep, "
+        "args=(1,)).start()", {"wall_seconds": 10},
         {*DIED, Status.TIMEOUT},
     ),
     "memory": ("x = bytearray(2 ** 34)", {}, {Status.MEMORY}),
-    "memory, piece by piece": ("x = []\nwhile True: x.append(bytearray(10 ** 7))", {"wall_seconds": 20}, {Status.MEMORY}),
+    "memory, piece by piece": ("x = []\nwhile True: x.append(bytearray(10 ** 7))",
+                               {"wall_seconds": 20}, {Status.MEMORY}),
     "memory of many processes": (
-        "import os, time\nfor _ in range(5):\n  if os.fork() == 0: break\nx = bytearray(40 * 2 ** 20)\n"
-        "for n in range(0, len(x), 4096): x[n] = 1\ntime.sleep(1000)", {"memory_bytes": 128 * 2**20, "wall_seconds": 20}, {Status.MEMORY},
+        "import os, time\nfor _ in range(5):\n  if os.fork() == 0: break\n"
+        "x = bytearray(40 * 2 ** 20)\n"
+        "for n in range(0, len(x), 4096): x[n] = 1\ntime.sleep(1000)",
+        {"memory_bytes": 128 * 2**20, "wall_seconds": 20}, {Status.MEMORY},
     ),
     "recursion": (
-        "import sys; sys.setrecursionlimit(10 ** 9)\ndef f(): f()\nf()", {"wall_seconds": 20, "memory_bytes": 64 * 2**20},
+        "import sys; sys.setrecursionlimit(10 ** 9)\ndef f(): f()\nf()",
+        {"wall_seconds": 20, "memory_bytes": 64 * 2**20},
         {*DIED, Status.MEMORY},
     ),
     "crash": ("import ctypes; ctypes.string_at(0)", {"wall_seconds": 10}, DIED),
     "flood of stdout": ("while True: print('x' * 9999)", {"wall_seconds": 10}, {Status.OUTPUT}),
-    "flood of stderr": ("import sys\nwhile True: sys.stderr.write('x' * 9999)", {"wall_seconds": 10}, {Status.OUTPUT}),
+    "flood of stderr": ("import sys\nwhile True: sys.stderr.write('x' * 9999)",
+                        {"wall_seconds": 10}, {Status.OUTPUT}),
     "flood of a child": (
-        "import os\nif os.fork() == 0:\n  while True: os.write(1, b'x' * 9999)\nimport time; time.sleep(1000)", {"wall_seconds": 10},
+        "import os\nif os.fork() == 0:\n  while True: os.write(1, b'x' * 9999)\n"
+        "import time; time.sleep(1000)", {"wall_seconds": 10},
         {Status.OUTPUT},
     ),
-    "huge file": ("f = open('/tmp/x', 'wb')\nwhile True: f.write(bytes(10 ** 6))", {"wall_seconds": 10}, DIED),
+    "huge file": ("f = open('/tmp/x', 'wb')\nwhile True: f.write(bytes(10 ** 6))",
+                  {"wall_seconds": 10}, DIED),
     "sparse file": ("open('/tmp/x', 'wb').truncate(2 ** 40)", {"wall_seconds": 10}, DIED),
-    "full disk": ("for n in range(100): open(f'/tmp/{n}', 'wb').write(bytes(10 ** 6))", {"wall_seconds": 10}, DIED),
-    "many files": ("n = 0\nwhile True:\n  open(f'/tmp/{n}', 'w').close(); n += 1", {"wall_seconds": 20}, {Status.FILES}),
-    "many folders": ("import os\nwhile True:\n  os.mkdir('x'); os.chdir('x')", {"wall_seconds": 20}, {Status.FILES, *DIED}),
+    "full disk": ("for n in range(100): open(f'/tmp/{n}', 'wb').write(bytes(10 ** 6))",
+                  {"wall_seconds": 10}, DIED),
+    "many files": ("n = 0\nwhile True:\n  open(f'/tmp/{n}', 'w').close(); n += 1",
+                   {"wall_seconds": 20}, {Status.FILES}),
+    "many folders": ("import os\nwhile True:\n  os.mkdir('x'); os.chdir('x')", {"wall_seconds": 20},
+                     {Status.FILES, *DIED}),
     "open files": ("x = [open('/dev/null') for _ in range(1000)]", {"wall_seconds": 10}, DIED),
     "processes that come and go": (
-        "import os\nwhile True:\n  if os.fork() == 0:\n    open(f'/tmp/{os.getpid()}', 'w').close(); os._exit(0)\n  os.wait()",
+        "import os\nwhile True:\n  if os.fork() == 0:\n"
+        "    open(f'/tmp/{os.getpid()}', 'w').close(); os._exit(0)\n  os.wait()",
         {"wall_seconds": 2.0}, {*STOPPED, Status.FILES},
     ),
 }  # fmt: skip
@@ -184,15 +247,21 @@ def world(tmp_path_factory):
     (folder / "secret").write_text(SECRET)
     (folder / "secret").chmod(0o644)
     marker, abstract = f"marker-{os.getpid()}", f"sandbox-test-{os.getpid()}"
-    bystander = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()", marker], stdin=subprocess.PIPE)
-    tcp, unix, hidden = socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+    bystander = subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read()", marker], stdin=subprocess.PIPE
+    )
+    tcp = socket.create_server(("127.0.0.1", 0))
+    unix = socket.socket(socket.AF_UNIX)
+    hidden = socket.socket(socket.AF_UNIX)
     unix.bind(str(folder / "socket"))
     hidden.bind("\0" + abstract)
     unix.listen()
     hidden.listen()
     yield {
-        "folder": str(folder), "secret": str(folder / "secret"), "text": SECRET, "port": tcp.getsockname()[1], "abstract": abstract,
-        "pid": bystander.pid, "marker": marker, "host": socket.gethostname(), "code": sandbox.__file__, "package": pytest.__file__,
+        "folder": str(folder), "secret": str(folder / "secret"), "text": SECRET,
+        "port": tcp.getsockname()[1], "abstract": abstract,
+        "pid": bystander.pid, "marker": marker, "host": socket.gethostname(),
+        "code": sandbox.__file__, "package": pytest.__file__,
         "hard_files": 999,
     }  # fmt: skip
     bystander.kill()
@@ -205,9 +274,13 @@ def attack(program: str, world: dict, attacker) -> str:
     """stdout of the attacker's run, with victims of its own."""
     victim_file = pathlib.Path(world["folder"], "victim")
     victim_file.touch()
-    with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as victim:
+    with subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE
+    ) as victim:
         try:
-            return attacker(program.format(victim_pid=victim.pid, victim_file=str(victim_file), **world))
+            return attacker(
+                program.format(victim_pid=victim.pid, victim_file=str(victim_file), **world)
+            )
         finally:
             victim.kill()
 
@@ -220,10 +293,16 @@ def test_nothing_of_ours_is_in_reach(name, world, monkeypatch):
     os.set_inheritable(fd, True)
     try:
         outcome = []
-        inside = attack(REACH[name], world, lambda program: outcome.append(run(program, STANDARD)) or outcome[0].stdout)
+        inside = attack(
+            REACH[name],
+            world,
+            lambda program: outcome.append(run(program, STANDARD)) or outcome[0].stdout,
+        )
         assert outcome[0].status in (Status.COMPLETED, Status.FAILED) and "ESCAPED" not in inside
         assert "SyntaxError" not in outcome[0].stderr and "NameError" not in outcome[0].stderr
-        assert "ESCAPED" in attack(REACH[name], world, lambda program: run_unprotected(program, close_fds=False)), "it must be an attack"
+        assert "ESCAPED" in attack(
+            REACH[name], world, lambda program: run_unprotected(program, close_fds=False)
+        ), "it must be an attack"
     finally:
         os.close(fd)
 
@@ -232,7 +311,9 @@ def test_nothing_of_ours_is_in_reach(name, world, monkeypatch):
 @pytest.mark.parametrize("name", FORBIDDEN)
 def test_what_root_can_do_is_forbidden(name):
     outcome = run(FORBIDDEN[name], STANDARD)
-    assert outcome.status in (Status.COMPLETED, Status.FAILED) and "ESCAPED" not in outcome.stdout, outcome
+    assert (
+        outcome.status in (Status.COMPLETED, Status.FAILED) and "ESCAPED" not in outcome.stdout
+    ), outcome
     assert "SyntaxError" not in outcome.stderr and "NameError" not in outcome.stderr, outcome
 
 
@@ -243,7 +324,10 @@ def test_nothing_is_used_up(name):
     started = time.monotonic()
     outcome = run(program, dataclasses.replace(SHORT, **limits))
     assert outcome.status in statuses, outcome.status
-    assert len(outcome.stdout) <= STANDARD.output_bytes and len(outcome.stderr) <= STANDARD.output_bytes
+    assert (
+        len(outcome.stdout) <= STANDARD.output_bytes
+        and len(outcome.stderr) <= STANDARD.output_bytes
+    )
     assert time.monotonic() - started < outcome.seconds + 5
 
 
@@ -252,10 +336,10 @@ def test_nothing_is_used_up(name):
 def test_children_end_with_the_program(close):
     name = f"left-behind-{os.getpid()}-{close}"
     daemon = (
-        "import os, sys, time\nif os.fork() == 0:\n  os.setsid()\n  if os.fork() == 0:\n"
-        f"    {'os.closerange(0, 3)' if close else 'pass'}\n"
-        f"    os.execv(sys.executable, [sys.executable, '-c', 'import time; time.sleep(1000)', {name!r}])\n"
-        "  os._exit(0)\nos.wait()\ntime.sleep(0.3)\nprint('done')"
+        "import os, sys, time\nif os.fork() == 0:\n  os.setsid()\n  if os.fork() == 0:\n   "
+        f" {'os.closerange(0, 3)' if close else 'pass'}\n    os.execv(sys.executable,"
+        f" [sys.executable, '-c', 'import time; time.sleep(1000)', {name!r}])\n "
+        " os._exit(0)\nos.wait()\ntime.sleep(0.3)\nprint('done')"
     )
     outcome = run(daemon, STANDARD)
     assert (outcome.status, outcome.stdout) == (Status.COMPLETED, "done\n")
@@ -268,9 +352,14 @@ def test_children_end_with_the_program(close):
 @needs_sandbox
 def test_a_sandbox_ends_with_the_process_that_made_it():
     name = f"orphan-{os.getpid()}"
-    inside = f"import os, sys; os.execv(sys.executable, [sys.executable, '-c', 'import time; time.sleep(1000)', {name!r}])"
+    inside = (
+        "import os, sys; os.execv(sys.executable, [sys.executable, '-c', 'import time;"
+        f" time.sleep(1000)', {name!r}])"
+    )
     outside = f"from glm_jax import sandbox; sandbox.run({inside!r}, sandbox.STANDARD)"
-    with subprocess.Popen([sys.executable, "-c", outside], cwd=pathlib.Path(__file__).parent.parent) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", outside], cwd=pathlib.Path(__file__).parent.parent
+    ) as process:
         deadline = time.monotonic() + 30
         # As an argument of its own, not as part of the program's text.
         while not command_lines(name, whole=True) and time.monotonic() < deadline:
@@ -305,7 +394,8 @@ async def later(): return 5
 print(sys.stdin.read(), Point(1), json.dumps({"a": math.pi}), asyncio.run(later()))
 with tempfile.TemporaryFile("w+") as f: f.write("x" * 10**6)
 thread = threading.Thread(target=print, args=("thread",)); thread.start(); thread.join()
-print(subprocess.run([sys.executable, "-c", "print(7)"], capture_output=True, text=True).stdout, sys.argv, __name__)
+seven = subprocess.run([sys.executable, "-c", "print(7)"], capture_output=True, text=True)
+print(seven.stdout, sys.argv, __name__)
 print("to stderr", file=sys.stderr)
 """
 
@@ -314,13 +404,18 @@ print("to stderr", file=sys.stderr)
 def test_honest_programs_run():
     outcome = run(HONEST, STANDARD, stdin=b"given")
     assert outcome.status is Status.COMPLETED and outcome.exit_code == 0, outcome
-    assert outcome.stdout == "given Point(x=1) {\"a\": 3.141592653589793} 5\nthread\n7\n ['-c'] __main__\n"
+    assert (
+        outcome.stdout
+        == "given Point(x=1) {\"a\": 3.141592653589793} 5\nthread\n7\n ['-c'] __main__\n"
+    )
     assert outcome.stderr == "to stderr\n" and 0 < outcome.seconds < STANDARD.wall_seconds
 
 
 @needs_sandbox
 def test_ends_are_told_apart():
-    outcomes = sandbox.run_all(["print(1)", "1 / 0", "raise SystemExit(3)", "def"], STANDARD, workers=2)
+    outcomes = sandbox.run_all(
+        ["print(1)", "1 / 0", "raise SystemExit(3)", "def"], STANDARD, workers=2
+    )
     assert [(o.status, o.exit_code) for o in outcomes] == [
         (Status.COMPLETED, 0), (Status.FAILED, 1), (Status.FAILED, 3), (Status.FAILED, 1),
     ]  # fmt: skip
@@ -331,10 +426,18 @@ def test_ends_are_told_apart():
 def test_sandboxes_share_no_limits():
     """Each has its processes to itself, though all are one user's."""
     children = STANDARD.processes - 1
-    program = f"import os, time\nfor n in range({children}):\n  if os.fork() == 0: time.sleep(0.5); os._exit(0)\nprint('all')"
+    program = (
+        f"import os, time\nfor n in range({children}):\n  if os.fork() == 0: time.sleep(0.5);"
+        " os._exit(0)\nprint('all')"
+    )
     with ThreadPoolExecutor(4) as pool:
-        assert [o.stdout for o in pool.map(lambda _: run(program, STANDARD), range(4))] == ["all\n"] * 4
-    assert run(program.replace(f"range({children})", f"range({children + 1})"), STANDARD).status is Status.FAILED
+        assert [o.stdout for o in pool.map(lambda _: run(program, STANDARD), range(4))] == [
+            "all\n"
+        ] * 4
+    assert (
+        run(program.replace(f"range({children})", f"range({children + 1})"), STANDARD).status
+        is Status.FAILED
+    )
 
 
 @needs_sandbox
@@ -375,13 +478,19 @@ def test_without_bwrap_nothing_runs(monkeypatch):
     monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
     monkeypatch.setattr(sandbox.importlib.util, "find_spec", lambda name: None)
     for refuse in (sandbox.check, lambda: run("print(1)", STANDARD)):
-        with pytest.raises(ValueError, match=r"only in a sandbox, and there is no bwrap: install .*apt-get install bubblewrap"):
+        with pytest.raises(
+            ValueError,
+            match=r"only in a sandbox, and there is no bwrap: install .*apt-get install bubblewrap",
+        ):
             refuse()
 
 
 def test_where_namespaces_are_refused_nothing_runs(monkeypatch):
     monkeypatch.setattr(sandbox, "find_bwrap", lambda: shutil.which("false"))
-    with pytest.raises(ValueError, match="only in a sandbox, and .*false made none .*are user namespaces allowed here"):
+    with pytest.raises(
+        ValueError,
+        match="only in a sandbox, and .*false made none .*are user namespaces allowed here",
+    ):
         sandbox.check()
     outcome = run("print(1)", STANDARD)
     assert (outcome.status, outcome.stdout) == (Status.ENVIRONMENT, "")
@@ -392,5 +501,7 @@ def test_where_namespaces_are_refused_nothing_runs(monkeypatch):
 
 def test_another_machine_is_refused(monkeypatch):
     monkeypatch.setattr(sandbox.platform, "machine", lambda: "m68k")
-    with pytest.raises(ValueError, match="no sandbox for a 'm68k' machine; there is for x86_64, aarch64"):
+    with pytest.raises(
+        ValueError, match="no sandbox for a 'm68k' machine; there is for x86_64, aarch64"
+    ):
         sandbox._filter.__wrapped__()

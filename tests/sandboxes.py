@@ -1,4 +1,6 @@
-"""Marks tests that need a sandbox, and the plain process that attacks are tried in for comparison."""
+"""Marks tests that need a sandbox, and the plain process that attacks are tried in for
+comparison.
+"""
 
 from __future__ import annotations
 
@@ -27,4 +29,6 @@ needs_sandbox = pytest.mark.skipif(bool(missing()), reason=f"no sandbox here: {m
 def run_unprotected(program: str, **options) -> str:
     """stdout of a program of ours, run like any other."""
     line = [sys.executable, "-I", "-S", "-c", program]
-    return subprocess.run(line, check=False, capture_output=True, text=True, timeout=30, **options).stdout
+    return subprocess.run(
+        line, check=False, capture_output=True, text=True, timeout=30, **options
+    ).stdout

@@ -47,7 +47,9 @@ def test_impossible_meshes_are_named(sizes, message):
 
 def test_a_dimension_that_does_not_divide_is_named():
     mesh = make_mesh(mesh_config(expert=8))
-    with pytest.raises(ValueError, match="w: 'experts' of size 12 cannot be split over 'expert', 8 devices"):
+    with pytest.raises(
+        ValueError, match="w: 'experts' of size 12 cannot be split over 'expert', 8 devices"
+    ):
         named(mesh, ("experts", "embed"), (12, 4), "w")
 
 

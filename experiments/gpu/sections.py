@@ -1,4 +1,6 @@
-"""Runs sections one after another, each in a process of its own, within a time that ends them all."""
+"""Runs sections one after another, each in a process of its own, within a time that ends them
+all.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from experiments.gpu import results
 
 # Name -> most of the time that it may take; in order of worth.
 SECTIONS = {
-    "device": 0.1, "correctness": 0.25, "training": 0.35, "grouped": 0.15, "attention": 0.2, "decoding": 0.5, "training_alternatives": 0.4
+    "device": 0.1, "correctness": 0.25, "training": 0.35, "grouped": 0.15, "attention": 0.2,
+    "decoding": 0.5, "training_alternatives": 0.4
 }  # fmt: skip
 LEAST = 0.02  # of the time: with less left, a section does not begin
 
@@ -25,8 +28,10 @@ def run_here(name: str, output: pathlib.Path, rehearse: bool):
     from experiments.gpu.measuring import Section
 
     functions = {
-        "reference": correctness.reference, "device": kernels.device, "correctness": correctness.correctness,
-        "attention": kernels.attention, "grouped": kernels.grouped, "training": speed.training, "decoding": speed.decoding,
+        "reference": correctness.reference, "device": kernels.device,
+        "correctness": correctness.correctness,
+        "attention": kernels.attention, "grouped": kernels.grouped, "training": speed.training,
+        "decoding": speed.decoding,
         "training_alternatives": speed.training_alternatives,
     }  # fmt: skip
     functions[name](Section(name, output, rehearse))
@@ -35,11 +40,24 @@ def run_here(name: str, output: pathlib.Path, rehearse: bool):
 def start(name: str, output: pathlib.Path, rehearse: bool) -> subprocess.Popen:
     environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
     # Compiled programs serve a second run on the same machine.
-    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / "glm_jax_measure_gpu"))
+    environment.setdefault(
+        "JAX_COMPILATION_CACHE_DIR",
+        str(pathlib.Path(tempfile.gettempdir()) / "glm_jax_measure_gpu"),
+    )
     if rehearse or name == "reference":
         environment["JAX_PLATFORMS"] = "cpu"
-        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"  # compiles quicker
-    command = [sys.executable, "-m", "experiments.measure_gpu", f"--output={output}", f"--section={name}", f"--rehearse={rehearse}"]
+        # compiles quicker
+        environment["XLA_FLAGS"] = (
+            f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+        )
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.measure_gpu",
+        f"--output={output}",
+        f"--section={name}",
+        f"--rehearse={rehearse}",
+    ]
     return logged(command, output / f"{name}.log", environment)
 
 
@@ -58,13 +76,21 @@ def finish(process: subprocess.Popen, log: pathlib.Path, timeout: float) -> str:
         return f"out of time after {timeout:.0f} s"
     if code == 0:
         return "done"
-    lines = [line.strip() for line in log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [
+        line.strip()
+        for line in log.read_text("utf-8", errors="replace").splitlines()
+        if line.strip()
+    ]
     errors = [line for line in lines if "Error" in line.split(":")[0]] or lines or ["no output"]
     return f"failed with code {code}: {errors[-1][:300]}"
 
 
-def run_all(names, output: pathlib.Path, total: float, rehearse: bool, begin=start) -> dict[str, str]:
-    """Section -> `done` or what went wrong; writes measurements.jsonl and gpu.md after each. begin: starts one, as `start` does."""
+def run_all(
+    names, output: pathlib.Path, total: float, rehearse: bool, begin=start
+) -> dict[str, str]:
+    """Section -> `done` or what went wrong; writes measurements.jsonl and gpu.md after each. begin:
+    starts one, as `start` does.
+    """
     begun, statuses, reference = time.monotonic(), {}, None
     output.mkdir(parents=True, exist_ok=True)
     for old in ("measurements.jsonl", "reference.npz"):
@@ -78,13 +104,26 @@ def run_all(names, output: pathlib.Path, total: float, rehearse: bool, begin=sta
         if status == "done" and name == "correctness":
             status = finish(reference, output / "reference.log", ends - time.monotonic())
         if status == "done":
-            status = finish(begin(name, output, rehearse), output / f"{name}.log", max(ends - time.monotonic(), 0))
+            status = finish(
+                begin(name, output, rehearse),
+                output / f"{name}.log",
+                max(ends - time.monotonic(), 0),
+            )
         elif not status.startswith("not run"):
             status = f"no numbers from the CPU: {status}"
         statuses[name], seconds = status, round(time.monotonic() - begun, 1)
         with (output / "measurements.jsonl").open("a") as file:
-            file.write(json.dumps({"section": name, "status": status, "ended": f"{seconds} s after the start"}) + "\n")
-        results.write(output, "python -m experiments.measure_gpu --output=DIR" + " --rehearse" * rehearse, names)
+            file.write(
+                json.dumps(
+                    {"section": name, "status": status, "ended": f"{seconds} s after the start"}
+                )
+                + "\n"
+            )
+        results.write(
+            output,
+            "python -m experiments.measure_gpu --output=DIR" + " --rehearse" * rehearse,
+            names,
+        )
         print(f"{seconds:6.1f} s  {name}: {status}", flush=True)
     if reference is not None:
         reference.kill()

@@ -1,11 +1,13 @@
-"""Deep and narrow against shallow and wide at equal parameters (10.85M), two learning rates each, 384 steps of 4 x 256 tokens.
+"""Deep and narrow against shallow and wide at equal parameters (10.85M), two learning rates each,
+384 steps of 4 x 256 tokens.
 
     python -m experiments.sweep --sweep=experiments/sweeps/deep_vs_wide.py --workdir=W --data=DIR
 
-DIR: made by experiments.curate --config=configs/curate.py. Four runs of about 8 minutes each on two cores. Both have 16 experts
-top-4 and a query width of twice the model's; 12 layers of width 144 or 3 layers of width 256, one dense each, MTP block and
-embeddings included in the count. At this size the wide model spends more of it on embedding and head, so it multiplies 16%
-more parameters a token.
+DIR: made by experiments.curate --config=configs/curate.py. Four runs of about 8 minutes each on two
+cores. Both have 16 experts top-4 and a query width of twice the model's; 12 layers of width 144 or
+3 layers of width 256, one dense each, MTP block and embeddings included in the count. At this size
+the wide model spends more of it on embedding and head, so it multiplies 16% more parameters a
+token.
 """
 
 CONFIG = "configs/tiny.py"

@@ -2,9 +2,10 @@
 
     python -m experiments.sweep --sweep=experiments/sweeps/muon_vs_adamw.py --workdir=W --data=DIR
 
-DIR: made by experiments.curate --config=configs/curate.py. Six runs of about 4 minutes each on two cores. Every run sees the same
-batches in the same order from the same initial weights; held-out loss, on the same 4,096 tokens, every 8 steps. results.md
-says after which share of the steps the best Muon run is where the best AdamW run ends.
+DIR: made by experiments.curate --config=configs/curate.py. Six runs of about 4 minutes each on two
+cores. Every run sees the same batches in the same order from the same initial weights; held-out
+loss, on the same 4,096 tokens, every 8 steps. results.md says after which share of the steps the
+best Muon run is where the best AdamW run ends.
 """
 
 CONFIG = "configs/tiny.py"

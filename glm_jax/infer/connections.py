@@ -1,4 +1,6 @@
-"""Connections of the server: deadlines for those that say nothing, a limit on their number, and clients that only stopped sending."""
+"""Connections of the server: deadlines for those that say nothing, a limit on their number, and
+clients that only stopped sending.
+"""
 
 from __future__ import annotations
 
@@ -13,31 +15,42 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 logger = logging.getLogger(__name__)
 
-RESERVED_FILES = 64  # descriptors of the process that are no connections: weights, logs, the event loop
+# descriptors of the process that are no connections: weights, logs, the event loop
+RESERVED_FILES = 64
 BACKLOG = 2048  # connections that the kernel holds until they are accepted
 PROBE_SECONDS = (0.05, 0.3, 1.0, 5.0)  # after a client stopped sending; the last again and again
 PROBE = b"HTTP/1.1 102 Processing\r\n\r\n"
-COMMENT = "glm_jax.comment"  # in the scope of a request whose answer is a stream: bytes that may stand anywhere in it and mean nothing
+# in the scope of a request whose answer is a stream: bytes that may stand anywhere in it and mean
+# nothing
+COMMENT = "glm_jax.comment"
 
 
 def connection_limits() -> tuple[int, int]:
-    """(most open connections, backlog) that the process's limit of open files allows. An accept loop takes a backlog at a time."""
+    """(most open connections, backlog) that the process's limit of open files allows. An accept
+    loop takes a backlog at a time.
+    """
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     backlog = max(8, min(BACKLOG, files // 8))
     return max(8, files - RESERVED_FILES - backlog), backlog
 
 
 class Connections:
-    """All that are open, and the rules for them. The oldest silent one makes room where there are too many."""
+    """All that are open, and the rules for them. The oldest silent one makes room where there are
+    too many.
+    """
 
     def __init__(self, most: int, head_seconds: float):
-        """most: open connections. head_seconds: for a request's head, from its first byte or the connection's begin to its end."""
+        """most: open connections. head_seconds: for a request's head, from its first byte or the
+        connection's begin to its end.
+        """
         self.most, self.head_seconds = most, head_seconds
         self.silent: collections.OrderedDict[Connection, None] = collections.OrderedDict()
         self.num_open = 0
 
     def make_room(self) -> bool:
-        """Whether one more may stay; closes the one that has been silent for the longest where it must."""
+        """Whether one more may stay; closes the one that has been silent for the longest where it
+        must.
+        """
         if self.num_open <= self.most:
             return True
         for connection in self.silent:
@@ -61,7 +74,10 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self._all.num_open += 1
         if not self._all.make_room():
-            logger.warning("%d connections are open, all with requests in work: a new one is closed", self._all.num_open)
+            logger.warning(
+                "%d connections are open, all with requests in work: a new one is closed",
+                self._all.num_open,
+            )
             transport.abort()
             return
         self._wait_for_head()
@@ -90,7 +106,9 @@ class Connection(H11Protocol):
                 self.transport.close()
 
     def eof_received(self) -> bool:
-        """The client sends no more. It may still read, as `nc -N` does, or be gone, which only writing to it tells."""
+        """The client sends no more. It may still read, as `nc -N` does, or be gone, which only
+        writing to it tells.
+        """
         self._eof = True
         if not self._in_work:
             return False
@@ -119,10 +137,13 @@ class Connection(H11Protocol):
         self._probe = self.loop.call_later(seconds, self._send_probe, number)
 
     def _send_probe(self, number: int):
-        """Something that means nothing: a client that is gone answers it with a reset, and the next one then fails."""
+        """Something that means nothing: a client that is gone answers it with a reset, and the next
+        one then fails.
+        """
         if not self._in_work or self.transport.is_closing():
             return
-        if self.conn.our_state is h11.SEND_RESPONSE and self.scope["http_version"] != "1.0":  # which knows no interim responses
+        # which knows no interim responses
+        if self.conn.our_state is h11.SEND_RESPONSE and self.scope["http_version"] != "1.0":
             self.transport.write(PROBE)
         elif self.conn.our_state is h11.SEND_BODY and COMMENT in self.scope:
             self.transport.write(self.conn.send(h11.Data(data=self.scope[COMMENT])))
@@ -151,7 +172,9 @@ class OnceAMinute(logging.Filter):
 
 
 def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict):
-    """asyncio reports each accept that fails with a traceback, and tries 'backlog' of them at a time."""
+    """asyncio reports each accept that fails with a traceback, and tries 'backlog' of them at a
+    time.
+    """
     if "socket.accept()" in context.get("message", ""):
         logger.warning("no more connections can be accepted: %s", context.get("exception"))
     else:

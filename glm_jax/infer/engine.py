@@ -1,8 +1,9 @@
 """The inference engine: continuous batching over a paged key-value cache.
 
-Requests join and leave between calls of `step`. One step gives every row that lacks computed tokens a chunk of them
-(prefill), then draws up to `decode_steps` tokens for every row that lacks none, in one loop on the device. What a request
-gets depends on its prompt, parameters and seed alone, but for the last bits of sums that another batch shape rounds otherwise.
+Requests join and leave between calls of `step`. One step gives every row that lacks computed tokens
+a chunk of them (prefill), then draws up to `decode_steps` tokens for every row that lacks none, in
+one loop on the device. What a request gets depends on its prompt, parameters and seed alone, but
+for the last bits of sums that another batch shape rounds otherwise.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from glm_jax.model.transformer import GLM, per_layer
 from glm_jax.sharding import BATCH_AXES
 
 MIN_TABLE = 4  # pages
-# Tokens drawn in one call for the other rows, where one has a constraint: that one gets a single token a call.
+# Tokens drawn in one call for the other rows, where one has a constraint: that one gets a single
+# token a call.
 STEPS_BESIDE_CONSTRAINT = 4
 DecodeText = Callable[[Sequence[int]], str]  # of token ids
 logger = logging.getLogger(__name__)
@@ -41,19 +43,26 @@ CACHE_DTYPES = ("compute", "float32", "bfloat16", "float8_e4m3fn")
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """Sizes of the engine. What runs on the device compiles once for each size of batch (powers of two from min_rows on) that occurs;
-    a prefill also for each length of chunk (min_chunk, times 4, times 16, ...) and of page table (powers of two from MIN_TABLE on)."""
+    """Sizes of the engine. What runs on the device compiles once for each size of batch (powers of
+    two from min_rows on) that occurs; a prefill also for each length of chunk (min_chunk, times 4,
+    times 16, ...) and of page table (powers of two from MIN_TABLE on).
+    """
 
-    context: int  # most tokens of a request, prompt and continuation; at most the model's max_length
+    # most tokens of a request, prompt and continuation; at most the model's max_length
+    context: int
     num_rows: int  # requests in the batch at a time
-    min_rows: int  # rows of the smallest batch: more compiles less, and computes more where few requests run
+    # rows of the smallest batch: more compiles less, and computes more where few requests run
+    min_rows: int
     page_size: int  # tokens
     num_pages: int
     prefill_chunk: int  # most tokens of a row in one prefill call
     min_chunk: int  # tokens of the shortest prefill call: the same trade
-    decode_steps: int  # tokens drawn in one call before the host looks: more is faster, and later to let requests in
-    draft_tokens: int  # guessed by the MTP block and verified in one pass of the trunk; 0: no speculation
-    weights: str  # quantize.FORMATS: 'compute' precision, 'fp8' (128 x 128 blocks), 'int8' (columns)
+    # tokens drawn in one call before the host looks: more is faster, and later to let requests in
+    decode_steps: int
+    # guessed by the MTP block and verified in one pass of the trunk; 0: no speculation
+    draft_tokens: int
+    # quantize.FORMATS: 'compute' precision, 'fp8' (128 x 128 blocks), 'int8' (columns)
+    weights: str
     cache_dtype: str  # of keys and values: 'compute' precision or one of CACHE_DTYPES
     keep_experts: bool  # give every request the experts that its tokens were routed to
 
@@ -62,27 +71,49 @@ class EngineConfig:
         check_choice("engine.cache_dtype", self.cache_dtype, CACHE_DTYPES)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and (type(value) is not int or value < (field.name != "draft_tokens")):
-                raise ValueError(f"engine.{field.name}={value!r} must be a positive integer; draft_tokens may be 0")
+            if field.type == "int" and (
+                type(value) is not int or value < (field.name != "draft_tokens")
+            ):
+                raise ValueError(
+                    f"engine.{field.name}={value!r} must be a positive integer; draft_tokens may"
+                    " be 0"
+                )
         for small, large in (("min_rows", "num_rows"), ("min_chunk", "prefill_chunk")):
             if getattr(self, small) > getattr(self, large):
-                raise ValueError(f"engine.{small}={getattr(self, small)} exceeds {large}={getattr(self, large)}")
+                raise ValueError(
+                    f"engine.{small}={getattr(self, small)} exceeds {large}={getattr(self, large)}"
+                )
         longest = self.context + self.draft_tokens
         if self.num_pages * self.page_size < longest:
-            raise ValueError(f"engine.num_pages={self.num_pages} of {self.page_size} tokens hold no request of {longest} with its drafts")
+            raise ValueError(
+                f"engine.num_pages={self.num_pages} of {self.page_size} tokens hold no request of"
+                f" {longest} with its drafts"
+            )
 
     def check(self, model: ModelConfig, mesh: Mesh | None):
-        """Raises ValueError where an engine of these sizes cannot run the model, or be split over the mesh."""
+        """Raises ValueError where an engine of these sizes cannot run the model, or be split over
+        the mesh.
+        """
         shards = num_shards(mesh)
         for field in ("num_rows", "num_pages"):
             if getattr(self, field) % shards:
-                raise ValueError(f"engine.{field}={getattr(self, field)} cannot be split over {shards} shards of the mesh")
+                raise ValueError(
+                    f"engine.{field}={getattr(self, field)} cannot be split over {shards} shards of"
+                    " the mesh"
+                )
         if self.num_pages // shards * self.page_size < self.context + self.draft_tokens:
-            raise ValueError(f"engine.num_pages={self.num_pages} over {shards} shards hold no request of {self.context} tokens")
+            raise ValueError(
+                f"engine.num_pages={self.num_pages} over {shards} shards hold no request of"
+                f" {self.context} tokens"
+            )
         if self.context > model.max_length:
-            raise ValueError(f"engine.context={self.context} exceeds the model's max_length={model.max_length}")
+            raise ValueError(
+                f"engine.context={self.context} exceeds the model's max_length={model.max_length}"
+            )
         if self.draft_tokens and not model.num_mtp_layers:
-            raise ValueError(f"engine.draft_tokens={self.draft_tokens}: this model has no MTP block")
+            raise ValueError(
+                f"engine.draft_tokens={self.draft_tokens}: this model has no MTP block"
+            )
 
 
 def num_shards(mesh: Mesh | None) -> int:
@@ -93,35 +124,62 @@ def num_shards(mesh: Mesh | None) -> int:
 class Engine:
     """Not thread-safe: one thread submits and steps.
 
-    On a mesh, rows and pages are split over its batch axes: a request lives on one shard of them, experts where sharding.py puts
-    them.
+    On a mesh, rows and pages are split over its batch axes: a request lives on one shard of them,
+    experts where sharding.py puts them.
     """
 
-    def __init__(self, model: GLM, config: EngineConfig, decode_text: DecodeText | None = None, mesh: Mesh | None = None):
-        """decode_text: needed for requests with stop strings. mesh: as sharding.make_mesh makes it; None: the default device."""
-        self.config, self.model_config, self.decode_text, self.mesh = config, model.config, decode_text, mesh
+    def __init__(
+        self,
+        model: GLM,
+        config: EngineConfig,
+        decode_text: DecodeText | None = None,
+        mesh: Mesh | None = None,
+    ):
+        """decode_text: needed for requests with stop strings. mesh: as sharding.make_mesh makes it;
+        None: the default device.
+        """
+        self.config = config
+        self.model_config = model.config
+        self.decode_text = decode_text
+        self.mesh = mesh
         self.shards = num_shards(mesh)
         config.check(model.config, mesh)
         self.graphdef, state = nnx.split(model)
         self.shapes = jax.tree.map(lambda x: x.shape, state)
         self.version = 0
         num_layers = model.config.num_layers + (config.draft_tokens > 0)
-        dtype = model.config.compute_dtype if config.cache_dtype == "compute" else config.cache_dtype
+        dtype = (
+            model.config.compute_dtype if config.cache_dtype == "compute" else config.cache_dtype
+        )
         with self._on_mesh():
             self.state = self._prepared(state)
-            self.pages = empty_pages(model.config, num_layers, config.num_pages, config.page_size, dtype, config.keep_experts)
+            self.pages = empty_pages(
+                model.config,
+                num_layers,
+                config.num_pages,
+                config.page_size,
+                dtype,
+                config.keep_experts,
+            )
         self.pools = [PagePool(config.num_pages // self.shards) for _ in range(self.shards)]
         self.waiting: collections.deque[Request] = collections.deque()
         self.running: list[Request] = []  # the first came first
         self.ids = itertools.count()
 
     def submit(self, prompt: Sequence[int], params: SamplingParams) -> Request:
-        """Queues a prompt. Raises ValueError for one that is empty, too long or not of the vocabulary, and what its constraint raises."""
+        """Queues a prompt. Raises ValueError for one that is empty, too long or not of the
+        vocabulary, and what its constraint raises.
+        """
         vocab, context = self.model_config.vocab_size, self.config.context
         if not 1 <= len(prompt) < context:
-            raise ValueError(f"prompt of {len(prompt)} tokens: must be 1..{context - 1}, the context less one")
+            raise ValueError(
+                f"prompt of {len(prompt)} tokens: must be 1..{context - 1}, the context less one"
+            )
         if min(prompt) < 0 or max(prompt) >= vocab:
-            raise ValueError(f"prompt holds token {max(prompt) if max(prompt) >= vocab else min(prompt)}, valid are 0..{vocab - 1}")
+            raise ValueError(
+                f"prompt holds token {max(prompt) if max(prompt) >= vocab else min(prompt)}, valid"
+                f" are 0..{vocab - 1}"
+            )
         if params.stop_strings and self.decode_text is None:
             raise ValueError("stop_strings need an engine with decode_text")
         for token, _ in params.logit_bias:
@@ -144,20 +202,29 @@ class Engine:
             request.status = "paused"
 
     def resume(self, request: Request):
-        """Queues a paused request again; it goes on with the token that it would have drawn next."""
+        """Queues a paused request again; it goes on with the token that it would have drawn
+        next.
+        """
         if request.status == "paused":
             request.status = "waiting"
             self.waiting.append(request)
 
     def set_weights(self, state, *, recompute: bool, version: int | None = None):
-        """Swaps in other weights (an nnx state like the model's) between steps, and quantises them as configured; tokens drawn from
-        now on carry their version, by default the next.
+        """Swaps in other weights (an nnx state like the model's) between steps, and quantises them
+        as configured; tokens drawn from now on carry their version, by default the next.
 
-        recompute: compute the running requests' keys and values anew; else they go on with those of the older weights.
+        recompute: compute the running requests' keys and values anew; else they go on with those of
+        the older weights.
         """
-        for old, new in zip(jax.tree.leaves(self.shapes, is_leaf=lambda x: isinstance(x, tuple)), jax.tree.leaves(state), strict=True):
+        for old, new in zip(
+            jax.tree.leaves(self.shapes, is_leaf=lambda x: isinstance(x, tuple)),
+            jax.tree.leaves(state),
+            strict=True,
+        ):
             if old != new.shape:
-                raise ValueError(f"new weights hold a tensor of shape {new.shape} where the engine has {old}")
+                raise ValueError(
+                    f"new weights hold a tensor of shape {new.shape} where the engine has {old}"
+                )
         with self._on_mesh():
             self.state = self._prepared(state)
         self.version = self.version + 1 if version is None else version
@@ -169,7 +236,9 @@ class Engine:
             request.stale = not recompute
 
     def _prepared(self, state):
-        state = quantize.prepare(state, self.config.weights, self.model_config.compute_dtype, self.mesh)
+        state = quantize.prepare(
+            state, self.config.weights, self.model_config.compute_dtype, self.mesh
+        )
         return state if self.model_config.scan_layers else jax.jit(per_layer)(state)
 
     @property
@@ -193,7 +262,9 @@ class Engine:
     def _on_mesh(self):
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]) -> list[Request]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[Request]:
         """Submits all prompts and steps until they are finished; in the prompts' order."""
         params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         requests = [self.submit(*pair) for pair in zip(prompts, params, strict=True)]
@@ -202,12 +273,18 @@ class Engine:
         return requests
 
     def _admit(self):
-        """Moves waiting requests into the batch, first come, first served, while rows and pages last.
+        """Moves waiting requests into the batch, first come, first served, while rows and pages
+        last.
 
-        A request that begins like one whose pages are being computed right now waits for them: the samples of one prompt
-        compute it once.
+        A request that begins like one whose pages are being computed right now waits for them: the
+        samples of one prompt compute it once.
         """
-        coming = {key for r in self.running if not r.stale for key in r.keys[r.stored // self.config.page_size :]}
+        coming = {
+            key
+            for r in self.running
+            if not r.stale
+            for key in r.keys[r.stored // self.config.page_size :]
+        }
         later = []
         while self.waiting and len(self.running) < self.config.num_rows:
             request = self.waiting.popleft()
@@ -226,22 +303,32 @@ class Engine:
                 pool.release(shared)
                 self.waiting.appendleft(request)
                 break
-            request.pages, request.stored, request.stale = shared + more, len(shared) * self.config.page_size, False
+            request.pages = shared + more
+            request.stored = len(shared) * self.config.page_size
+            request.stale = False
             request.status = "running"
             self.running.append(request)
             coming.update(request.keys[len(shared) :])
         self.waiting.extendleft(reversed(later))
 
     def _choose_shard(self, request: Request) -> tuple[int, int]:
-        """A shard with a free row, and how many of the request's pages it knows: most of them, else most free pages."""
+        """A shard with a free row, and how many of the request's pages it knows: most of them, else
+        most free pages.
+        """
         taken = collections.Counter(r.shard for r in self.running)
-        open_shards = [s for s in range(self.shards) if taken[s] < self.config.num_rows // self.shards]
+        open_shards = [
+            s for s in range(self.shards) if taken[s] < self.config.num_rows // self.shards
+        ]
         known = {shard: self.pools[shard].known(request.keys) for shard in open_shards}
-        best = max(open_shards, key=lambda shard: (known[shard], self.pools[shard].num_free, -shard))
+        best = max(
+            open_shards, key=lambda shard: (known[shard], self.pools[shard].num_free, -shard)
+        )
         return best, known[best]
 
     def _complete_keys(self, request: Request, num_pages: int):
-        """Keys of the first num_pages pages. The MTP block's part of a page depends on the token behind it, too."""
+        """Keys of the first num_pages pages. The MTP block's part of a page depends on the token
+        behind it, too.
+        """
         size, keys = self.config.page_size, request.keys
         if len(keys) < num_pages:
             sequence = request.sequence
@@ -259,13 +346,18 @@ class Engine:
             return
         counts = [min(r.missing, self.config.prefill_chunk) for r in rows]
         batch = self._batch(rows)
-        length = min(self.config.min_chunk * _bucket(-(-max(counts) // self.config.min_chunk), 4), self.config.prefill_chunk)
-        tokens, next_tokens = np.zeros((batch.size, length), np.int32), np.zeros((batch.size, length), np.int32)
+        length = min(
+            self.config.min_chunk * _bucket(-(-max(counts) // self.config.min_chunk), 4),
+            self.config.prefill_chunk,
+        )
+        tokens = np.zeros((batch.size, length), np.int32)
+        next_tokens = np.zeros((batch.size, length), np.int32)
         for place, request, count in zip(batch.places, rows, counts, strict=True):
             chunk = [*request.sequence[request.stored : request.stored + count + 1], -1]
             tokens[place, :count], next_tokens[place, :count] = chunk[:count], chunk[1 : count + 1]
         drawn, scores, self.pages = prefill(
-            self.graphdef, self.state, self.pages, self._rows(batch, counts), tokens, next_tokens, self._tables(batch, counts),
+            self.graphdef, self.state, self.pages, self._rows(batch, counts), tokens, next_tokens,
+            self._tables(batch, counts),
             self.config.draft_tokens > 0, _with_top(rows), any(r.unscored for r in rows),
         )  # fmt: skip
         drawn, scores = jax.device_get((drawn, scores))
@@ -285,17 +377,30 @@ class Engine:
             ready = request.status == "running" and request.tokens and request.missing == 1
             if ready and self._grow(request, min(steps, self._room(request)) + ahead):
                 rows.append(request)
-        rows = [r for r in rows if r.status == "running"]  # a later one's growth may have sent them back
+        # a later one's growth may have sent them back
+        rows = [r for r in rows if r.status == "running"]
         if not rows:
             return
-        most = min(steps, STEPS_BESIDE_CONSTRAINT) if any(r.params.constraint for r in rows) else steps
+        most = (
+            min(steps, STEPS_BESIDE_CONSTRAINT) if any(r.params.constraint for r in rows) else steps
+        )
         budgets = [1 if r.params.constraint else min(most, self._room(r)) for r in rows]
         batch = self._batch(rows)
         last = np.zeros(batch.size, np.int32)
         last[batch.places] = [r.tokens[-1] for r in rows]
-        tables = self._tables(batch, [b + ahead for b in budgets], self._pages_for(self.config.context + ahead))
+        tables = self._tables(
+            batch, [b + ahead for b in budgets], self._pages_for(self.config.context + ahead)
+        )
         drawn, self.pages = decode(
-            self.graphdef, self.state, self.pages, self._rows(batch, budgets), last, tables, steps, ahead, _with_top(rows)
+            self.graphdef,
+            self.state,
+            self.pages,
+            self._rows(batch, budgets),
+            last,
+            tables,
+            steps,
+            ahead,
+            _with_top(rows),
         )
         drawn = jax.device_get(drawn)
         for place, request in zip(batch.places, rows, strict=True):
@@ -318,12 +423,18 @@ class Engine:
 
     def _room(self, request: Request) -> int:
         """Tokens that the request may still draw."""
-        return min(request.params.max_new_tokens, self.config.context - len(request.prompt)) - len(request.tokens)
+        return min(request.params.max_new_tokens, self.config.context - len(request.prompt)) - len(
+            request.tokens
+        )
 
     def _grow(self, request: Request, count: int) -> bool:
-        """Pages for `count` more stored tokens; where none are free, the shard's request that came last gives way."""
+        """Pages for `count` more stored tokens; where none are free, the shard's request that came
+        last gives way.
+        """
         while request.status == "running":
-            more = self.pools[request.shard].allocate(max(self._pages_for(request.stored + count) - len(request.pages), 0))
+            more = self.pools[request.shard].allocate(
+                max(self._pages_for(request.stored + count) - len(request.pages), 0)
+            )
             if more is not None:
                 request.pages += more
                 return True
@@ -359,7 +470,9 @@ class Engine:
         table[: len(request.pages)] = request.pages
         first_page = request.shard * (self.config.num_pages // self.shards)
         with self._on_mesh():
-            return np.asarray(experts_of(self.pages[2], table + first_page))[:, self.model_config.num_dense_layers :]
+            return np.asarray(experts_of(self.pages[2], table + first_page))[
+                :, self.model_config.num_dense_layers :
+            ]
 
     def _store(self, request: Request, count: int):
         """Counts tokens that the cache has now, and makes full pages known."""
@@ -374,16 +487,24 @@ class Engine:
             self.pools[request.shard].publish(request.pages[index], request.keys[index])
 
     def _extend(self, request: Request, drawn: Drawn, place: int, count: int):
-        """Appends the first `count` tokens drawn in the row at `place`, and ends the request where it stops."""
+        """Appends the first `count` tokens drawn in the row at `place`, and ends the request where
+        it stops.
+        """
         for number in range(count):
             token = int(drawn.tokens[place, number])
             request.tokens.append(token)
             request.logprobs.append(float(drawn.logprobs[place, number]))
             request.versions.append(self.version)
             if request.params.top_logprobs:
-                request.top_logprobs.append(best_of(request.params.top_logprobs, *(x[place, number] for x in drawn.top)))
+                request.top_logprobs.append(
+                    best_of(request.params.top_logprobs, *(x[place, number] for x in drawn.top))
+                )
             try:
-                if token in request.params.stop_tokens or request.accept(token) or self._text_stops(request):
+                if (
+                    token in request.params.stop_tokens
+                    or request.accept(token)
+                    or self._text_stops(request)
+                ):
                     return self._finish(request, "stop")
             except ValueError as error:  # the grammar grew beyond its library's limits
                 logger.warning("request %d ends: %s", request.id, error)
@@ -395,15 +516,21 @@ class Engine:
         if not request.params.stop_strings:
             return False
         longest = max(map(len, request.params.stop_strings))
-        text = self.decode_text(request.tokens[-4 * longest - 8 :])  # a token is rarely under a quarter of a character
+        # a token is rarely under a quarter of a character
+        text = self.decode_text(request.tokens[-4 * longest - 8 :])
         return any(stop in text for stop in request.params.stop_strings)
 
     def _rows(self, batch: Batch, counts: list[int]) -> Rows:
         return batch.rows(counts, self.model_config.vocab_size, self.config.context)
 
     def _tables(self, batch: Batch, counts: list[int], width: int | None = None) -> np.ndarray:
-        """Page tables up to each row's end after `counts` more tokens, padded to `width` or a power of two."""
-        pages = [r.pages[: self._pages_for(r.stored + count)] for r, count in zip(batch.requests, counts, strict=True)]
+        """Page tables up to each row's end after `counts` more tokens, padded to `width` or a power
+        of two.
+        """
+        pages = [
+            r.pages[: self._pages_for(r.stored + count)]
+            for r, count in zip(batch.requests, counts, strict=True)
+        ]
         return batch.tables(pages, width or _bucket(max(MIN_TABLE, *map(len, pages))))
 
 
@@ -418,15 +545,19 @@ def _bucket(count: int, base: int = 2) -> int:
 
 
 def generate(model: GLM, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Request]:
-    """Continues a few prompts with an engine just large enough for them. Raises ValueError as Engine.submit does."""
+    """Continues a few prompts with an engine just large enough for them. Raises ValueError as
+    Engine.submit does.
+    """
     if not prompts:
         return []
     longest = max(map(len, prompts)) + params.max_new_tokens
     context = min(_bucket(longest), model.config.max_length)
     page_size = 16
     config = EngineConfig(
-        context=context, num_rows=len(prompts), page_size=page_size, num_pages=len(prompts) * -(-context // page_size),
+        context=context, num_rows=len(prompts), page_size=page_size,
+        num_pages=len(prompts) * -(-context // page_size),
         prefill_chunk=256, min_rows=1, min_chunk=1,
-        decode_steps=16, draft_tokens=0, weights="compute", cache_dtype="compute", keep_experts=False,
+        decode_steps=16, draft_tokens=0, weights="compute", cache_dtype="compute",
+        keep_experts=False,
     )  # fmt: skip
     return Engine(model, config).generate(prompts, params)

@@ -1,6 +1,8 @@
-"""Constraints on what a request may write: JSON of a schema, tool calls in GLM's format, any grammar. llguidance makes the masks.
+"""Constraints on what a request may write: JSON of a schema, tool calls in GLM's format, any
+grammar. llguidance makes the masks.
 
-Grammars are written in llguidance's Lark dialect, where `<[7]>` is the token with id 7. Free text never matches a special token.
+Grammars are written in llguidance's Lark dialect, where `<[7]>` is the token with id 7. Free text
+never matches a special token.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ from data.tokenizer import Tokenizer
 TEXT = "/(.|\\n)*/"
 # Otherwise a weak model may write white space for ever.
 _JSON_SPACE = {"whitespace_pattern": r"[ \n]{0,16}"}
-_TEMPLATE_SPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as chat_template writes arguments
+# as chat_template writes arguments
+_TEMPLATE_SPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _RESOLVED_DEPTH = 16  # of references to references
-Reasoning = Literal["", "whole", "rest"]  # in front of what is constrained: none; `<think>`, text and `</think>`; text and `</think>`
+# in front of what is constrained: none; `<think>`, text and `</think>`; text and `</think>`
+Reasoning = Literal["", "whole", "rest"]
 _TYPES = frozenset(("string", "number", "integer", "boolean", "null", "object", "array"))
 
 
@@ -32,7 +36,9 @@ class Grammar:
     """A `sampling.Constraint`: a compiled grammar, shared by all samples."""
 
     def __init__(self, tokenizer: Tokenizer, text: str):
-        """text: a grammar in Lark. Raises ValueError with the library's message where it cannot be compiled."""
+        """text: a grammar in Lark. Raises ValueError with the library's message where it cannot be
+        compiled.
+        """
         self._matcher = llguidance.LLMatcher(_guidance_tokenizer(tokenizer), text, log_level=0)
         if self._matcher.get_error():
             raise ValueError(self._matcher.get_error().strip())
@@ -71,15 +77,21 @@ def lark(tokenizer: Tokenizer, text: str) -> Grammar:
 
 
 def regex(tokenizer: Tokenizer, pattern: str) -> Grammar:
-    """All of the output matches a regular expression (of Rust's regex crate, without look-around)."""
+    """All of the output matches a regular expression (of Rust's regex crate, without
+    look-around).
+    """
     return Grammar(tokenizer, llguidance.LLMatcher.grammar_from_regex(pattern))
 
 
 def json_schema(tokenizer: Tokenizer, schema: Mapping, *, reasoning: Reasoning = "") -> Grammar:
-    """JSON of a schema. Raises ValueError for a schema that is invalid or uses what the library does not know."""
+    """JSON of a schema. Raises ValueError for a schema that is invalid or uses what the library
+    does not know.
+    """
     if not isinstance(schema, Mapping):
         raise ValueError(f"a JSON schema must be an object, not {type(schema).__name__}")
-    return Grammar(tokenizer, f"start: {_opening(tokenizer, reasoning)} {_json(schema, _JSON_SPACE)}\n")
+    return Grammar(
+        tokenizer, f"start: {_opening(tokenizer, reasoning)} {_json(schema, _JSON_SPACE)}\n"
+    )
 
 
 def json_object(tokenizer: Tokenizer, *, reasoning: Reasoning = "") -> Grammar:
@@ -88,23 +100,41 @@ def json_object(tokenizer: Tokenizer, *, reasoning: Reasoning = "") -> Grammar:
 
 
 def tool_call(
-    tokenizer: Tokenizer, tools: Sequence[Mapping], name: str | None = None, *, reasoning: Reasoning = "", parallel: bool = True
+    tokenizer: Tokenizer,
+    tools: Sequence[Mapping],
+    name: str | None = None,
+    *,
+    reasoning: Reasoning = "",
+    parallel: bool = True,
 ) -> Grammar:
-    """One or more calls of the tools, or of the one named, as chat_template writes them and chat_output reads them.
+    """One or more calls of the tools, or of the one named, as chat_template writes them and
+    chat_output reads them.
 
-    Arguments come in the schema's order; those declared only, the required ones always. A value is raw text where a string will
-    do, else JSON of the parameter's schema. parallel: more than one call. Raises ValueError.
+    Arguments come in the schema's order; those declared only, the required ones always. A value is
+    raw text where a string will do, else JSON of the parameter's schema. parallel: more than one
+    call. Raises ValueError.
     """
     try:
         parameters = check_tools(tools)
     except TemplateError as error:
         raise ValueError(str(error)) from None
     if not parameters or (name is not None and name not in parameters):
-        raise ValueError(f"tool {name!r} is none of the tools: {', '.join(parameters) or 'there are none'}")
+        raise ValueError(
+            f"tool {name!r} is none of the tools: {', '.join(parameters) or 'there are none'}"
+        )
     terminals: list[str] = []
-    calls = [_call(tokenizer, *item, terminals) for item in parameters.items() if name in (None, item[0])]
-    call = f'"\\n"? {_token(tokenizer, "<tool_call>")} ({" | ".join(calls)}) {_token(tokenizer, "</tool_call>")}'
-    rules = [f"start: {_opening(tokenizer, reasoning)} call{'+' if parallel else ''}", f"call: {call}", *terminals]
+    calls = [
+        _call(tokenizer, *item, terminals) for item in parameters.items() if name in (None, item[0])
+    ]
+    call = (
+        f'"\\n"? {_token(tokenizer, "<tool_call>")} ({" | ".join(calls)})'
+        f" {_token(tokenizer, '</tool_call>')}"
+    )
+    rules = [
+        f"start: {_opening(tokenizer, reasoning)} call{'+' if parallel else ''}",
+        f"call: {call}",
+        *terminals,
+    ]
     return Grammar(tokenizer, "\n".join(rules) + "\n")
 
 
@@ -113,9 +143,14 @@ def _call(tokenizer: Tokenizer, name: str, schema: Mapping, terminals: list[str]
     properties, required = schema.get("properties") or {}, schema.get("required") or []
     parts = [f"{_literal(name)} {_literal(chr(10))}"]
     for key in dict.fromkeys([*properties, *required]):
-        tags = [_token(tokenizer, tag) for tag in ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")]
+        tags = [
+            _token(tokenizer, tag)
+            for tag in ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+        ]
         value = _value(properties.get(key, {}), schema, terminals)
-        argument = f'({tags[0]} {_literal(key)} {tags[1]} "\\n" {tags[2]} ({value}) {tags[3]} "\\n")'
+        argument = (
+            f'({tags[0]} {_literal(key)} {tags[1]} "\\n" {tags[2]} ({value}) {tags[3]} "\\n")'
+        )
         parts.append(argument if key in required else f"{argument}?")
     return f"({' '.join(parts)})"
 
@@ -125,14 +160,19 @@ def _value(schema, root: Mapping, terminals: list[str]) -> str:
     values, others = [], set()
     for form in _forms(schema, root, 0):
         if form.values is not None:
-            values += [_literal(v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)) for v in form.values]
+            values += [
+                _literal(v if isinstance(v, str) else json.dumps(v, ensure_ascii=False))
+                for v in form.values
+            ]
             continue
         if "string" in form.types:
             values.append(_text(form, terminals))
         others |= form.types - {"string"}
     if others and TEXT not in values:  # which would cover them
         definitions = {key: root[key] for key in ("$defs", "definitions") if key in root}
-        values.append(_json({"allOf": [schema, {"type": sorted(others)}], **definitions}, _TEMPLATE_SPACE))
+        values.append(
+            _json({"allOf": [schema, {"type": sorted(others)}], **definitions}, _TEMPLATE_SPACE)
+        )
     if not values:
         raise ValueError(f"no value fits the schema {json.dumps(schema)}")
     return " | ".join(values)
@@ -140,7 +180,9 @@ def _value(schema, root: Mapping, terminals: list[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Form:
-    """One alternative of a schema: JSON types, what is asked of a string (regexes that it matches whole), and the values of an enum."""
+    """One alternative of a schema: JSON types, what is asked of a string (regexes that it matches
+    whole), and the values of an enum.
+    """
 
     types: frozenset[str]
     regexes: tuple[str, ...] = ()
@@ -180,7 +222,10 @@ def _own_form(schema: Mapping) -> _Form:
     named = schema.get("type", list(_TYPES))
     types = frozenset([named] if isinstance(named, str) else named)
     if unknown := types - _TYPES:
-        raise ValueError(f"type {sorted(unknown)} of a JSON schema is unknown; valid: {', '.join(sorted(_TYPES))}")
+        raise ValueError(
+            f"type {sorted(unknown)} of a JSON schema is unknown; valid:"
+            f" {', '.join(sorted(_TYPES))}"
+        )
     types |= {"integer"} if "number" in types else set()
     least, most = schema.get("minLength", 0), schema.get("maxLength", "")
     regexes = [f"(.|\\n){{{least},{most}}}"] if least or most != "" else []
@@ -188,7 +233,11 @@ def _own_form(schema: Mapping) -> _Form:
         pattern = schema["pattern"]
         before = "" if pattern.startswith("^") else "(.|\\n)*"
         after = "" if pattern.endswith("$") else "(.|\\n)*"
-        regexes.append(f"{before}({llguidance.regex_to_lark(pattern.removeprefix('^').removesuffix('$'), 'dw')}){after}")
+        regexes.append(
+            before
+            + f"({llguidance.regex_to_lark(pattern.removeprefix('^').removesuffix('$'), 'dw')})"
+            + after
+        )
     values = schema.get("enum", [schema["const"]] if "const" in schema else None)
     form = _Form(types, tuple(regexes))
     return form if values is None else form & _Form(_TYPES, (), tuple(values))
@@ -197,7 +246,10 @@ def _own_form(schema: Mapping) -> _Form:
 def _referred(reference, root: Mapping):
     found = schemas.referred(root, reference)
     if found is None:
-        raise ValueError(f"$ref {reference!r} of a tool's schema leads nowhere; only references within it are followed")
+        raise ValueError(
+            f"$ref {reference!r} of a tool's schema leads nowhere; only references within it are"
+            " followed"
+        )
     return found
 
 
@@ -222,14 +274,17 @@ def _token(tokenizer: Tokenizer, name: str) -> str:
 
 def _opening(tokenizer: Tokenizer, reasoning: Reasoning) -> str:
     rest = f'{TEXT} {_token(tokenizer, "</think>")} "\\n"?'
-    return {"": '"\\n"?', "whole": f'"\\n"? {_token(tokenizer, "<think>")} {rest}', "rest": rest}[reasoning]
+    return {"": '"\\n"?', "whole": f'"\\n"? {_token(tokenizer, "<think>")} {rest}', "rest": rest}[
+        reasoning
+    ]
 
 
 @functools.lru_cache(maxsize=4)
 def _guidance_tokenizer(tokenizer: Tokenizer) -> llguidance.LLTokenizer:
     """Takes a second with a vocabulary of GLM's size."""
     spec = json.loads(tokenizer.to_json())
-    # Released files do not flag `<think>` and the tool tags; unflagged they would match text that spells them.
+    # Released files do not flag `<think>` and the tool tags; unflagged they would match text that
+    # spells them.
     for token in spec["added_tokens"]:
         token["special"] = True
     stops = [tokenizer.special(name) for name in STOP_TOKENS]

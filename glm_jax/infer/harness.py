@@ -1,7 +1,8 @@
-"""Our engine as a language model of lm-eval 0.4.13 (the `LM` interface): any of its tasks runs on any of our checkpoints.
+"""Our engine as a language model of lm-eval 0.4.13 (the `LM` interface): any of its tasks runs on
+any of our checkpoints.
 
-Every text begins with the tokenizer's start tokens, as every document did in training; lm-eval's own Hugging Face adapter begins
-with nothing, or with <|endoftext|> where a text has no context.
+Every text begins with the tokenizer's start tokens, as every document did in training; lm-eval's
+own Hugging Face adapter begins with nothing, or with <|endoftext|> where a text has no context.
 """
 
 from __future__ import annotations
@@ -31,28 +32,43 @@ GENERATION_KEYS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k",
 
 
 class EngineLM(LM):
-    """Scores by the model's forward pass, generates by the engine. A text too long for the engine's context loses its beginning."""
+    """Scores by the model's forward pass, generates by the engine. A text too long for the engine's
+    context loses its beginning.
+    """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, batch_tokens: int, seed: int, progress: bool):
-        """engine: with decode_text, for stop strings. batch_tokens: of a forward pass that scores. seed: of the first of the
-        requests that sample; each has its own. progress: show bars."""
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, *, batch_tokens: int, seed: int, progress: bool
+    ):
+        """engine: with decode_text, for stop strings. batch_tokens: of a forward pass that scores.
+        seed: of the first of the requests that sample; each has its own. progress: show bars.
+        """
         super().__init__()
-        self.engine, self.tokenizer, self.batch_tokens, self.seed = engine, tokenizer, batch_tokens, seed
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.batch_tokens = batch_tokens
+        self.seed = seed
         self.progress = progress
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation, whether it is greedy) for each request of (context, continuation)."""
+        """(log-probability of the continuation, whether it is greedy) for each request of (context,
+        continuation).
+        """
         return self._score([self.encode_pair(*request.args) for request in requests])
 
     def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[float]:
-        """Log-probability of each whole text, from windows of the full context where it is longer; every token counts once."""
+        """Log-probability of each whole text, from windows of the full context where it is longer;
+        every token counts once.
+        """
         windows, owners = [], []
         start = list(self.tokenizer.start_ids)
         for owner, request in enumerate(requests):
             tokens = self.tokenizer.encode(request.args[0])
-            # lm-eval knows prefixes of one token; the others are put in front of the first window, and room is kept for them.
+            # lm-eval knows prefixes of one token; the others are put in front of the first window,
+            # and room is kept for them.
             size = self.engine.config.context - len(start) + 1
-            pairs = get_rolling_token_windows(tokens, prefix_token=start[-1], max_seq_len=size, context_len=1)
+            pairs = get_rolling_token_windows(
+                tokens, prefix_token=start[-1], max_seq_len=size, context_len=1
+            )
             for number, pair in enumerate(map(make_disjoint_window, pairs)):
                 context, continuation = pair
                 windows.append((start if number == 0 else context, continuation))
@@ -63,40 +79,60 @@ class EngineLM(LM):
         return totals
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """The text behind each context, up to the first of its `until` strings (left out), <|endoftext|> or max_gen_toks tokens."""
+        """The text behind each context, up to the first of its `until` strings (left out),
+        <|endoftext|> or max_gen_toks tokens.
+        """
         prompts, params, stops = [], [], []
         for number, request in enumerate(requests):
-            context, settings = request.args[0], normalize_gen_kwargs(request.args[1], DEFAULT_NEW_TOKENS)
+            context = request.args[0]
+            settings = normalize_gen_kwargs(request.args[1], DEFAULT_NEW_TOKENS)
             unknown = settings.keys() - GENERATION_KEYS
             if unknown:
-                raise ValueError(f"generation_kwargs {', '.join(sorted(unknown))}: valid are {', '.join(sorted(GENERATION_KEYS))}")
+                raise ValueError(
+                    f"generation_kwargs {', '.join(sorted(unknown))}: valid are"
+                    f" {', '.join(sorted(GENERATION_KEYS))}"
+                )
             room = self.engine.config.context - settings["max_gen_toks"]
             if room < 1:
                 raise ValueError(
-                    f"max_gen_toks={settings['max_gen_toks']} leaves no room for a prompt in a context of {self.engine.config.context}: "
-                    "set it in the task's generation_kwargs"
+                    f"max_gen_toks={settings['max_gen_toks']} leaves no room for a prompt in a"
+                    f" context of {self.engine.config.context}: set it in the task's"
+                    " generation_kwargs"
                 )
             stops.append([stop for stop in settings["until"] if stop])
             prompts.append([*self.tokenizer.start_ids, *self.tokenizer.encode(context)][-room:])
             params.append(self._sampling(settings, stops[-1], number))
         answers = continue_all(self.engine, prompts, params, "generate" if self.progress else "")
-        return [_cut(self.tokenizer.decode(answer.text_tokens), own) for answer, own in zip(answers, stops, strict=True)]
+        return [
+            _cut(self.tokenizer.decode(answer.text_tokens), own)
+            for answer, own in zip(answers, stops, strict=True)
+        ]
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Token ids of both parts, split as lm-eval splits them: spaces at the context's end belong to the continuation, and its
-        tokens are those of the whole text behind as many as the context has alone."""
+        """Token ids of both parts, split as lm-eval splits them: spaces at the context's end belong
+        to the continuation, and its tokens are those of the whole text behind as many as the
+        context has alone.
+        """
         bare = context.rstrip()
         continuation = context[len(bare) :] + continuation
         whole, before = self.tokenizer.encode_batch([bare + continuation, bare])
-        # Where both melt into fewer tokens nothing is left behind the context, which lm-eval's own adapter refuses to score.
+        # Where both melt into fewer tokens nothing is left behind the context, which lm-eval's own
+        # adapter refuses to score.
         behind = whole[len(before) :] or self.tokenizer.encode(continuation)
         return [*self.tokenizer.start_ids, *before], behind
 
     def _score(self, pairs) -> list[tuple[float, bool]]:
-        return score_all(self.engine, pairs, batch_tokens=self.batch_tokens, label="score" if self.progress else "")
+        return score_all(
+            self.engine,
+            pairs,
+            batch_tokens=self.batch_tokens,
+            label="score" if self.progress else "",
+        )
 
     def _sampling(self, settings: dict, stops: list[str], number: int) -> SamplingParams:
-        """lm-eval's settings as ours; without do_sample or a temperature it is the most likely token."""
+        """lm-eval's settings as ours; without do_sample or a temperature it is the most likely
+        token.
+        """
         return SamplingParams(
             max_new_tokens=settings["max_gen_toks"],
             temperature=settings.get("temperature", 1.0) if settings["do_sample"] else 0.0,
@@ -115,11 +151,14 @@ def _cut(text: str, stops: Sequence[str]) -> str:
     return text
 
 
-def load_tasks(names: Sequence[str], folder: pathlib.Path, more_names: Sequence[str] = ()) -> dict[str, dict]:
-    """Each name's tasks and groups, with their documents read: names of lm-eval or of `folder`, or paths of YAML files of one task.
+def load_tasks(
+    names: Sequence[str], folder: pathlib.Path, more_names: Sequence[str] = ()
+) -> dict[str, dict]:
+    """Each name's tasks and groups, with their documents read: names of lm-eval or of `folder`, or
+    paths of YAML files of one task.
 
-    more_names: valid elsewhere, to be suggested as well. Raises ValueError with the nearest names for an unknown one, OSError where
-    documents are missing or their download fails.
+    more_names: valid elsewhere, to be suggested as well. Raises ValueError with the nearest names
+    for an unknown one, OSError where documents are missing or their download fails.
     """
     for name in names:
         if pathlib.Path(name).suffix in FILES and not pathlib.Path(name).is_file():
@@ -130,7 +169,10 @@ def load_tasks(names: Sequence[str], folder: pathlib.Path, more_names: Sequence[
     for name in _unknown(names, manager):
         near = difflib.get_close_matches(name, [*more_names, *manager.all_tasks], n=3, cutoff=0.5)
         hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise ValueError(f"tasks: {name!r} is neither one of {', '.join(more_names)} nor a task of lm-eval or a YAML file{hint}")
+        raise ValueError(
+            f"tasks: {name!r} is neither one of {', '.join(more_names)} nor a task of lm-eval or a"
+            f" YAML file{hint}"
+        )
     return {name: _load(name, manager) for name in names}
 
 
@@ -140,20 +182,26 @@ def _load(name: str, manager: TaskManager) -> dict:
     try:
         return manager.load([name])
     except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise ValueError(f"tasks: {name!r} does not describe a task of lm-eval: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"tasks: {name!r} does not describe a task of lm-eval: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _unknown(names: Sequence[str], manager: TaskManager) -> list[str]:
-    return [name for name in names if name not in manager.all_tasks and not pathlib.Path(name).is_file()]
+    return [
+        name for name in names if name not in manager.all_tasks and not pathlib.Path(name).is_file()
+    ]
 
 
 def run_tasks(lm: LM, loaded: dict, limit: int | None) -> dict[str, dict]:
-    """Runs what `load_tasks` gave for one name, on the first `limit` documents of each task (None: all).
+    """Runs what `load_tasks` gave for one name, on the first `limit` documents of each task (None:
+    all).
 
-    Returns for each task and group {"metrics": {name: {"value", "stderr"}}, "count", "unit", "num_fewshot", "version"}; stderr is
-    None where lm-eval knows none.
+    Returns for each task and group {"metrics": {name: {"value", "stderr"}}, "count", "unit",
+    "num_fewshot", "version"}; stderr is None where lm-eval knows none.
     """
-    # For bootstrapped errors lm-eval forks workers, which a process with XLA's threads in it must not do.
+    # For bootstrapped errors lm-eval forks workers, which a process with XLA's threads in it must
+    # not do.
     os.environ["DISABLE_MULTIPROC"] = "1"
     random.seed(0)  # this and what follows as in lm-eval's own command
     np.random.seed(1234)
@@ -161,7 +209,9 @@ def run_tasks(lm: LM, loaded: dict, limit: int | None) -> dict[str, dict]:
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=1234)
-    out = evaluator.evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=1000, log_samples=False)
+    out = evaluator.evaluate(
+        lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=1000, log_samples=False
+    )
     found = {}
     for name, values in (out["results"] | out.get("groups", {})).items():
         metrics = {}
@@ -170,7 +220,10 @@ def run_tasks(lm: LM, loaded: dict, limit: int | None) -> dict[str, dict]:
             if comma and not metric.endswith("_stderr"):
                 stderr = values.get(f"{metric}_stderr,{filtered}")
                 shown = metric if filtered == "none" else f"{metric} ({filtered})"
-                metrics[shown] = {"value": float(value), "stderr": None if stderr in (None, "N/A") else float(stderr)}
+                metrics[shown] = {
+                    "value": float(value),
+                    "stderr": None if stderr in (None, "N/A") else float(stderr),
+                }
         about = {"num_fewshot": out["n-shot"].get(name), "version": out["versions"].get(name)}
         found[name] = {"metrics": metrics, "count": _count(name, out), "unit": "documents", **about}
     return found

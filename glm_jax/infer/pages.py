@@ -1,4 +1,6 @@
-"""Which pages of the key-value cache are whose: free list, reference counts, and prompts that begin alike."""
+"""Which pages of the key-value cache are whose: free list, reference counts, and prompts that begin
+alike.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +14,27 @@ NO_KEY = b""  # before a row's first page
 
 
 def page_key(before: bytes, tokens: Sequence[int]) -> bytes:
-    """Name of a full page's content: its tokens and, by the key of the page before, all that precede them."""
+    """Name of a full page's content: its tokens and, by the key of the page before, all that
+    precede them.
+    """
     return hashlib.blake2b(before + np.asarray(tokens, np.int32).tobytes(), digest_size=16).digest()
 
 
 class PagePool:
-    """Hands out pages. A full page is known by its tokens and those before it, so that later rows can share it.
+    """Hands out pages. A full page is known by its tokens and those before it, so that later rows
+    can share it.
 
-    A page nobody holds keeps its content until it is needed: the page unused for longest is taken first.
+    A page nobody holds keeps its content until it is needed: the page unused for longest is taken
+    first.
     """
 
     def __init__(self, num_pages: int):
         self.holders = [0] * num_pages
         self.key_of: dict[int, bytes] = {}
         self.page_of: dict[bytes, int] = {}
-        self.free: collections.OrderedDict[int, None] = collections.OrderedDict((page, None) for page in range(num_pages))
+        self.free: collections.OrderedDict[int, None] = collections.OrderedDict(
+            (page, None) for page in range(num_pages)
+        )
 
     @property
     def num_free(self) -> int:
@@ -47,7 +55,9 @@ class PagePool:
         return next((count for count, key in enumerate(keys) if key not in self.page_of), len(keys))
 
     def share(self, keys: Sequence[bytes]) -> list[int]:
-        """The pages of the longest run of `keys`, from the first one, that are known; each held once more."""
+        """The pages of the longest run of `keys`, from the first one, that are known; each held
+        once more.
+        """
         pages = []
         for key in keys[: self.known(keys)]:
             page = self.page_of[key]
@@ -57,12 +67,16 @@ class PagePool:
         return pages
 
     def publish(self, page: int, key: bytes):
-        """Makes a full page known. Where another page of this content is known already, that one stays."""
+        """Makes a full page known. Where another page of this content is known already, that one
+        stays.
+        """
         if key not in self.page_of and page not in self.key_of:
             self.page_of[key], self.key_of[page] = page, key
 
     def release(self, pages: Sequence[int]):
-        """One holder less of each page. Free pages of unknown content are the first to be taken again, then a row's last."""
+        """One holder less of each page. Free pages of unknown content are the first to be taken
+        again, then a row's last.
+        """
         for page in reversed(pages):
             assert self.holders[page] > 0, page
             self.holders[page] -= 1

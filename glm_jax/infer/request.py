@@ -12,30 +12,38 @@ from glm_jax.infer.sampling import ConstraintState, SamplingParams
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """One prompt and what became of it. `tokens` end with the stop token that ended them; the other lists run along."""
+    """One prompt and what became of it. `tokens` end with the stop token that ended them; the other
+    lists run along.
+    """
 
     id: int
     prompt: list[int]
     params: SamplingParams
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
-    versions: list[int] = dataclasses.field(default_factory=list)  # of the weights that each token was drawn with
+    # of the weights that each token was drawn with
+    versions: list[int] = dataclasses.field(default_factory=list)
     passes: int = 0  # of the trunk in which tokens were drawn, prefill aside
     accepted: int = 0  # drafts among the tokens
-    # With keep_experts, once finished: what each token of `sequence` but the last was routed to, int16 [tokens, MoE layers, K];
-    # the MTP block's behind them where it drafts.
+    # With keep_experts, once finished: what each token of `sequence` but the last was routed to,
+    # int16 [tokens, MoE layers, K]; the MTP block's behind them where it drafts.
     experts: np.ndarray | None = None
-    top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)  # (token, log-probability), best first
-    # With params.prompt_logprobs, once the prompt is computed: of each of its tokens given those before it; None for the first.
+    # (token, log-probability), best first
+    top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+    # With params.prompt_logprobs, once the prompt is computed: of each of its tokens given those
+    # before it; None for the first.
     prompt_logprobs: list[float | None] = dataclasses.field(default_factory=list)
-    prompt_top_logprobs: list[list[tuple[int, float]] | None] = dataclasses.field(default_factory=list)
+    prompt_top_logprobs: list[list[tuple[int, float]] | None] = dataclasses.field(
+        default_factory=list
+    )
     constraint_state: ConstraintState | None = None
     allowed: np.ndarray | None = None  # with a constraint: the mask for the next token
     status: str = "waiting"  # waiting, running, paused, finished
     finish_reason: str | None = None  # stop, length, abort
     shard: int = 0  # of the mesh's rows and pages
     pages: list[int] = dataclasses.field(default_factory=list)
-    keys: list[bytes] = dataclasses.field(default_factory=list)  # of the full pages of prompt and tokens
+    # of the full pages of prompt and tokens
+    keys: list[bytes] = dataclasses.field(default_factory=list)
     stored: int = 0  # tokens of prompt and tokens in the cache
     stale: bool = False  # holds pages of older weights: not to be shared
 
@@ -46,11 +54,17 @@ class Request:
     @property
     def text_tokens(self) -> list[int]:
         """The tokens without the one that stopped them."""
-        return self.tokens[:-1] if self.tokens and self.tokens[-1] in self.params.stop_tokens else self.tokens
+        return (
+            self.tokens[:-1]
+            if self.tokens and self.tokens[-1] in self.params.stop_tokens
+            else self.tokens
+        )
 
     @property
     def missing(self) -> int:
-        """Tokens to compute before the next can be drawn; 1 where only the last one drawn is missing."""
+        """Tokens to compute before the next can be drawn; 1 where only the last one drawn is
+        missing.
+        """
         return len(self.prompt) + len(self.tokens) - self.stored
 
     def start_constraint(self):
@@ -60,7 +74,9 @@ class Request:
             self.allowed = self.constraint_state.mask()
 
     def accept(self, token: int) -> bool:
-        """Moves the constraint on by a sampled token. Returns whether the output is complete. Raises ValueError."""
+        """Moves the constraint on by a sampled token. Returns whether the output is complete.
+        Raises ValueError.
+        """
         if self.constraint_state is None:
             return False
         self.constraint_state.accept(token)
@@ -73,15 +89,21 @@ class Request:
         """Log-probabilities of the prompt are asked for and not all there yet."""
         return self.params.prompt_logprobs and len(self.prompt_logprobs) < len(self.prompt)
 
-    def add_scores(self, logprobs: Sequence[float], top_tokens: np.ndarray, top_logprobs: np.ndarray):
-        """Of the tokens after the stored ones, in order and as far as they are the prompt's; called before they count as stored.
-        top_*: [tokens, T]."""
+    def add_scores(
+        self, logprobs: Sequence[float], top_tokens: np.ndarray, top_logprobs: np.ndarray
+    ):
+        """Of the tokens after the stored ones, in order and as far as they are the prompt's; called
+        before they count as stored.
+        top_*: [tokens, T].
+        """
         if not self.prompt_logprobs:
             self.prompt_logprobs.append(None)
             self.prompt_top_logprobs.append(None)
         for number in range(min(len(logprobs), len(self.prompt) - self.stored - 1)):
             self.prompt_logprobs.append(float(logprobs[number]))
-            self.prompt_top_logprobs.append(best_of(self.params.top_logprobs, top_tokens[number], top_logprobs[number]))
+            self.prompt_top_logprobs.append(
+                best_of(self.params.top_logprobs, top_tokens[number], top_logprobs[number])
+            )
 
 
 def best_of(count: int, tokens: np.ndarray, logprobs: np.ndarray) -> list[tuple[int, float]]:

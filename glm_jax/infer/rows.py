@@ -1,4 +1,6 @@
-"""The requests of a batch as the arrays that the device takes, one row each; the other rows have count 0."""
+"""The requests of a batch as the arrays that the device takes, one row each; the other rows have
+count 0.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,14 @@ class Batch:
                 top_p=self._of_params("top_p", np.float32, 1),
                 min_p=self._of_params("min_p", np.float32),
                 key_words=self._of_params("key_words", np.uint32),
-                stop_tokens=self._lists([p.stop_tokens for p in self.params], MAX_STOP_TOKENS, np.int32, -1),
+                stop_tokens=self._lists(
+                    [p.stop_tokens for p in self.params], MAX_STOP_TOKENS, np.int32, -1
+                ),
                 logprob_temperature=self._of_params("logprob_temperature", np.float32, 1),
             ),
-            changes=self._changes(vocab_size, context) if any(p.changes_logits for p in self.params) else None,
+            changes=self._changes(vocab_size, context)
+            if any(p.changes_logits for p in self.params)
+            else None,
         )
 
     def _changes(self, vocab_size: int, context: int) -> LogitChanges:
@@ -41,17 +47,26 @@ class Batch:
         allowed = np.full((self.size, words), 0xFFFFFFFF, np.uint32)
         for place, request in zip(self.places, self.requests, strict=True):
             if request.allowed is not None:
-                own = request.allowed[:words]  # a tokenizer may know fewer tokens than the model has
+                # a tokenizer may know fewer tokens than the model has
+                own = request.allowed[:words]
                 allowed[place] = np.pad(own, (0, words - len(own)))
         biases = [p.logit_bias for p in self.params]
         return LogitChanges(
-            prompts_SC=self._lists([r.prompt for r in self.requests], context, np.int32, vocab_size),
-            outputs_SC=self._lists([r.tokens for r in self.requests], context, np.int32, vocab_size),
+            prompts_SC=self._lists(
+                [r.prompt for r in self.requests], context, np.int32, vocab_size
+            ),
+            outputs_SC=self._lists(
+                [r.tokens for r in self.requests], context, np.int32, vocab_size
+            ),
             presence_S=self._of_params("presence_penalty", np.float32),
             frequency_S=self._of_params("frequency_penalty", np.float32),
             repetition_S=self._of_params("repetition_penalty", np.float32, 1),
-            bias_tokens_SB=self._lists([[token for token, _ in b] for b in biases], MAX_LOGIT_BIAS, np.int32, vocab_size),
-            bias_SB=self._lists([[bias for _, bias in b] for b in biases], MAX_LOGIT_BIAS, np.float32, 0),
+            bias_tokens_SB=self._lists(
+                [[token for token, _ in b] for b in biases], MAX_LOGIT_BIAS, np.int32, vocab_size
+            ),
+            bias_SB=self._lists(
+                [[bias for _, bias in b] for b in biases], MAX_LOGIT_BIAS, np.float32, 0
+            ),
             allowed_SW=allowed,
         )
 

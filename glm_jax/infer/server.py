@@ -1,4 +1,6 @@
-"""An HTTP server with OpenAI's API on a `Service`: chat and text completions, streamed or not, models, health and metrics."""
+"""An HTTP server with OpenAI's API on a `Service`: chat and text completions, streamed or not,
+models, health and metrics.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from data import chat_output, chat_template
 from data.tokenizer import Tokenizer
 from glm_jax.infer.answers import Answer, ChatAnswer, CompletionAnswer
-from glm_jax.infer.connections import COMMENT, Connections, OnceAMinute, connection_limits, on_loop_error
+from glm_jax.infer.connections import (
+    COMMENT,
+    Connections,
+    OnceAMinute,
+    connection_limits,
+    on_loop_error,
+)
 from glm_jax.infer.protocol import ApiError, ChatRequest, CompletionRequest, read_request
 from glm_jax.infer.server_metrics import ServerMetrics
 from glm_jax.infer.service import QueueFull, Service, ServiceDown, Stream, TimedOut
@@ -35,7 +43,8 @@ from glm_jax.infer.service import QueueFull, Service, ServiceDown, Stream, Timed
 HEAD_SECONDS = 15  # for a client to send a request's head
 BODY_SECONDS = 60  # for a client to send its body
 SEND_SECONDS = 60  # for a client to take what is sent to it
-FAREWELL_SECONDS = 5  # for the answers to those whose requests did not end before the server shut down
+# for the answers to those whose requests did not end before the server shut down
+FAREWELL_SECONDS = 5
 CLIENT_GONE = 499  # in the metrics only; nobody is there to read it
 
 
@@ -48,20 +57,25 @@ class ServerConfig:
     max_new_tokens: int  # most that a request may ask for; the context limits it, too
     max_body_bytes: int
     max_requests: int  # in work at a time, whatever they ask for; more get 503
-    cors_origins: tuple[str, ...] = ()  # of web pages that may use the server, as http://localhost:3000; '*': of all
+    # of web pages that may use the server, as http://localhost:3000; '*': of all
+    cors_origins: tuple[str, ...] = ()
 
     def __post_init__(self):
         for name in ("max_new_tokens", "max_body_bytes", "max_requests"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
-        if self.api_key is not None and (not self.api_key or not self.api_key.isascii() or self.api_key != self.api_key.strip()):
+        if self.api_key is not None and (
+            not self.api_key or not self.api_key.isascii() or self.api_key != self.api_key.strip()
+        ):
             raise ValueError("api_key must be ASCII without white space around it, and not empty")
 
 
 def create_app(service: Service, tokenizer: Tokenizer, config: ServerConfig) -> ASGIApp:
     """The application. Raises ValueError for a tokenizer that is not the model's."""
     if tokenizer.vocab_size > service.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {service.vocab_size}")
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {service.vocab_size}"
+        )
     api = _Api(service, tokenizer, config)
     routes = [
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
@@ -71,12 +85,21 @@ def create_app(service: Service, tokenizer: Tokenizer, config: ServerConfig) -> 
         Route("/health", api.health),
         Route("/metrics", api.metrics),
     ]
-    handlers = {ApiError: _api_error, HTTPException: _http_error, ClientDisconnect: _client_gone, Exception: _unexpected}
+    handlers = {
+        ApiError: _api_error,
+        HTTPException: _http_error,
+        ClientDisconnect: _client_gone,
+        Exception: _unexpected,
+    }
     app = Starlette(routes=routes, exception_handlers=handlers)
-    gate = _Gate(_Guard(app, config), config.max_requests, [route.path for route in routes], api.count)
+    gate = _Gate(
+        _Guard(app, config), config.max_requests, [route.path for route in routes], api.count
+    )
     if not config.cors_origins:
         return gate
-    return CORSMiddleware(gate, allow_origins=config.cors_origins, allow_methods=("GET", "POST"), allow_headers=("*",))
+    return CORSMiddleware(
+        gate, allow_origins=config.cors_origins, allow_methods=("GET", "POST"), allow_headers=("*",)
+    )
 
 
 class _Api:
@@ -110,7 +133,13 @@ class _Api:
 
     @property
     def _model(self) -> dict:
-        return {"id": self._config.model_name, "object": "model", "created": 0, "owned_by": "glm_jax", "context": self._service.context}
+        return {
+            "id": self._config.model_name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "glm_jax",
+            "context": self._service.context,
+        }
 
     def _check_model(self, name: str):
         if name != self._config.model_name:
@@ -126,10 +155,19 @@ class _Api:
         for i, prompt in enumerate(prompts):
             wrong = next((t for t in prompt if not 0 <= t < self._service.vocab_size), None)
             if wrong is not None:
-                raise ApiError(400, f"prompt: [{i}] holds token {wrong}; valid are 0..{self._service.vocab_size - 1}", param="prompt")
-        echoed = [p[len(start) if isinstance(given, str) else 0 :] for p, given in zip(prompts, body.prompt, strict=True)]
+                raise ApiError(
+                    400,
+                    f"prompt: [{i}] holds token {wrong}; valid are"
+                    f" 0..{self._service.vocab_size - 1}",
+                    param="prompt",
+                )
+        echoed = [
+            p[len(start) if isinstance(given, str) else 0 :]
+            for p, given in zip(prompts, body.prompt, strict=True)
+        ]
         answer = functools.partial(
-            CompletionAnswer, logprobs=body.logprobs is not None, decode=self._tokenizer.decode, prompts_only=body.max_tokens == 0,
+            CompletionAnswer, logprobs=body.logprobs is not None, decode=self._tokenizer.decode,
+            prompts_only=body.max_tokens == 0,
             echo=[prompt for prompt in echoed for _ in range(body.n)] if body.echo else None,
         )  # fmt: skip
         return await self._answer(request, body, "prompt", prompts, answer)
@@ -139,12 +177,17 @@ class _Api:
         try:
             # The tools are checked even where tool_choice keeps them from the model.
             chat_template.check_tools(body.tools)
-            encode = chat_template.encode_to_continue if body.continue_final_message else _encode_whole
-            prompt, begun = await asyncio.to_thread(encode, self._tokenizer, body.messages, body.offered_tools, thinking=body.thinks)
+            encode = (
+                chat_template.encode_to_continue if body.continue_final_message else _encode_whole
+            )
+            prompt, begun = await asyncio.to_thread(
+                encode, self._tokenizer, body.messages, body.offered_tools, thinking=body.thinks
+            )
         except chat_template.TemplateError as error:
             raise ApiError(400, str(error), param=error.field) from None
         answer = functools.partial(
-            ChatAnswer, logprobs=body.logprobs, tools=body.offered_tools, control=self._control, tokenizer=self._tokenizer,
+            ChatAnswer, logprobs=body.logprobs, tools=body.offered_tools, control=self._control,
+            tokenizer=self._tokenizer,
             parallel=body.parallel_tool_calls, begun=begun,
         )  # fmt: skip
         constraint = await asyncio.to_thread(body.constraint, self._tokenizer, begun)
@@ -153,35 +196,69 @@ class _Api:
     def _check_key(self, request: Request):
         key = self._config.api_key
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if key is not None and not (scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), key.encode())):
-            raise ApiError(401, "the API key is missing or wrong: send it as Authorization: Bearer KEY", code="invalid_api_key")
+        if key is not None and not (
+            scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), key.encode())
+        ):
+            raise ApiError(
+                401,
+                "the API key is missing or wrong: send it as Authorization: Bearer KEY",
+                code="invalid_api_key",
+            )
 
     async def _read(self, request: Request, kind: type):
         """The request in the body. Raises ApiError."""
         self._check_key(request)
         kind_of_body = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind_of_body != "application/json":  # what a web page may send elsewhere without asking is anything but this
-            raise ApiError(415, f"Content-Type: must be application/json, not {kind_of_body!r:.100}")
+        # what a web page may send elsewhere without asking is anything but this
+        if kind_of_body != "application/json":
+            raise ApiError(
+                415, f"Content-Type: must be application/json, not {kind_of_body!r:.100}"
+            )
         body = read_request(kind, await _read_body(request, self._config.max_body_bytes))
         self._check_model(body.model)
         return body
 
     async def _answer(
-        self, request: Request, body, field: str, prompts: list[list[int]], new_answer: Callable[..., Answer], constraint=None
+        self,
+        request: Request,
+        body,
+        field: str,
+        prompts: list[list[int]],
+        new_answer: Callable[..., Answer],
+        constraint=None,
     ) -> Response:
-        """Submits n samples of each prompt, and answers with what becomes of them. field: where the prompts came from."""
+        """Submits n samples of each prompt, and answers with what becomes of them. field: where the
+        prompts came from.
+        """
         if len(prompts) * body.n > self._service.capacity:
             param = field if body.n == 1 else "n"
-            raise ApiError(400, f"{param}: {len(prompts) * body.n} samples; at most {self._service.capacity} fit at a time", param=param)
-        wrong = next((token for token in body.logit_bias if int(token) >= self._service.vocab_size), None)
+            raise ApiError(
+                400,
+                f"{param}: {len(prompts) * body.n} samples; at most {self._service.capacity} fit at"
+                " a time",
+                param=param,
+            )
+        wrong = next(
+            (token for token in body.logit_bias if int(token) >= self._service.vocab_size), None
+        )
         if wrong is not None:
-            raise ApiError(400, f"logit_bias: token {wrong} is unknown; valid are 0..{self._service.vocab_size - 1}", param="logit_bias")
+            raise ApiError(
+                400,
+                f"logit_bias: token {wrong} is unknown; valid are"
+                f" 0..{self._service.vocab_size - 1}",
+                param="logit_bias",
+            )
         requests = []
         for prompt in prompts:
-            length = body.length(len(prompt), self._service.context, self._config.max_new_tokens, field)
+            length = body.length(
+                len(prompt), self._service.context, self._config.max_new_tokens, field
+            )
             seed = secrets.randbits(63) if body.seed is None else body.seed
             params = body.sampling(length, self._stop_tokens, seed)
-            requests += [(prompt, dataclasses.replace(params, sample_index=i, constraint=constraint)) for i in range(body.n)]
+            requests += [
+                (prompt, dataclasses.replace(params, sample_index=i, constraint=constraint))
+                for i in range(body.n)
+            ]
         answer = new_answer(self._config.model_name, [len(p) for p in prompts], len(requests))
         try:
             stream = self._service.submit(requests)
@@ -207,7 +284,8 @@ def _encode_whole(*arguments, **options) -> tuple[list[int], str]:
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
-    """The body, unless it is longer than `limit` bytes: then the answer does not wait for its end, and nothing of it is kept.
+    """The body, unless it is longer than `limit` bytes: then the answer does not wait for its end,
+    and nothing of it is kept.
 
     Raises ApiError.
     """
@@ -240,7 +318,9 @@ async def _whole(stream: Stream, answer: Answer) -> dict:
 
 
 async def _events(stream: Stream, answer: Answer, include_usage: bool) -> AsyncIterator[dict | str]:
-    """What a stream sends: chunks, and then the word that it is done; or an error, and nothing more."""
+    """What a stream sends: chunks, and then the word that it is done; or an error, and nothing
+    more.
+    """
     for chunk in answer.opening():
         yield chunk
     try:
@@ -257,9 +337,13 @@ async def _events(stream: Stream, answer: Answer, include_usage: bool) -> AsyncI
 
 
 class _Events:
-    """A response of server-sent events. It ends, and closes the stream, when the client goes away or stops reading."""
+    """A response of server-sent events. It ends, and closes the stream, when the client goes away
+    or stops reading.
+    """
 
-    def __init__(self, stream: Stream, events: AsyncIterator[dict | str], observe: Callable[[Stream], None]):
+    def __init__(
+        self, stream: Stream, events: AsyncIterator[dict | str], observe: Callable[[Stream], None]
+    ):
         self._stream, self._events, self._observe = stream, events, observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
@@ -273,14 +357,23 @@ class _Events:
             self._observe(self._stream)
 
     async def _send(self, send: Send):
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-store"),
+        ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         async with contextlib.aclosing(self._events) as events:
             async for event in events:
                 # ASCII: some clients break lines at U+2028 and its like.
                 text = event if isinstance(event, str) else json.dumps(event, separators=(",", ":"))
                 async with asyncio.timeout(SEND_SECONDS):
-                    await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
+                    await send(
+                        {
+                            "type": "http.response.body",
+                            "body": f"data: {text}\n\n".encode(),
+                            "more_body": True,
+                        }
+                    )
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -315,7 +408,9 @@ async def _api_error(request: Request, error: ApiError) -> Response:
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
     return JSONResponse(
-        ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").body, error.status_code, error.headers
+        ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").body,
+        error.status_code,
+        error.headers,
     )
 
 
@@ -328,28 +423,52 @@ def _client_gone(request: Request, error: ClientDisconnect | None) -> Response:
 
 
 class _Guard:
-    """Turns web pages away from a server that asks for no key: only its own machine's programs may use it then.
+    """Turns web pages away from a server that asks for no key: only its own machine's programs may
+    use it then.
 
-    A page cannot hide its Origin; and one whose host name now stands for this machine (DNS rebinding) shows that name as Host.
+    A page cannot hide its Origin; and one whose host name now stands for this machine (DNS
+    rebinding) shows that name as Host.
     """
 
     def __init__(self, app: ASGIApp, config: ServerConfig):
         self._app, self._config = app, config
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
-        refusal = self._refusal(scope) if scope["type"] == "http" and self._config.api_key is None else None
+        refusal = (
+            self._refusal(scope)
+            if scope["type"] == "http" and self._config.api_key is None
+            else None
+        )
         if refusal is None:
             return await self._app(scope, receive, send)
         await JSONResponse(ApiError(403, refusal).body, 403)(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> str | None:
         headers = Headers(scope=scope)
-        host, origin, allowed = headers.get("host", ""), headers.get("origin"), self._config.cors_origins
+        host = headers.get("host", "")
+        origin = headers.get("origin")
+        allowed = self._config.cors_origins
         local_host = (scope.get("server") or ("",))[0]
-        if _is_loopback(local_host) and host and not _is_loopback(_host_name(host)) and scope["path"] != "/health":
-            return f"Host {host!r:.100} is none of this machine's own names, and the server asks for no key: use localhost, or set a key"
-        if origin is not None and "*" not in allowed and origin not in allowed and origin.partition("://")[2] != host:
-            return f"Origin {origin!r:.100} is not allowed; allowed: {', '.join(allowed) or 'none, see --cors_origins'}"
+        if (
+            _is_loopback(local_host)
+            and host
+            and not _is_loopback(_host_name(host))
+            and scope["path"] != "/health"
+        ):
+            return (
+                f"Host {host!r:.100} is none of this machine's own names, and the server asks for"
+                " no key: use localhost, or set a key"
+            )
+        if (
+            origin is not None
+            and "*" not in allowed
+            and origin not in allowed
+            and origin.partition("://")[2] != host
+        ):
+            return (
+                f"Origin {origin!r:.100} is not allowed; allowed:"
+                f" {', '.join(allowed) or 'none, see --cors_origins'}"
+            )
         return None
 
 
@@ -366,15 +485,20 @@ def _is_loopback(name: str) -> bool:
 
 
 class _Gate:
-    """In front of the application: turns requests away while too many are in work, and counts every answer."""
+    """In front of the application: turns requests away while too many are in work, and counts every
+    answer.
+    """
 
-    def __init__(self, app: ASGIApp, max_requests: int, paths: list[str], count: Callable[[str, int], None]):
+    def __init__(
+        self, app: ASGIApp, max_requests: int, paths: list[str], count: Callable[[str, int], None]
+    ):
         self._app, self._room, self._paths, self._count = app, max_requests, paths, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        path = scope["path"] if scope["path"] in self._paths else "other"  # names of models are not told apart
+        # names of models are not told apart
+        path = scope["path"] if scope["path"] in self._paths else "other"
 
         async def counting(message: Message):
             if message["type"] == "http.response.start":
@@ -395,7 +519,9 @@ class _Gate:
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """A socket that has the address (port 0: any free port) and does not listen yet. Raises OSError where it cannot be had."""
+    """A socket that has the address (port 0: any free port) and does not listen yet. Raises OSError
+    where it cannot be had.
+    """
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind((host, port))
@@ -403,21 +529,32 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """`run` answers until SIGTERM or `should_exit`, then ends what it has begun, and the service."""
+    """`run` answers until SIGTERM or `should_exit`, then ends what it has begun, and the
+    service.
+    """
 
     def __init__(
-        self, app: ASGIApp, service: Service, bound: socket.socket, drain_seconds: float, when_ready: Callable[[str], None],
+        self, app: ASGIApp, service: Service, bound: socket.socket, drain_seconds: float,
+        when_ready: Callable[[str], None],
         head_seconds: float = HEAD_SECONDS,
     ):  # fmt: skip
-        """service: the app's. drain_seconds: requests have to end in at shutdown. when_ready: gets the address once it answers.
-        head_seconds: for a client to send a request's head. As many connections as the process may have open files are kept."""
-        self._service, self._socket, self._drain_seconds, self._when_ready = service, bound, drain_seconds, when_ready
+        """service: the app's. drain_seconds: requests have to end in at shutdown. when_ready: gets
+        the address once it answers.
+        head_seconds: for a client to send a request's head. As many connections as the process may
+        have open files are kept.
+        """
+        self._service = service
+        self._socket = bound
+        self._drain_seconds = drain_seconds
+        self._when_ready = when_ready
         most, backlog = connection_limits()
         self.connections = Connections(most, head_seconds)
         super().__init__(
             uvicorn.Config(
-                app, http=self.connections.protocol, loop="asyncio", ws="none", lifespan="off", backlog=backlog, log_config=None,
-                log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=drain_seconds + FAREWELL_SECONDS,
+                app, http=self.connections.protocol, loop="asyncio", ws="none", lifespan="off",
+                backlog=backlog, log_config=None,
+                log_level="warning", access_log=False, server_header=False,
+                timeout_graceful_shutdown=drain_seconds + FAREWELL_SECONDS,
             )
         )  # fmt: skip
 
@@ -434,4 +571,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None):
         # Together: what the service gives up gets its answer while the connections are still there.
-        await asyncio.gather(asyncio.to_thread(self._service.shut_down, self._drain_seconds), super().shutdown(sockets))
+        await asyncio.gather(
+            asyncio.to_thread(self._service.shut_down, self._drain_seconds),
+            super().shutdown(sockets),
+        )

@@ -23,13 +23,29 @@ class _EngineMetrics(Collector):
         status = self._service.status
         yield GaugeMetricFamily("glm_requests_waiting", "Requests in the queue.", status.waiting)
         yield GaugeMetricFamily("glm_requests_running", "Requests in the batch.", status.running)
-        yield GaugeMetricFamily("glm_free_pages", "Pages of the key-value cache that nobody holds.", status.free_pages)
-        yield GaugeMetricFamily("glm_weights_version", "Swaps of weights since the start.", status.weights_version)
-        yield CounterMetricFamily("glm_prompt_tokens", "Tokens of prompts, for each sample.", status.prompt_tokens)
+        yield GaugeMetricFamily(
+            "glm_free_pages", "Pages of the key-value cache that nobody holds.", status.free_pages
+        )
+        yield GaugeMetricFamily(
+            "glm_weights_version", "Swaps of weights since the start.", status.weights_version
+        )
+        yield CounterMetricFamily(
+            "glm_prompt_tokens", "Tokens of prompts, for each sample.", status.prompt_tokens
+        )
         yield CounterMetricFamily("glm_generated_tokens", "Tokens drawn.", status.drawn_tokens)
-        yield CounterMetricFamily("glm_decode_passes", "Passes of the trunk in which finished requests drew.", status.passes)
-        yield CounterMetricFamily("glm_accepted_drafts", "Draft tokens among those that finished requests drew.", status.accepted_drafts)
-        finished = CounterMetricFamily("glm_finished", "Samples by what ended them.", labels=["reason"])
+        yield CounterMetricFamily(
+            "glm_decode_passes",
+            "Passes of the trunk in which finished requests drew.",
+            status.passes,
+        )
+        yield CounterMetricFamily(
+            "glm_accepted_drafts",
+            "Draft tokens among those that finished requests drew.",
+            status.accepted_drafts,
+        )
+        finished = CounterMetricFamily(
+            "glm_finished", "Samples by what ended them.", labels=["reason"]
+        )
         for reason, count in status.finished:
             finished.add_metric([reason], count)
         yield finished
@@ -42,10 +58,16 @@ class ServerMetrics:
         self._registry = prometheus_client.CollectorRegistry()
         self._registry.register(_EngineMetrics(service))
         self.requests = prometheus_client.Counter(
-            "glm_http_requests", "Requests by path and status.", ["path", "status"], registry=self._registry
+            "glm_http_requests",
+            "Requests by path and status.",
+            ["path", "status"],
+            registry=self._registry,
         )
         self.first_token_seconds = prometheus_client.Histogram(
-            "glm_time_to_first_token_seconds", "From submission to the first token of a request.", buckets=SECONDS, registry=self._registry
+            "glm_time_to_first_token_seconds",
+            "From submission to the first token of a request.",
+            buckets=SECONDS,
+            registry=self._registry,
         )
 
     def text(self) -> bytes:

@@ -1,7 +1,8 @@
-"""The engine behind a thread: requests from an event loop in, tokens and text out as they are drawn.
+"""The engine behind a thread: requests from an event loop in, tokens and text out as they are
+drawn.
 
-One daemon thread owns the engine, which is not thread-safe, and does everything with it between two of its steps: what other
-threads want of it comes as commands through a queue.
+One daemon thread owns the engine, which is not thread-safe, and does everything with it between two
+of its steps: what other threads want of it comes as commands through a queue.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class QueueFull(RuntimeError):
 
 
 class ServiceDown(RuntimeError):
-    """The service takes no requests, or gave this one up: it is shutting down, or its engine failed."""
+    """The service takes no requests, or gave this one up: it is shutting down, or its engine
+    failed.
+    """
 
 
 class TimedOut(RuntimeError):
@@ -42,13 +45,17 @@ class ServiceConfig:
 
     def __post_init__(self):
         if self.queue_limit < 0 or not self.request_seconds > 0:
-            raise ValueError(f"queue_limit={self.queue_limit} must be at least 0, request_seconds={self.request_seconds} above 0")
+            raise ValueError(
+                f"queue_limit={self.queue_limit} must be at least 0,"
+                f" request_seconds={self.request_seconds} above 0"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Of a prompt's tokens, each given those before it (None for the first): log-probabilities, and the most likely tokens with
-    theirs, best first."""
+    """Of a prompt's tokens, each given those before it (None for the first): log-probabilities, and
+    the most likely tokens with theirs, best first.
+    """
 
     logprobs: list[float | None]
     top_logprobs: list[list[tuple[int, float]] | None]
@@ -61,8 +68,10 @@ class Piece:
     index: int  # of the sample in its submission
     tokens: list[Token]  # without the stop token, and without what belongs to a stop string
     num_drawn: int  # tokens drawn, those included
-    finish_reason: str | None  # stop, length or (a constraint that could not go on) abort in the last piece
-    top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)  # where asked for, of each of `tokens`
+    # stop, length or (a constraint that could not go on) abort in the last piece
+    finish_reason: str | None
+    # where asked for, of each of `tokens`
+    top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     prompt: Scores | None = None  # in the first piece, where asked for
 
 
@@ -95,9 +104,11 @@ class _Drawn:
 
 
 class Stream:
-    """The samples of one submission, piece by piece in the order in which they come, for one task of one event loop.
+    """The samples of one submission, piece by piece in the order in which they come, for one task
+    of one event loop.
 
-    Iterating raises TimedOut, ServiceDown, or ValueError for what the engine refuses. Who stops before the end closes it.
+    Iterating raises TimedOut, ServiceDown, or ValueError for what the engine refuses. Who stops
+    before the end closes it.
     """
 
     def __init__(self, service: Service, params: Sequence[SamplingParams], seconds: float):
@@ -128,7 +139,9 @@ class Stream:
         raise StopAsyncIteration
 
     def close(self):
-        """Gives up what is not finished: its rows and pages are free after the engine's current step."""
+        """Gives up what is not finished: its rows and pages are free after the engine's current
+        step.
+        """
         if not self.closed:
             self.closed = True
             self._open.clear()
@@ -163,12 +176,21 @@ class Stream:
             if not self._open:
                 self.close()
         tops = self._tops[event.index]
-        return Piece(event.index, tokens, event.num_drawn, reason, [tops.popleft() for _ in tokens if tops], event.prompt)
+        return Piece(
+            event.index,
+            tokens,
+            event.num_drawn,
+            reason,
+            [tops.popleft() for _ in tokens if tops],
+            event.prompt,
+        )
 
 
 @dataclasses.dataclass(eq=False)
 class _Job:
-    """A stream's requests in the engine, by sample: those unfinished, and how many of their tokens the stream has got."""
+    """A stream's requests in the engine, by sample: those unfinished, and how many of their tokens
+    the stream has got.
+    """
 
     stream: Stream
     requests: dict[int, Request]
@@ -176,7 +198,9 @@ class _Job:
 
 
 class Service:
-    """Takes requests from event loops and feeds them to the engine. Starts its thread at once; `shut_down` ends it."""
+    """Takes requests from event loops and feeds them to the engine. Starts its thread at once;
+    `shut_down` ends it.
+    """
 
     def __init__(self, engine: Engine, config: ServiceConfig):
         """engine: with decode_text. From here on nobody else may touch it. Raises ValueError."""
@@ -208,7 +232,8 @@ class Service:
         return self._refusal
 
     def submit(self, requests: Sequence[tuple[Sequence[int], SamplingParams]]) -> Stream:
-        """Queues samples, each a prompt and how to continue it, all or none. Called on the event loop that will read the stream.
+        """Queues samples, each a prompt and how to continue it, all or none. Called on the event
+        loop that will read the stream.
 
         Raises QueueFull or ServiceDown.
         """
@@ -217,7 +242,10 @@ class Service:
             if self._refusal:
                 raise ServiceDown(self._refusal)
             if self._num_samples + len(requests) > self.capacity:
-                raise QueueFull(f"{self._num_samples} requests are waiting or running; {self.capacity} is the limit, try again later")
+                raise QueueFull(
+                    f"{self._num_samples} requests are waiting or running; {self.capacity} is the"
+                    " limit, try again later"
+                )
             self._num_samples += len(requests)
             self._streams.add(stream)
             self._commands.put(functools.partial(self._admit, stream, list(requests)))
@@ -229,7 +257,9 @@ class Service:
             self._commands.put(functools.partial(self._abort, stream))
 
     def set_weights(self, state, *, recompute: bool) -> concurrent.futures.Future:
-        """Engine.set_weights between two steps. The future has the new version, or the engine's ValueError, or ServiceDown."""
+        """Engine.set_weights between two steps. The future has the new version, or the engine's
+        ValueError, or ServiceDown.
+        """
         future = concurrent.futures.Future()
         with self._lock:
             if self._refusal:
@@ -239,7 +269,9 @@ class Service:
         return future
 
     def shut_down(self, seconds: float):
-        """Takes no more requests, ends those it has, those that are unfinished after `seconds` by force. Blocks until all is done."""
+        """Takes no more requests, ends those it has, those that are unfinished after `seconds` by
+        force. Blocks until all is done.
+        """
         with self._lock:
             self._refusal = self._refusal or "the server is shutting down"
         self._commands.put(self._finish_up)
@@ -316,8 +348,11 @@ class Service:
                 start, end = job.sent[index], len(shown)
                 scored = request.params.prompt_logprobs and start == 0
                 drawn = _Drawn(
-                    index, shown[start:], request.logprobs[start:end], request.top_logprobs[start:end], num_drawn,
-                    request.finish_reason, Scores(request.prompt_logprobs, request.prompt_top_logprobs) if scored else None,
+                    index, shown[start:], request.logprobs[start:end],
+                    request.top_logprobs[start:end], num_drawn,
+                    request.finish_reason,
+                    Scores(request.prompt_logprobs,
+                           request.prompt_top_logprobs) if scored else None,
                 )  # fmt: skip
                 job.sent[index] += num_drawn
                 if done:
@@ -330,7 +365,8 @@ class Service:
                 self._forget(stream)
         engine = self._engine
         self.status = Status(
-            waiting=len(engine.waiting), running=len(engine.running), free_pages=engine.num_free_pages, weights_version=engine.version,
+            waiting=len(engine.waiting), running=len(engine.running),
+            free_pages=engine.num_free_pages, weights_version=engine.version,
             finished=tuple(sorted(self._finished.items())), **self._totals,
         )  # fmt: skip
 
@@ -341,7 +377,9 @@ class Service:
             self._finished[request.finish_reason] += 1
 
     def _post(self, stream: Stream, event: _Drawn | Exception) -> bool:
-        """False, and the stream is aborted, where its event loop is closed: nobody will read it or close it."""
+        """False, and the stream is aborted, where its event loop is closed: nobody will read it or
+        close it.
+        """
         try:
             stream.post(event)
         except RuntimeError:

@@ -1,4 +1,6 @@
-"""What the engine runs on the device: a chunk of prompt, and a loop of decode steps, plain or speculative."""
+"""What the engine runs on the device: a chunk of prompt, and a loop of decode steps, plain or
+speculative.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from glm_jax.infer import speculative
-from glm_jax.infer.sampling import MAX_TOP_LOGPROBS, LogitChanges, RowParams, choose, count_tokens, model_logprobs, top_logprobs
+from glm_jax.infer.sampling import (
+    MAX_TOP_LOGPROBS,
+    LogitChanges,
+    RowParams,
+    choose,
+    count_tokens,
+    model_logprobs,
+    top_logprobs,
+)
 from glm_jax.model.cache import Cache
 
 SCORED_AT_A_TIME = 16  # positions of a prompt whose logits exist at a time
@@ -19,7 +29,8 @@ SCORED_AT_A_TIME = 16  # positions of a prompt whose logits exist at a time
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Rows:
-    """Where each row stands: tokens stored; tokens to compute (prefill) or to draw at most (decode); tokens drawn before.
+    """Where each row stands: tokens stored; tokens to compute (prefill) or to draw at most
+    (decode); tokens drawn before.
 
     changes: None where no row of the batch changes its logits.
     """
@@ -34,9 +45,11 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Drawn:
-    """What a decode call drew: tokens and log-probabilities [S, steps], their number, and how many passes and accepted drafts.
+    """What a decode call drew: tokens and log-probabilities [S, steps], their number, and how many
+    passes and accepted drafts.
 
-    top: where asked for, the most likely tokens at each place and their log-probabilities, both [S, steps, T].
+    top: where asked for, the most likely tokens at each place and their log-probabilities, both [S,
+    steps, T].
     """
 
     tokens: jax.Array
@@ -49,18 +62,26 @@ class Drawn:
 
 def trunk(model, pages, tokens_SL, tables_SP, stored_S, counts_S):
     """States [S, L, D] of new tokens and the pages with the first counts_S of them written."""
-    out = model.trunk(tokens_SL, *_placed(model.config, pages, tokens_SL, tables_SP, stored_S, counts_S))
+    out = model.trunk(
+        tokens_SL, *_placed(model.config, pages, tokens_SL, tables_SP, stored_S, counts_S)
+    )
     return out.h, out.cache.pages
 
 
 def mtp(model, pages, h_SLD, next_tokens_SL, tables_SP, stored_S, counts_S):
     """The same for the MTP block: states before its head."""
-    x_SLD, _, cache = model.mtp_hidden(h_SLD, next_tokens_SL, *_placed(model.config, pages, next_tokens_SL, tables_SP, stored_S, counts_S))
+    x_SLD, _, cache = model.mtp_hidden(
+        h_SLD,
+        next_tokens_SL,
+        *_placed(model.config, pages, next_tokens_SL, tables_SP, stored_S, counts_S),
+    )
     return x_SLD, cache.pages
 
 
 def _placed(config, pages, tokens_SL, tables_SP, stored_S, counts_S):
-    """Segment ids (1 for real tokens, 0 for padding) and positions, both [S, L], and the cache that they go to."""
+    """Segment ids (1 for real tokens, 0 for padding) and positions, both [S, L], and the cache that
+    they go to.
+    """
     step = jnp.arange(tokens_SL.shape[1])
     cache = Cache.placed(config, pages, tokens_SL.shape[1], tables_SP, stored_S, counts_S)
     return (step < counts_S[:, None]).astype(jnp.int32), stored_S[:, None] + step, cache
@@ -80,17 +101,30 @@ def experts_of(expert_pages, pages_P) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 7, 8, 9), donate_argnums=2)
 def prefill(
-    graphdef, state, pages, rows: Rows, tokens_SL, next_tokens_SL, tables_SP, drafting: bool, with_top: bool, scoring: bool
+    graphdef,
+    state,
+    pages,
+    rows: Rows,
+    tokens_SL,
+    next_tokens_SL,
+    tables_SP,
+    drafting: bool,
+    with_top: bool,
+    scoring: bool,
 ) -> tuple[Drawn, tuple | None, tuple]:
-    """Stores counts_S tokens of each row; returns the token drawn after them, the scores of the next tokens, and the pages.
+    """Stores counts_S tokens of each row; returns the token drawn after them, the scores of the
+    next tokens, and the pages.
 
-    next_tokens_SL: the token after each; -1 after the row's last, where the drawn one takes its place. Read if `drafting`:
-    then the MTP block's keys and values are stored, too; and if `scoring`: then the scores are their log-probabilities [S, L]
-    and the most likely tokens with theirs [S, L, T], else None.
+    next_tokens_SL: the token after each; -1 after the row's last, where the drawn one takes its
+    place. Read if `drafting`: then the MTP block's keys and values are stored, too; and if
+    `scoring`: then the scores are their log-probabilities [S, L] and the most likely tokens with
+    theirs [S, L, T], else None.
     """
     model, params = nnx.merge(graphdef, state), rows.params
     h_SLD, pages = trunk(model, pages, tokens_SL, tables_SP, rows.stored_S, rows.counts_S)
-    logits_SV = model.logits(at(h_SLD, jnp.maximum(rows.counts_S - 1, 0))[:, None], sampling=True)[:, 0]
+    logits_SV = model.logits(at(h_SLD, jnp.maximum(rows.counts_S - 1, 0))[:, None], sampling=True)[
+        :, 0
+    ]
     changed_SV = logits_SV
     if rows.changes is not None:
         counts_SV = rows.changes.counts(model.config.vocab_size)
@@ -103,31 +137,55 @@ def prefill(
     logprob_S = model_logprobs(logits_SV, token_S, params.logprob_temperature)
     top = top_logprobs(logits_SV, params.logprob_temperature) if with_top else None
     ones = jnp.ones_like(token_S)
-    drawn = Drawn(token_S[:, None], logprob_S[:, None], ones, ones, 0 * ones, jax.tree.map(lambda x: x[:, None], top))
+    drawn = Drawn(
+        token_S[:, None],
+        logprob_S[:, None],
+        ones,
+        ones,
+        0 * ones,
+        jax.tree.map(lambda x: x[:, None], top),
+    )
     return drawn, scores, pages
 
 
 def _scores(model, h_SLD, next_tokens_SL, temperature_S):
-    """Log-probabilities [S, L] of the next tokens, and the most likely tokens with theirs [S, L, T]; logits of a few positions exist
-    at a time."""
+    """Log-probabilities [S, L] of the next tokens, and the most likely tokens with theirs [S, L,
+    T]; logits of a few positions exist at a time.
+    """
 
     def score(position):
         h_SD, token_S = position
         logits_SV = model.logits(h_SD[:, None], sampling=True)[:, 0]
-        return model_logprobs(logits_SV, jnp.maximum(token_S, 0), temperature_S), top_logprobs(logits_SV, temperature_S)
+        return model_logprobs(logits_SV, jnp.maximum(token_S, 0), temperature_S), top_logprobs(
+            logits_SV, temperature_S
+        )
 
-    scores = jax.lax.map(score, (h_SLD.swapaxes(0, 1), next_tokens_SL.T), batch_size=min(SCORED_AT_A_TIME, h_SLD.shape[1]))
+    scores = jax.lax.map(
+        score,
+        (h_SLD.swapaxes(0, 1), next_tokens_SL.T),
+        batch_size=min(SCORED_AT_A_TIME, h_SLD.shape[1]),
+    )
     return jax.tree.map(lambda x: x.swapaxes(0, 1), scores)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7, 8), donate_argnums=2)
 def decode(
-    graphdef, state, pages, rows: Rows, token_S, tables_SP, steps: int, num_drafts: int, with_top: bool = False
+    graphdef,
+    state,
+    pages,
+    rows: Rows,
+    token_S,
+    tables_SP,
+    steps: int,
+    num_drafts: int,
+    with_top: bool = False,
 ) -> tuple[Drawn, tuple]:
-    """Draws up to counts_S tokens a row, at most `steps`, until its stop token; num_drafts of them are guessed by the MTP block
-    and verified in one pass (0: none). token_S: each row's last token, not stored yet. Returns what was drawn, and the pages.
+    """Draws up to counts_S tokens a row, at most `steps`, until its stop token; num_drafts of them
+    are guessed by the MTP block and verified in one pass (0: none). token_S: each row's last token,
+    not stored yet. Returns what was drawn, and the pages.
 
-    A row's first pass is without drafts: one with a constraint, whose mask is for one token, has a count of 1.
+    A row's first pass is without drafts: one with a constraint, whose mask is for one token, has a
+    count of 1.
     """
     model = nnx.merge(graphdef, state)
     size, params, changes, vocab = len(token_S), rows.params, rows.changes, model.config.vocab_size
@@ -141,28 +199,41 @@ def decode(
         stored_S, index_S = rows.stored_S + drawn.count_S, rows.drawn_S + drawn.count_S
         drafts = carry["drafts"]
         tokens_SL = jnp.concatenate([carry["token"][:, None], drafts.tokens], axis=1)
-        h_SLD, pages = trunk(model, pages, tokens_SL, tables_SP, stored_S, jnp.where(live, 1 + drafts.count_S, 0))
+        h_SLD, pages = trunk(
+            model, pages, tokens_SL, tables_SP, stored_S, jnp.where(live, 1 + drafts.count_S, 0)
+        )
         logits_SLV = model.logits(h_SLD, sampling=True)
         counts_SV, changed_SLV = carry["counts"], logits_SLV
         if changes is not None:
             # Each draft counts for the positions after it.
             before = jnp.cumsum(jax.nn.one_hot(drafts.tokens, vocab, dtype=jnp.int32), axis=1)
-            counts_SLV = counts_SV[:, None] + jnp.concatenate([jnp.zeros_like(counts_SV)[:, None], before], axis=1)
+            counts_SLV = counts_SV[:, None] + jnp.concatenate(
+                [jnp.zeros_like(counts_SV)[:, None], before], axis=1
+            )
             changed_SLV = changes.apply(logits_SLV, counts_SLV)
         new_SL, accepted_S = speculative.verify(changed_SLV, drafts, params, index_S)
-        # Of the accepted drafts and the token after them, a row takes those up to its stop token or its limit.
+        # Of the accepted drafts and the token after them, a row takes those up to its stop token or
+        # its limit.
         is_stop = jnp.any(new_SL[..., None] == params.stop_tokens[:, None], axis=-1)
         place = jnp.arange(new_SL.shape[1])
         last_S = jnp.minimum(accepted_S, rows.counts_S - drawn.count_S - 1)
-        stop_S = jnp.min(jnp.where(is_stop & (place <= last_S[:, None]), place, new_SL.shape[1]), axis=1)
+        stop_S = jnp.min(
+            jnp.where(is_stop & (place <= last_S[:, None]), place, new_SL.shape[1]), axis=1
+        )
         last_S = jnp.where(live, jnp.minimum(last_S, stop_S), -1)
         taken_S = last_S + 1
         to = jnp.where(place < taken_S[:, None], drawn.count_S[:, None] + place, steps)
-        logprobs_SL = jax.vmap(model_logprobs, in_axes=(1, 1, None), out_axes=1)(logits_SLV, new_SL, params.logprob_temperature)
+        logprobs_SL = jax.vmap(model_logprobs, in_axes=(1, 1, None), out_axes=1)(
+            logits_SLV, new_SL, params.logprob_temperature
+        )
         top = None
         if with_top:
-            new_top = jax.vmap(top_logprobs, in_axes=(1, None), out_axes=1)(logits_SLV, params.logprob_temperature)
-            top = jax.tree.map(lambda all_, new: all_.at[row, to].set(new, mode="drop"), drawn.top, new_top)
+            new_top = jax.vmap(top_logprobs, in_axes=(1, None), out_axes=1)(
+                logits_SLV, params.logprob_temperature
+            )
+            top = jax.tree.map(
+                lambda all_, new: all_.at[row, to].set(new, mode="drop"), drawn.top, new_top
+            )
         drawn = Drawn(
             tokens=drawn.tokens.at[row, to].set(new_SL, mode="drop"),
             logprobs=drawn.logprobs.at[row, to].set(logprobs_SL, mode="drop"),
@@ -180,14 +251,26 @@ def decode(
 
             def head(x_SD):
                 logits_S1V = model.logits(x_SD[:, None], model.mtp_head, sampling=True)
-                return (logits_S1V if changes is None else changes.apply(logits_S1V, counts_SV[:, None]))[:, 0]
+                return (
+                    logits_S1V if changes is None else changes.apply(logits_S1V, counts_SV[:, None])
+                )[:, 0]
 
-            drafts, pages = speculative.draft(block, head, pages, h_SLD, new_SL, stored_S, taken_S, num_drafts, params, index_S)
-        return {"drawn": drawn, "live": live, "token": token_S, "drafts": drafts, "counts": counts_SV, "pages": pages}
+            drafts, pages = speculative.draft(
+                block, head, pages, h_SLD, new_SL, stored_S, taken_S, num_drafts, params, index_S
+            )
+        return {
+            "drawn": drawn,
+            "live": live,
+            "token": token_S,
+            "drafts": drafts,
+            "counts": counts_SV,
+            "pages": pages,
+        }
 
     start = {
         "drawn": _nothing_drawn(size, steps, min(MAX_TOP_LOGPROBS, vocab) if with_top else None),
-        "live": rows.counts_S > 0, "token": token_S, "drafts": speculative.no_drafts(size, num_drafts),
+        "live": rows.counts_S > 0, "token": token_S,
+        "drafts": speculative.no_drafts(size, num_drafts),
         "counts": None if changes is None else changes.counts(vocab), "pages": pages,
     }  # fmt: skip
     end = jax.lax.while_loop(unfinished, body, start)
@@ -197,5 +280,9 @@ def decode(
 def _nothing_drawn(size: int, steps: int, num_top: int | None) -> Drawn:
     zeros = jnp.zeros(size, jnp.int32)
     tokens, logprobs = jnp.zeros((size, steps), jnp.int32), jnp.zeros((size, steps), jnp.float32)
-    top = None if num_top is None else tuple(jnp.zeros((size, steps, num_top), x.dtype) for x in (tokens, logprobs))
+    top = (
+        None
+        if num_top is None
+        else tuple(jnp.zeros((size, steps, num_top), x.dtype) for x in (tokens, logprobs))
+    )
     return Drawn(tokens, logprobs, zeros, zeros, zeros, top)

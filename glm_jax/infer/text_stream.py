@@ -1,4 +1,6 @@
-"""Drawn tokens to text while more are being drawn: never half a character, never the beginning of a stop string."""
+"""Drawn tokens to text while more are being drawn: never half a character, never the beginning of a
+stop string.
+"""
 
 from __future__ import annotations
 
@@ -33,17 +35,21 @@ class Detokenizer:
         return bool(self._ids)
 
     def push(self, token: int) -> tuple[str, str]:
-        """The text that is certain now and was not before: of the ids before `token`, and its own."""
+        """The text that is certain now and was not before: of the ids before `token`, and its
+        own.
+        """
         behind = ""
         if self._ids:
             own = self._decode([token])
             if not own:  # an id that stands for nothing
                 return "", ""
             if self._decode([*self._ids, token]) == self._decode(self._ids) + own:
-                behind = self.finish()  # no character lies across: what came before stays as broken as it is
+                # no character lies across: what came before stays as broken as it is
+                behind = self.finish()
         self._ids.append(token)
         text = self._decode(self._ids)
-        # The bytes of an incomplete character make one U+FFFD at the end; what precedes it is certain.
+        # The bytes of an incomplete character make one U+FFFD at the end; what precedes it is
+        # certain.
         certain = len(text) - text.endswith(_BROKEN)
         new, self._out = text[self._out : certain], certain
         if certain == len(text):
@@ -60,7 +66,8 @@ class Detokenizer:
 class TextStream:
     """Tokens one by one to tokens with text, held back while they may be part of a stop string.
 
-    `stopped` once there was one: the text ends in front of the first, the token that it begins in is cut.
+    `stopped` once there was one: the text ends in front of the first, the token that it begins in
+    is cut.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop_strings: Sequence[str] = ()):
@@ -113,7 +120,9 @@ class TextStream:
         for held in self._held:
             if room <= 0:
                 break
-            out.append(dataclasses.replace(held, text=held.text[:room], is_cut=len(held.text) > room))
+            out.append(
+                dataclasses.replace(held, text=held.text[:room], is_cut=len(held.text) > room)
+            )
             room -= len(held.text)
         self._held = []
         return out
@@ -121,4 +130,11 @@ class TextStream:
     def _possible_stop(self, text: str) -> int:
         """Characters at the end of `text` that may be the beginning of a stop string."""
         longest = max(map(len, self._stops), default=1) - 1
-        return next((n for n in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in self._stops)), 0)
+        return next(
+            (
+                n
+                for n in range(min(longest, len(text)), 0, -1)
+                if any(s.startswith(text[-n:]) for s in self._stops)
+            ),
+            0,
+        )

@@ -1,4 +1,6 @@
-"""What a trained model does on a batch, layer by layer: attention entropy and expert load. For looking, not for training."""
+"""What a trained model does on a batch, layer by layer: attention entropy and expert load. For
+looking, not for training.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,12 @@ from pallas_kernels.attention.reference import allowed_pairs
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Inspection:
-    """Means and counts over the tokens of a batch, padding left out. The MTP block, where there is one, is the last row.
+    """Means and counts over the tokens of a batch, padding left out. The MTP block, where there is
+    one, is the last row.
 
     attention_entropy: nats, float32 [layers, N]; 0 where a head looks at one token only.
-    uniform_entropy: nats, float32 scalar; the entropy of a head that spreads evenly over all that it may see.
+    uniform_entropy: nats, float32 scalar; the entropy of a head that spreads evenly over all that
+    it may see.
     expert_counts: tokens of each expert, int32 [routers, E].
     """
 
@@ -30,8 +34,12 @@ class Inspection:
 
 
 def inspect_model(model: GLM, batch) -> Inspection:
-    """batch: `tokens`, `targets` (which MTP embeds), `segment_ids`, `positions`, each int32 [B, L]. Holds [B, N, L, L] once."""
-    rows = {name: jnp.asarray(batch[name]) for name in ("tokens", "targets", "segment_ids", "positions")}
+    """batch: `tokens`, `targets` (which MTP embeds), `segment_ids`, `positions`, each int32 [B, L].
+    Holds [B, N, L, L] once.
+    """
+    rows = {
+        name: jnp.asarray(batch[name]) for name in ("tokens", "targets", "segment_ids", "positions")
+    }
     return _inspect(*nnx.split(model), rows)
 
 
@@ -49,15 +57,21 @@ def _inspect(graphdef, state, rows) -> Inspection:
     if model.mtp is not None:
         mtp = model.mtp
         embedding = model.embed(mtp.embed_tokens or model.embed_tokens, rows["targets"])
-        x_BLD = mtp.eh_proj(jnp.concatenate([mtp.enorm(embedding), mtp.hnorm(model.norm(x_BLD))], axis=-1))
+        x_BLD = mtp.eh_proj(
+            jnp.concatenate([mtp.enorm(embedding), mtp.hnorm(model.norm(x_BLD))], axis=-1)
+        )
         entropy, observed = _look(mtp.block, x_BLD, segment_ids_BL, angles)[1]
         entropies.append(entropy[None])
         counts.append(observed[None])
-    counts = [c for c in counts if c is not None] or [jnp.zeros((0, model.config.num_experts), jnp.int32)]
+    counts = [c for c in counts if c is not None] or [
+        jnp.zeros((0, model.config.num_experts), jnp.int32)
+    ]
     mask_BLM = _mask(segment_ids_BL)
     return Inspection(
         attention_entropy=jnp.concatenate(entropies),
-        uniform_entropy=_mean_over_tokens(jnp.log(jnp.sum(mask_BLM, axis=-1))[:, None], segment_ids_BL)[0],
+        uniform_entropy=_mean_over_tokens(
+            jnp.log(jnp.sum(mask_BLM, axis=-1))[:, None], segment_ids_BL
+        )[0],
         expert_counts=jnp.concatenate(counts),
     )
 
@@ -65,19 +79,25 @@ def _inspect(graphdef, state, rows) -> Inspection:
 def _walk(layers: Layer, x_BLD, segment_ids_BL, angles):
     """Through a stack of layers. Returns x and, stacked, what `_look` saw."""
     graphdef, state = nnx.split(layers)
-    return jax.lax.scan(lambda x, layer: _look(nnx.merge(graphdef, layer), x, segment_ids_BL, angles), x_BLD, state)
+    return jax.lax.scan(
+        lambda x, layer: _look(nnx.merge(graphdef, layer), x, segment_ids_BL, angles), x_BLD, state
+    )
 
 
 def _look(layer: Layer, x_BLD, segment_ids_BL, angles):
     """One layer: its output, and (entropy of each head [N], tokens of each expert [E] or None)."""
     q_BLNH, k_BMGH, _ = layer.self_attn.queries_keys_values(layer.input_layernorm(x_BLD), angles)
-    entropy_N = _mean_over_tokens(attention_entropy(q_BLNH, k_BMGH, _mask(segment_ids_BL)), segment_ids_BL)
+    entropy_N = _mean_over_tokens(
+        attention_entropy(q_BLNH, k_BMGH, _mask(segment_ids_BL)), segment_ids_BL
+    )
     x_BLD, observation, _ = layer(x_BLD, segment_ids_BL, angles)
     return x_BLD, (entropy_N, None if observation is None else observation.expert_counts)
 
 
 def attention_entropy(q_BLNH: jax.Array, k_BMGH: jax.Array, mask_BLM: jax.Array) -> jax.Array:
-    """Entropy in nats of every query's attention, float32 [B, N, L]; scores are scaled by the square root of the head size."""
+    """Entropy in nats of every query's attention, float32 [B, N, L]; scores are scaled by the
+    square root of the head size.
+    """
     batch, length, heads, size = q_BLNH.shape
     groups = k_BMGH.shape[2]
     q = q_BLNH.reshape(batch, length, groups, heads // groups, size).astype(jnp.float32)

@@ -20,32 +20,56 @@ class Weight(nnx.Module):
 
 
 class SharedHead(nnx.Module):
-    """The norm before the second head and, in checkpoints that bring their own, that head [D, V]."""
+    """The norm before the second head and, in checkpoints that bring their own, that head [D,
+    V].
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.norm = RMSNorm(config, config.hidden_size, rngs=rngs)
-        self.head = Weight(config, ("embed", "vocab"), rngs=rngs) if config.mtp_embeddings == "own" else None
+        self.head = (
+            Weight(config, ("embed", "vocab"), rngs=rngs)
+            if config.mtp_embeddings == "own"
+            else None
+        )
 
 
 class MTP(nnx.Module):
-    """x = eh_proj([enorm(embed(t_{i+1})), hnorm(h_i)]), a block, a norm. Embedding first: DeepSeek-V3 writes the hidden state
-    first, the released checkpoints want the embedding first. h_i is the trunk's state after its final norm.
+    """x = eh_proj([enorm(embed(t_{i+1})), hnorm(h_i)]), a block, a norm. Embedding first:
+    DeepSeek-V3 writes the hidden state first, the released checkpoints want the embedding first.
+    h_i is the trunk's state after its final norm.
     """
 
     def __init__(self, config: ModelConfig, block: nnx.Module, *, rngs: nnx.Rngs):
         self.config = config
         self.enorm = RMSNorm(config, config.hidden_size, rngs=rngs)
         self.hnorm = RMSNorm(config, config.hidden_size, rngs=rngs)
-        self.eh_proj = Linear(config, 2 * config.hidden_size, config.hidden_size, (None, "embed"), rngs=rngs)
+        self.eh_proj = Linear(
+            config, 2 * config.hidden_size, config.hidden_size, (None, "embed"), rngs=rngs
+        )
         self.block = block
         self.shared_head = SharedHead(config, rngs=rngs)
-        self.embed_tokens = Weight(config, ("vocab", "embed"), rngs=rngs) if config.mtp_embeddings == "own" else None
+        self.embed_tokens = (
+            Weight(config, ("vocab", "embed"), rngs=rngs)
+            if config.mtp_embeddings == "own"
+            else None
+        )
 
-    def __call__(self, h_BLD: jax.Array, next_embedding_BLD: jax.Array, segment_ids_BL, positions_BL, cache: Cache | None = None):
-        """Normed state [B, L, D] whose product with the head predicts t_{i+2}, the router's observation, and the cache: its
-        layer behind the trunk's is this block's.
+    def __call__(
+        self,
+        h_BLD: jax.Array,
+        next_embedding_BLD: jax.Array,
+        segment_ids_BL,
+        positions_BL,
+        cache: Cache | None = None,
+    ):
+        """Normed state [B, L, D] whose product with the head predicts t_{i+2}, the router's
+        observation, and the cache: its layer behind the trunk's is this block's.
         """
-        x_BLD = self.eh_proj(jnp.concatenate([self.enorm(next_embedding_BLD), self.hnorm(h_BLD)], axis=-1))
+        x_BLD = self.eh_proj(
+            jnp.concatenate([self.enorm(next_embedding_BLD), self.hnorm(h_BLD)], axis=-1)
+        )
         angles = rope_angles(self.config, positions_BL)
-        x_BLD, observation, cache = self.block(x_BLD, segment_ids_BL, angles, cache, self.config.num_layers)
+        x_BLD, observation, cache = self.block(
+            x_BLD, segment_ids_BL, angles, cache, self.config.num_layers
+        )
         return self.shared_head.norm(x_BLD), observation, cache

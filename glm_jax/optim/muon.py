@@ -1,11 +1,14 @@
-"""Muon (momentum orthogonalised by Newton-Schulz) as an optax transformation over stacks of matrices.
+"""Muon (momentum orthogonalised by Newton-Schulz) as an optax transformation over stacks of
+matrices.
 
-Formulas: Moonlight, arXiv 2502.16982, section 2; GLM-4.5, arXiv 2508.06471, section 2.3 (N = 5, momentum 0.95, update RMS
-0.2). The last two dimensions of a leaf are one matrix; all before them (layers, experts) are a batch of matrices.
+Formulas: Moonlight, arXiv 2502.16982, section 2; GLM-4.5, arXiv 2508.06471, section 2.3 (N = 5,
+momentum 0.95, update RMS 0.2). The last two dimensions of a leaf are one matrix; all before them
+(layers, experts) are a batch of matrices.
 
-On a mesh, matrices of one shape and placement are one batch, padded to the number of devices that hold them. Each device gets
-its share of whole matrices by one all-to-all in ns_dtype, and gives them back by another. Large matrices that are fewer than the
-devices are split along their longer side instead, and sum their Gram matrices.
+On a mesh, matrices of one shape and placement are one batch, padded to the number of devices that
+hold them. Each device gets its share of whole matrices by one all-to-all in ns_dtype, and gives
+them back by another. Large matrices that are fewer than the devices are split along their longer
+side instead, and sum their Gram matrices.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from glm_jax.sharding import spec
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPS = 1e-8
-LARGE = 2048  # shorter side of a matrix that is split where there are fewer than devices: alone it would keep one device busy for long
+# shorter side of a matrix that is split where there are fewer than devices: alone it would keep one
+# device busy for long
+LARGE = 2048
 
 
 class MuonState(NamedTuple):
@@ -31,19 +36,29 @@ class MuonState(NamedTuple):
 
 
 def scale_by_muon(
-    *, momentum: float, nesterov: bool, ns_steps: int, ns_dtype: str, update_rms: float, head_splits=None, axes=None
+    *,
+    momentum: float,
+    nesterov: bool,
+    ns_steps: int,
+    ns_dtype: str,
+    update_rms: float,
+    head_splits=None,
+    axes=None,
 ) -> optax.GradientTransformation:
-    """Replaces gradients by update_rms * sqrt(max(fan_in, fan_out)) * NewtonSchulz(momentum): RMS about update_rms.
+    """Replaces gradients by update_rms * sqrt(max(fan_in, fan_out)) * NewtonSchulz(momentum): RMS
+    about update_rms.
 
-    M = momentum * M + g; with Nesterov the direction is momentum * M + g. Add weight decay and the learning rate behind it.
+    M = momentum * M + g; with Nesterov the direction is momentum * M + g. Add weight decay and the
+    learning rate behind it.
 
     Args:
       momentum, nesterov: as above.
       ns_steps: Newton-Schulz iterations. ns_dtype: their precision, 'bfloat16' in the paper.
       update_rms: 0.2 matches AdamW's usual update, so that both share a learning rate.
-      head_splits: optional tree of (axis, parts) or None like the parameters: `axis` (-1 or -2) is cut into `parts`
-        matrices orthogonalised apart, one a head.
-      axes: optional tree of logical axes like the parameters, `layers` in front left out: where they lie on a mesh.
+      head_splits: optional tree of (axis, parts) or None like the parameters: `axis` (-1 or -2) is
+        cut into `parts` matrices orthogonalised apart, one a head.
+      axes: optional tree of logical axes like the parameters, `layers` in front left out: where
+        they lie on a mesh.
     """
 
     def init(params):
@@ -52,20 +67,34 @@ def scale_by_muon(
     def update(grads, state, params=None):
         del params
         buffer = jax.tree.map(lambda m, g: momentum * m + g, state.momentum, grads)
-        direction = jax.tree.map(lambda m, g: momentum * m + g, buffer, grads) if nesterov else buffer
+        direction = (
+            jax.tree.map(lambda m, g: momentum * m + g, buffer, grads) if nesterov else buffer
+        )
         leaves, treedef = jax.tree.flatten(direction)
         splits = [None] * len(leaves) if head_splits is None else treedef.flatten_up_to(head_splits)
         splits = [split or (-1, 1) for split in splits]
         named = [()] * len(leaves) if axes is None else treedef.flatten_up_to(axes)
-        specs = [spec((None,) * (x.ndim - len(own)) + tuple(own)) for x, own in zip(leaves, named, strict=True)]
+        specs = [
+            spec((None,) * (x.ndim - len(own)) + tuple(own))
+            for x, own in zip(leaves, named, strict=True)
+        ]
         mesh = jax.sharding.get_abstract_mesh()
         sizes = {} if mesh.empty else {axis: size for axis, size in mesh.shape.items() if size > 1}
 
         def run(*leaves):
-            stacks = [_Stack.of(_split(x, *s), where, sizes) for x, s, where in zip(leaves, splits, specs, strict=True)]
+            stacks = [
+                _Stack.of(_split(x, *s), where, sizes)
+                for x, s, where in zip(leaves, splits, specs, strict=True)
+            ]
             found = _orthogonalize(stacks, ns_steps, ns_dtype)
-            scaled = (y.astype(x.dtype) * (update_rms * math.sqrt(max(s.sides))) for x, y, s in zip(leaves, found, stacks, strict=True))
-            return tuple(_join(y.reshape(s.shape), *split) for y, s, split in zip(scaled, stacks, splits, strict=True))
+            scaled = (
+                y.astype(x.dtype) * (update_rms * math.sqrt(max(s.sides)))
+                for x, y, s in zip(leaves, found, stacks, strict=True)
+            )
+            return tuple(
+                _join(y.reshape(s.shape), *split)
+                for y, s, split in zip(scaled, stacks, splits, strict=True)
+            )
 
         if sizes:
             run = jax.shard_map(run, in_specs=tuple(specs), out_specs=tuple(specs), check_vma=False)
@@ -75,7 +104,9 @@ def scale_by_muon(
 
 
 def _split(x, axis: int, parts: int):
-    """[..., m, n] -> [..., parts, m, n / parts] (axis -1) or [..., parts, m / parts, n] (axis -2)."""
+    """[..., m, n] -> [..., parts, m, n / parts] (axis -1) or [..., parts, m / parts, n] (axis
+    -2).
+    """
     if parts == 1:
         return x
     *batch, m, n = x.shape
@@ -94,19 +125,26 @@ def _join(x, axis: int, parts: int):
 
 
 def newton_schulz(x: jax.Array, steps: int, dtype: str) -> jax.Array:
-    """Brings the singular values of every matrix in x [..., m, n] near 1 (0.7 to 1.2 after five steps).
+    """Brings the singular values of every matrix in x [..., m, n] near 1 (0.7 to 1.2 after five
+    steps).
 
-    X0 = X / ||X||_F; X <- a X + (b A + c A A) X with A = X X^T, on the shorter side. Returns x's shape and type.
+    X0 = X / ||X||_F; X <- a X + (b A + c A A) X with A = X X^T, on the shorter side. Returns x's
+    shape and type.
     """
-    return _orthogonalize([_Stack.of(x, (None,) * x.ndim, {})], steps, dtype)[0].reshape(x.shape).astype(x.dtype)
+    return (
+        _orthogonalize([_Stack.of(x, (None,) * x.ndim, {})], steps, dtype)[0]
+        .reshape(x.shape)
+        .astype(x.dtype)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Stack:
     """A device's part of a batch of matrices.
 
-    x: [N, m, n]; shape: before its batch dimensions were joined. sides: (m, n) of a whole matrix. dim: 1 or 2, which of them is split
-    over the mesh axes `over`; None: whole. free: mesh axes over which the stack is repeated. sizes: of the mesh axes, those over 1.
+    x: [N, m, n]; shape: before its batch dimensions were joined. sides: (m, n) of a whole matrix.
+    dim: 1 or 2, which of them is split over the mesh axes `over`; None: whole. free: mesh axes over
+    which the stack is repeated. sizes: of the mesh axes, those over 1.
     """
 
     x: jax.Array
@@ -119,17 +157,32 @@ class _Stack:
 
     @classmethod
     def of(cls, x, where, sizes):
-        """where: entries of a PartitionSpec; those of the last two dimensions are of the matrix, whatever batch dimensions x has."""
-        entries = [tuple(a for a in ((e,) if isinstance(e, str) else e or ()) if a in sizes) for e in where]
+        """where: entries of a PartitionSpec; those of the last two dimensions are of the matrix,
+        whatever batch dimensions x has.
+        """
+        entries = [
+            tuple(a for a in ((e,) if isinstance(e, str) else e or ()) if a in sizes) for e in where
+        ]
         dims = [dim for dim in (1, 2) if entries[dim - 3]]
         if len(dims) > 1:
             raise NotImplementedError(f"Muon: matrices split along both sides, {where}")
         over = entries[dims[0] - 3] if dims else ()
         parts = math.prod(sizes[a] for a in over)
-        sides = tuple(size * (parts if dim in dims else 1) for dim, size in zip((1, 2), x.shape[-2:], strict=True))
+        sides = tuple(
+            size * (parts if dim in dims else 1)
+            for dim, size in zip((1, 2), x.shape[-2:], strict=True)
+        )
         used = {axis for entry in entries for axis in entry}
         free = tuple(axis for axis in sizes if axis not in used)
-        return cls(x.reshape(-1, *x.shape[-2:]), x.shape, sides, dims[0] if dims else None, over, free, sizes)
+        return cls(
+            x.reshape(-1, *x.shape[-2:]),
+            x.shape,
+            sides,
+            dims[0] if dims else None,
+            over,
+            free,
+            sizes,
+        )
 
     @property
     def key(self):
@@ -161,7 +214,11 @@ def _orthogonalize(stacks: list[_Stack], steps: int, dtype: str) -> list[jax.Arr
     for key, numbers in alike.items():
         first = stacks[numbers[0]]
         x = jnp.concatenate([stacks[n].normalised(dtype) for n in numbers])
-        if first.over and min(first.sides) >= LARGE and len(x) < first.parts(first.over) * first.parts(first.free):
+        if (
+            first.over
+            and min(first.sides) >= LARGE
+            and len(x) < first.parts(first.over) * first.parts(first.free)
+        ):
             x, back = _columns(first, x)
             put(key, back(_iterate(x, steps, first.over)))
         else:
@@ -176,7 +233,9 @@ def _orthogonalize(stacks: list[_Stack], steps: int, dtype: str) -> list[jax.Arr
 
 
 def _dealt(stack: _Stack, x):
-    """This device's share of whole matrices, the shorter side first, some of them zeros; and the way back."""
+    """This device's share of whole matrices, the shorter side first, some of them zeros; and the
+    way back.
+    """
     share, put_together = _share(stack, x, stack.parts(stack.over))
     if stack.over:
         share = jax.lax.all_to_all(share, stack.over, 0, stack.dim, tiled=True)
@@ -184,13 +243,17 @@ def _dealt(stack: _Stack, x):
 
     def back(y):
         y = y.swapaxes(1, 2) if swap else y
-        return put_together(jax.lax.all_to_all(y, stack.over, stack.dim, 0, tiled=True) if stack.over else y)
+        return put_together(
+            jax.lax.all_to_all(y, stack.over, stack.dim, 0, tiled=True) if stack.over else y
+        )
 
     return share.swapaxes(1, 2) if swap else share, back
 
 
 def _columns(stack: _Stack, x):
-    """Some matrices, the shorter side first, and of each this device's part of the longer side; and the way back."""
+    """Some matrices, the shorter side first, and of each this device's part of the longer side; and
+    the way back.
+    """
     share, put_together = _share(stack, x, 1)
     swap, parts = stack.sides[0] > stack.sides[1], stack.parts(stack.over)
     share = share.swapaxes(1, 2) if swap else share
@@ -208,7 +271,9 @@ def _columns(stack: _Stack, x):
 
 
 def _share(stack: _Stack, x, parts: int):
-    """Of matrices that are repeated over the free axes, this device's, their number a multiple of `parts`; and the way back."""
+    """Of matrices that are repeated over the free axes, this device's, their number a multiple of
+    `parts`; and the way back.
+    """
     count, among = len(x), stack.parts(stack.free)
     x = jnp.pad(x, ((0, -count % (parts * among)), (0, 0), (0, 0)))
     if stack.free:
@@ -222,7 +287,9 @@ def _share(stack: _Stack, x, parts: int):
 
 
 def _iterate(x, steps: int, over):
-    """Newton-Schulz steps on matrices [N, s, l] of norm 1, s <= l; `over`: mesh axes that split their longer side."""
+    """Newton-Schulz steps on matrices [N, s, l] of norm 1, s <= l; `over`: mesh axes that split
+    their longer side.
+    """
     a, b, c = COEFFICIENTS
 
     def whole(_, x):

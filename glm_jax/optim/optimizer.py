@@ -37,9 +37,12 @@ class OptimizerConfig:
         check_choice("optimizer.ns_dtype", self.ns_dtype, ("float32", "bfloat16"))
         positive, fraction = (lambda x: x > 0), (lambda x: 0 <= x < 1)
         valid = {  # a parameter whose gradient is 0 would be divided by adam_eps alone
-            "adam_eps": (positive, "positive"), "adam_b1": (fraction, "in [0, 1)"), "adam_b2": (fraction, "in [0, 1)"),
-            "momentum": (fraction, "in [0, 1)"), "ns_steps": (positive, "positive"), "update_rms": (positive, "positive"),
-            "weight_decay": (lambda x: x >= 0, "at least 0"), "max_grad_norm": (lambda x: x >= 0, "at least 0; 0 clips nothing"),
+            "adam_eps": (positive, "positive"), "adam_b1": (fraction, "in [0, 1)"),
+            "adam_b2": (fraction, "in [0, 1)"),
+            "momentum": (fraction, "in [0, 1)"), "ns_steps": (positive, "positive"),
+            "update_rms": (positive, "positive"),
+            "weight_decay": (lambda x: x >= 0, "at least 0"),
+            "max_grad_norm": (lambda x: x >= 0, "at least 0; 0 clips nothing"),
         }  # fmt: skip
         for field, (is_valid, meaning) in valid.items():
             if not is_valid(getattr(self, field)):
@@ -47,13 +50,17 @@ class OptimizerConfig:
 
 
 def group_of(path: tuple[str, ...], axes: tuple[str | None, ...]) -> str:
-    """Group of a parameter from its path and logical axes (without `layers`): the LM head and the router are matrices."""
+    """Group of a parameter from its path and logical axes (without `layers`): the LM head and the
+    router are matrices.
+    """
     if len(axes) < 2:
         return "vector"
     return "embedding" if "embed_tokens" in path else "muon"
 
 
-def head_split(axes: tuple[str | None, ...], shape: tuple[int, ...], head_size: int) -> tuple[int, int] | None:
+def head_split(
+    axes: tuple[str | None, ...], shape: tuple[int, ...], head_size: int
+) -> tuple[int, int] | None:
     """(axis, number of heads) of an attention projection, None for any other matrix."""
     for axis in (-1, -2):
         if len(axes) >= 2 and axes[axis] in ("heads", "kv_heads"):
@@ -61,22 +68,39 @@ def head_split(axes: tuple[str | None, ...], shape: tuple[int, ...], head_size: 
     return None
 
 
-def make_optimizer(config: OptimizerConfig, axes, shapes, head_size: int) -> optax.GradientTransformation:
-    """The update direction with weight decay, before the learning rate: params -= learning_rate * update.
+def make_optimizer(
+    config: OptimizerConfig, axes, shapes, head_size: int
+) -> optax.GradientTransformation:
+    """The update direction with weight decay, before the learning rate: params -= learning_rate *
+    update.
 
     Args:
-      axes, shapes: trees like the parameters (nested dicts) whose leaves are tuples of logical axes / of sizes.
+      axes, shapes: trees like the parameters (nested dicts) whose leaves are tuples of logical axes
+        / of sizes.
       head_size: for the per-head split.
     """
-    is_leaf = lambda x: isinstance(x, tuple)  # noqa: E731
+    is_leaf = lambda x: isinstance(x, tuple)
     groups = group_tree(axes)
     splits = None
     if config.split_heads:
-        splits = jax.tree.map(lambda a, s: head_split(a, s, head_size), axes, shapes, is_leaf=is_leaf)
-        splits = jax.tree.map(lambda g, s: s if g == "muon" else optax.MaskedNode(), groups, splits, is_leaf=lambda x: isinstance(x, str))
-    placed = jax.tree.map(lambda g, a: a if g == "muon" else optax.MaskedNode(), groups, axes, is_leaf=lambda x: isinstance(x, str))
+        splits = jax.tree.map(
+            lambda a, s: head_split(a, s, head_size), axes, shapes, is_leaf=is_leaf
+        )
+        splits = jax.tree.map(
+            lambda g, s: s if g == "muon" else optax.MaskedNode(),
+            groups,
+            splits,
+            is_leaf=lambda x: isinstance(x, str),
+        )
+    placed = jax.tree.map(
+        lambda g, a: a if g == "muon" else optax.MaskedNode(),
+        groups,
+        axes,
+        is_leaf=lambda x: isinstance(x, str),
+    )
     muon = scale_by_muon(
-        momentum=config.momentum, nesterov=config.nesterov, ns_steps=config.ns_steps, ns_dtype=config.ns_dtype,
+        momentum=config.momentum, nesterov=config.nesterov, ns_steps=config.ns_steps,
+        ns_dtype=config.ns_dtype,
         update_rms=config.update_rms, head_splits=splits, axes=placed,
     )  # fmt: skip
     adam = optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps)
@@ -94,7 +118,9 @@ def make_optimizer(config: OptimizerConfig, axes, shapes, head_size: int) -> opt
 def group_tree(axes):
     """Tree of group names like the parameters."""
     return jax.tree.map_with_path(
-        lambda path, a: group_of(tuple(str(k.key) for k in path), a), axes, is_leaf=lambda x: isinstance(x, tuple)
+        lambda path, a: group_of(tuple(str(k.key) for k in path), a),
+        axes,
+        is_leaf=lambda x: isinstance(x, tuple),
     )
 
 

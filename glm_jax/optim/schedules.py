@@ -1,7 +1,8 @@
-"""What changes along a run, in tokens: learning rate, batch size, MTP weight, router bias rate (FACTS 4).
+"""What changes along a run, in tokens: learning rate, batch size, MTP weight, router bias rate
+(FACTS 4).
 
-Computed on the host in exact integers from the step alone and handed to the compiled step as scalars, so that nothing
-recompiles and a resumed run cannot disagree with an undisturbed one.
+Computed on the host in exact integers from the step alone and handed to the compiled step as
+scalars, so that nothing recompiles and a resumed run cannot disagree with an undisturbed one.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ class ScheduleConfig:
         check_types(self)
         if self.total_tokens < 1 or self.decay_tokens <= self.warmup_tokens:
             raise ValueError(
-                f"schedule: total_tokens={self.total_tokens} must be positive and decay_tokens={self.decay_tokens} "
-                f"greater than warmup_tokens={self.warmup_tokens}"
+                f"schedule: total_tokens={self.total_tokens} must be positive and"
+                f" decay_tokens={self.decay_tokens} greater than warmup_tokens={self.warmup_tokens}"
             )
         if not 1 <= self.first_microbatches <= self.last_microbatches:
             raise ValueError(
-                f"schedule: first_microbatches={self.first_microbatches} must be 1..last_microbatches={self.last_microbatches}"
+                f"schedule: first_microbatches={self.first_microbatches} must be"
+                f" 1..last_microbatches={self.last_microbatches}"
             )
 
 
@@ -57,13 +59,23 @@ class Point:
 class Schedule:
     """schedule[step] -> Point, for steps first_step .. num_steps - 1.
 
-    A run that was stopped goes on from the step and the tokens of its checkpoint: they are what it has seen, whatever another
-    schedule would have made of the same steps. Raises ValueError where total_tokens lies before them.
+    A run that was stopped goes on from the step and the tokens of its checkpoint: they are what it
+    has seen, whatever another schedule would have made of the same steps. Raises ValueError where
+    total_tokens lies before them.
     """
 
-    def __init__(self, config: ScheduleConfig, tokens_per_microbatch: int, first_step: int = 0, first_tokens: int = 0):
+    def __init__(
+        self,
+        config: ScheduleConfig,
+        tokens_per_microbatch: int,
+        first_step: int = 0,
+        first_tokens: int = 0,
+    ):
         if config.total_tokens < first_tokens:
-            raise ValueError(f"schedule.total_tokens={config.total_tokens} is less than the {first_tokens} tokens that the run has seen")
+            raise ValueError(
+                f"schedule.total_tokens={config.total_tokens} is less than the {first_tokens}"
+                " tokens that the run has seen"
+            )
         self.config = config
         self.tokens_per_microbatch = tokens_per_microbatch
         self.first_step = first_step
@@ -99,13 +111,20 @@ class Schedule:
         if tokens >= config.batch_ramp_tokens:
             return config.last_microbatches
         share = tokens / config.batch_ramp_tokens
-        return config.first_microbatches + int(share * (config.last_microbatches - config.first_microbatches + 1))
+        return config.first_microbatches + int(
+            share * (config.last_microbatches - config.first_microbatches + 1)
+        )
 
     def learning_rate(self, tokens: int) -> float:
         """At the end of a step, so that the first one already moves."""
         config = self.config
         if tokens < config.warmup_tokens:
             return config.learning_rate * tokens / config.warmup_tokens
-        share = min((tokens - config.warmup_tokens) / (config.decay_tokens - config.warmup_tokens), 1.0)
+        share = min(
+            (tokens - config.warmup_tokens) / (config.decay_tokens - config.warmup_tokens), 1.0
+        )
         cosine = 0.5 * (1 + math.cos(math.pi * share))
-        return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * cosine
+        return (
+            config.final_learning_rate
+            + (config.learning_rate - config.final_learning_rate) * cosine
+        )

@@ -1,8 +1,10 @@
-"""The real TPU compiler as a planner: does a program fit a pod, what does it take there, and where does its time go?
+"""The real TPU compiler as a planner: does a program fit a pod, what does it take there, and where
+does its time go?
 
-Needs libtpu, no hardware. Everything here is *compiled* or *estimated*, nothing measured. What the estimate of time leaves out:
-kernels run at the rate of their limit (matrix unit or HBM) after LEAST_CYCLES, a collective that XLA starts early is hidden by all that
-is scheduled until its end, routing is balanced, links carry their full rate, and nothing is said about the host.
+Needs libtpu, no hardware. Everything here is *compiled* or *estimated*, nothing measured. What the
+estimate of time leaves out: kernels run at the rate of their limit (matrix unit or HBM) after
+LEAST_CYCLES, a collective that XLA starts early is hidden by all that is scheduled until its end,
+routing is balanced, links carry their full rate, and nothing is said about the host.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from glm_jax.train.metrics import flops_per_token, matmul_parameters
 from pallas_kernels import compiler
 from pallas_kernels.target import target_kind
 
-HBM_GIB = {"v4": 15.25, "v5e": 15.75, "v5p": 95.73, "v6e": 31.24, "tpu7x": 94.74}  # that the compiler gives a program
+# that the compiler gives a program
+HBM_GIB = {"v4": 15.25, "v5e": 15.75, "v5p": 95.73, "v6e": 31.24, "tpu7x": 94.74}
 SENT_ONCE = ("send_rows", "send_result_gradients")  # scopes of moe_dispatch.exchange
 ROW_KERNELS = ("grouped_", "copy_rows")  # whose estimates count an exchange's whole buffers
 LINK_BYTES = {"v4": 45e9, "v5e": 45e9, "v5p": 90e9, "v6e": 90e9, "tpu7x": 90e9}  # a second, one way
@@ -39,11 +42,13 @@ HOP_SECONDS = 1e-6  # of a message from one chip to the next
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the compiler says of a program; bytes are of one device, which is a chip, or half of one on v4 and tpu7x.
+    """What the compiler says of a program; bytes are of one device, which is a chip, or half of one
+    on v4 and tpu7x.
 
-    Seconds are of one step: a training step, a token of every row, or the last chunk of every row. estimated_step_seconds: XLA's
-    operations by its own cycles, kernels by their limit, exposed collectives; parts: the same by kind of operation, kernel and collective,
-    most first. needed_hbm_seconds: what the step must read and write, once.
+    Seconds are of one step: a training step, a token of every row, or the last chunk of every row.
+    estimated_step_seconds: XLA's operations by its own cycles, kernels by their limit, exposed
+    collectives; parts: the same by kind of operation, kernel and collective, most first.
+    needed_hbm_seconds: what the step must read and write, once.
     """
 
     mode: str
@@ -74,8 +79,10 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a step needs of one device: useful floating-point operations, and bytes that it must read and write once. Of an exchange's
-    buffers, balanced routing fills the share `filled`, and `once` of that where a token goes once to a device."""
+    """What a step needs of one device: useful floating-point operations, and bytes that it must
+    read and write once. Of an exchange's buffers, balanced routing fills the share `filled`, and
+    `once` of that where a token goes once to a device.
+    """
 
     flops: float
     hbm_bytes: float
@@ -84,7 +91,13 @@ class Work:
 
 
 def plan_train(
-    model: ModelConfig, optimizer: OptimizerConfig, balance_weight: float, mesh_config: MeshConfig, topology: str, rows: int, length: int
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    balance_weight: float,
+    mesh_config: MeshConfig,
+    topology: str,
+    rows: int,
+    length: int,
 ) -> tuple[Plan, Program | None]:
     """A training step of one microbatch of `rows` rows. HBM: the state is read and written once."""
     devices = compiler.tpu_devices(topology)
@@ -93,8 +106,14 @@ def plan_train(
     def trace():
         traced, state = trace_train(model, optimizer, balance_weight, mesh, rows, length)
         held = on_a_chip(state)
-        flops, parts, choices = rows * length * flops_per_token(model, length), mesh.shape["expert"], model.num_experts_per_token
-        shares = (1 / model.expert_buffer, parts * (1 - (1 - 1 / parts) ** choices) / choices) if parts > 1 else ()
+        flops = rows * length * flops_per_token(model, length)
+        parts = mesh.shape["expert"]
+        choices = model.num_experts_per_token
+        shares = (
+            (1 / model.expert_buffer, parts * (1 - (1 - 1 / parts) ** choices) / choices)
+            if parts > 1
+            else ()
+        )
         return traced, on_a_chip(state.params), 0, Work(flops / len(devices), 2 * held, *shares)
 
     return _plan("train", model, mesh, topology, trace, length=length, outer_loops=0)
@@ -103,10 +122,11 @@ def plan_train(
 def plan_engine(
     model: ModelConfig, engine: EngineConfig, mesh_config: MeshConfig, topology: str, mode: str
 ) -> tuple[Plan, Program | None, dict]:
-    """The engine's call with all rows; mode: `decode`, a token of every row over a full cache, or `prefill`, the last chunk of every row.
+    """The engine's call with all rows; mode: `decode`, a token of every row over a full cache, or
+    `prefill`, the last chunk of every row.
 
-    Returns, besides, `cache_bytes_per_token` (of its own chip) and `cached_tokens_that_fit` on the whole pod: those of the plan's cache
-    and of what it leaves free.
+    Returns, besides, `cache_bytes_per_token` (of its own chip) and `cached_tokens_that_fit` on the
+    whole pod: those of the plan's cache and of what it leaves free.
     """
     devices = compiler.tpu_devices(topology)
     mesh = make_mesh(mesh_config, devices)
@@ -114,31 +134,54 @@ def plan_engine(
     def trace():
         traced, state, pages = trace_engine(model, engine, mesh, prefilling=mode == "prefill")
         weights, cache = on_a_chip(state), on_a_chip(pages)
-        tokens = engine.num_rows * (engine.prefill_chunk if mode == "prefill" else 1 + engine.draft_tokens)
+        tokens = engine.num_rows * (
+            engine.prefill_chunk if mode == "prefill" else 1 + engine.draft_tokens
+        )
         flops = tokens * _engine_flops(model, engine, head=mode != "prefill") / len(devices)
         return traced, weights, cache, Work(flops, weights + cache)
 
     plan, read = _plan(mode, model, mesh, topology, trace, length=engine.context, outer_loops=1)
     shards = len(devices)
     a_token = plan.cache_bytes / (engine.num_pages // shards * engine.page_size)
-    fit = int(shards * (plan.cache_bytes + plan.hbm_capacity_bytes - plan.hbm_bytes_per_chip) / a_token) if plan.fits else 0
+    fit = (
+        int(
+            shards
+            * (plan.cache_bytes + plan.hbm_capacity_bytes - plan.hbm_bytes_per_chip)
+            / a_token
+        )
+        if plan.fits
+        else 0
+    )
     return plan, read, {"cache_bytes_per_token": a_token, "cached_tokens_that_fit": fit}
 
 
 def _engine_flops(model: ModelConfig, engine: EngineConfig, head: bool) -> float:
-    """Of a token at the end of the context, which sees what one of twice the length sees by the mean. head: whether logits are made."""
+    """Of a token at the end of the context, which sees what one of twice the length sees by the
+    mean. head: whether logits are made.
+    """
     run = model if engine.draft_tokens else dataclasses.replace(model, num_mtp_layers=0)
     heads = 0 if head else 2 * (1 + run.num_mtp_layers) * model.hidden_size * model.vocab_size
     return flops_per_token(run, 2 * engine.context - 1) / 3 - heads
 
 
-def _plan(mode: str, model: ModelConfig, mesh: Mesh, topology: str, trace, *, length: int, outer_loops: int) -> tuple[Plan, Program | None]:
+def _plan(
+    mode: str,
+    model: ModelConfig,
+    mesh: Mesh,
+    topology: str,
+    trace,
+    *,
+    length: int,
+    outer_loops: int,
+) -> tuple[Plan, Program | None]:
     kind = topology.split(":", maxsplit=1)[0]
     capacity = int(HBM_GIB[kind] * 2**30)
     start = time.perf_counter()
     traced, weights, cache, work = trace()
     lowered = traced.lower(lowering_platforms=("tpu",))
-    kernels = re.findall(r'@tpu_custom_call.*?backend_config = "((?:[^"\\]|\\.)*)"', lowered.as_text())
+    kernels = re.findall(
+        r'@tpu_custom_call.*?backend_config = "((?:[^"\\]|\\.)*)"', lowered.as_text()
+    )
     lowering = time.perf_counter() - start
     start, message, peak, text = time.perf_counter(), "", 0, ""
     try:
@@ -152,7 +195,8 @@ def _plan(mode: str, model: ModelConfig, mesh: Mesh, topology: str, trace, *, le
         text = _text(compiled)
     compiling = time.perf_counter() - start
     plan = Plan(
-        mode, topology, mesh.size, not message, capacity, peak, weights, cache, round(lowering, 1), round(compiling, 1),
+        mode, topology, mesh.size, not message, capacity, peak, weights, cache, round(lowering, 1),
+        round(compiling, 1),
         _parameters(model), matmul_parameters(model), flops_per_token(model, length),
         lowered_kernels=len(kernels), distinct_kernels=len(set(kernels)), message=message,
     )  # fmt: skip
@@ -168,7 +212,10 @@ def _text(compiled) -> str:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
         pairs = "jax 0.12 with libtpu 0.0.50 or 0.0.52, jax 0.10 with libtpu 0.0.42"
-        raise ValueError(f"jax {jax.__version__} and this libtpu compiled the program but cannot write it down: use {pairs}") from error
+        raise ValueError(
+            f"jax {jax.__version__} and this libtpu compiled the program but cannot write it down:"
+            f" use {pairs}"
+        ) from error
 
 
 def _parameters(model: ModelConfig) -> int:
@@ -187,9 +234,11 @@ def _estimate(read: Program, work: Work, mesh: Mesh, topology: str, outer_loops:
     with jax.set_mesh(compiler.one_device(topology)):
         kind, core = target_kind(), pltpu.get_tpu_info()
     cores = 2 if kind == "v5p" else 1  # of a device
-    peak, clock = cores * core.bf16_ops_per_second, core.bf16_ops_per_second / (8 * core.mxu_column_size**2)
+    peak = cores * core.bf16_ops_per_second
+    clock = core.bf16_ops_per_second / (8 * core.mxu_column_size**2)
     bandwidth = cores * core.mem_bw_bytes_per_second
-    torus, places = Torus.of(list(mesh.devices.flat)), [place(device) for device in mesh.devices.flat]
+    torus = Torus.of(list(mesh.devices.flat))
+    places = [place(device) for device in mesh.devices.flat]
 
     def seconds(operation: Operation) -> float:
         if operation.kind == "collective":
@@ -198,7 +247,10 @@ def _estimate(read: Program, work: Work, mesh: Mesh, topology: str, outer_loops:
             return share * collective_seconds(operation, torus, places, LINK_BYTES[kind])
         if operation.kind == "kernel":
             filled = work.filled if operation.name.startswith(ROW_KERNELS) else 1.0
-            return filled * max(operation.flops / peak, operation.moved_bytes / bandwidth) + LEAST_CYCLES / clock
+            return (
+                filled * max(operation.flops / peak, operation.moved_bytes / bandwidth)
+                + LEAST_CYCLES / clock
+            )
         return operation.cycles / clock
 
     total, parts, calls = collections.Counter(), collections.Counter(), 0
@@ -206,36 +258,56 @@ def _estimate(read: Program, work: Work, mesh: Mesh, topology: str, outer_loops:
         spent = seconds(operation)
         if operation.kind == "collective":
             spent = max(0.0, spent - sum(map(seconds, read.meanwhile.get(operation.name, ()))))
-        total[{"collective": "collective", "kernel": "kernel"}.get(operation.kind, "xla")] += times * spent
+        total[{"collective": "collective", "kernel": "kernel"}.get(operation.kind, "xla")] += (
+            times * spent
+        )
         parts[_part(operation)] += times * spent
         calls += operation.kind == "kernel"
     step = sum(total.values())
     return {
-        "xla_seconds": total["xla"], "kernel_seconds": total["kernel"], "exposed_collective_seconds": total["collective"],
-        "estimated_step_seconds": step, "estimated_mfu": work.flops / peak / step, "needed_hbm_seconds": work.hbm_bytes / bandwidth,
+        "xla_seconds": total["xla"], "kernel_seconds": total["kernel"],
+        "exposed_collective_seconds": total["collective"],
+        "estimated_step_seconds": step, "estimated_mfu": work.flops / peak / step,
+        "needed_hbm_seconds": work.hbm_bytes / bandwidth,
         "kernel_calls": calls, "parts": dict(parts.most_common()),
     }  # fmt: skip
 
 
 def _part(operation: Operation) -> str:
     """What an operation's time is listed under."""
-    kinds = {"product": "XLA products", "copy": "XLA copies", "other": "XLA, other", "kernel": f"kernel {operation.name.partition('.')[0]}"}
+    kinds = {
+        "product": "XLA products",
+        "copy": "XLA copies",
+        "other": "XLA, other",
+        "kernel": f"kernel {operation.name.partition('.')[0]}",
+    }
     found = kinds.get(operation.kind, f"exposed {operation.opcode.removesuffix('-start')}")
     return f"optimizer: {found}" if operation.source.startswith("glm_jax/optim/") else found
 
 
-def collective_seconds(operation: Operation, torus: Torus, places: Sequence[tuple[int, ...]], link_bytes: float) -> float:
-    """By the largest array. An all-to-all as Torus.spread, all else on rings through the block of its devices, both ways around; and
-    never less than HOP_SECONDS a link to the farthest device. places: of each device of the mesh; link_bytes: a second, one way."""
+def collective_seconds(
+    operation: Operation, torus: Torus, places: Sequence[tuple[int, ...]], link_bytes: float
+) -> float:
+    """By the largest array. An all-to-all as Torus.spread, all else on rings through the block of
+    its devices, both ways around; and never less than HOP_SECONDS a link to the farthest device.
+    places: of each device of the mesh; link_bytes: a second, one way.
+    """
     size, kind = max(len(operation.group), 1), operation.opcode.removesuffix("-start")
     block = torus.block([places[device] for device in operation.group]) if size > 1 else None
-    if block is None:  # one device, a permutation, or no block: as if neighbours stood along one line
+    # one device, a permutation, or no block: as if neighbours stood along one line
+    if block is None:
         block = ((size, 1),)
     if kind.endswith("all-to-all"):
         spent = operation.bytes * torus.spread(block)
     else:
         share = 1.0 if kind == "collective-permute" else (size - 1) / size / 2
-        spent = operation.bytes * share / operation.rings * torus.ring(block) * (2 if kind == "all-reduce" else 1)
+        spent = (
+            operation.bytes
+            * share
+            / operation.rings
+            * torus.ring(block)
+            * (2 if kind == "all-reduce" else 1)
+        )
     return max(spent / link_bytes, torus.hops(block) * HOP_SECONDS)
 
 

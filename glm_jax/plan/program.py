@@ -1,7 +1,9 @@
-"""A program of the TPU compiler, read: which operations take its time, how often they run, and which line of ours made them.
+"""A program of the TPU compiler, read: which operations take its time, how often they run, and
+which line of ours made them.
 
-Cycles are the compiler's own estimates, of a cost model that knows no kernels of ours and no collectives: kernels bring estimates of
-their own (pallas_kernels/cost.py), collectives are listed with their bytes.
+Cycles are the compiler's own estimates, of a cost model that knows no kernels of ours and no
+collectives: kernels bring estimates of their own (pallas_kernels/cost.py), collectives are listed
+with their bytes.
 """
 
 from __future__ import annotations
@@ -14,8 +16,27 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+ITEM_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "f8e4m3fn": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+}
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+)
 NO_WORK = 10**15  # what the compiler writes for an operation that it has no estimate of
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(")
@@ -24,11 +45,13 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One instruction. bytes: of the largest array that it makes; of a ragged all-to-all no more than what it reads holds. cycles: of one
-    execution, 0 where there is no estimate. source: the innermost line of this project that made it, as file:line function, and op_name,
-    JAX's name for it; both may be empty. group: the first group of devices that a collective is among, by their places in the mesh, else
-    none. flops, moved_bytes: of a kernel, by its own estimate. rings: through its group that a collective sends around at a time, both
-    ways."""
+    """One instruction. bytes: of the largest array that it makes; of a ragged all-to-all no more
+    than what it reads holds. cycles: of one execution, 0 where there is no estimate. source: the
+    innermost line of this project that made it, as file:line function, and op_name, JAX's name for
+    it; both may be empty. group: the first group of devices that a collective is among, by their
+    places in the mesh, else none. flops, moved_bytes: of a kernel, by its own estimate. rings:
+    through its group that a collective sends around at a time, both ways.
+    """
 
     name: str
     opcode: str
@@ -52,7 +75,15 @@ class Operation:
             return "collective"
         if self.op_name.endswith("dot_general") or self.name.startswith("convolution"):
             return "product"
-        copies = ("copy", "slice", "dynamic-slice", "transpose", "bitcast_dynamic-update-slice", "broadcast", "pad")
+        copies = (
+            "copy",
+            "slice",
+            "dynamic-slice",
+            "transpose",
+            "bitcast_dynamic-update-slice",
+            "broadcast",
+            "pad",
+        )
         return "copy" if self.name.startswith(copies) else "other"
 
 
@@ -67,8 +98,10 @@ class Loop:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """operations, as scheduled, and computations called besides loops' bodies, of each computation; loops by the computation that they
-    stand in. meanwhile: by the name of the start of a collective, the operations that are scheduled before its end."""
+    """operations, as scheduled, and computations called besides loops' bodies, of each computation;
+    loops by the computation that they stand in. meanwhile: by the name of the start of a
+    collective, the operations that are scheduled before its end.
+    """
 
     entry: str
     operations: Mapping[str, list[Operation]]
@@ -77,8 +110,10 @@ class Program:
     meanwhile: Mapping[str, list[Operation]]
 
     def times(self, outer: int) -> dict[str, int]:
-        """How often each computation runs. Loops whose trips are not known run `outer` times where they are outermost, and else not at
-        all: further rounds of an exchange, which balanced routing does not need."""
+        """How often each computation runs. Loops whose trips are not known run `outer` times where
+        they are outermost, and else not at all: further rounds of an exchange, which balanced
+        routing does not need.
+        """
         out = collections.Counter()
 
         def visit(computation: str, times: int):
@@ -93,7 +128,9 @@ class Program:
         return dict(out)
 
     def executed(self, outer: int) -> Iterator[tuple[Operation, int]]:
-        """Operations with how often each runs, as `times` says. Of a conditional all branches count."""
+        """Operations with how often each runs, as `times` says. Of a conditional all branches
+        count.
+        """
         for computation, times in self.times(outer).items():
             for operation in self.operations[computation]:
                 yield operation, times
@@ -119,16 +156,25 @@ def read(text: str) -> Program:
         conditions[computation].append(line)
         sizes[name] = largest(shape)
         if opcode == "while":
-            condition, body = (re.search(rf"{role}=%?([\w.\-]+)", line)[1] for role in ("condition", "body"))
+            condition, body = (
+                re.search(rf"{role}=%?([\w.\-]+)", line)[1] for role in ("condition", "body")
+            )
             found.append((computation, body, condition))
             continue
         if opcode == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", line)
-            named = branches[1].split(",") if branches else re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)
+            named = (
+                branches[1].split(",")
+                if branches
+                else re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)
+            )
             calls[computation] += [branch.strip().lstrip("%") for branch in named]
         elif opcode in ("call", "async-start"):
             calls[computation] += re.findall(r"(?:to_apply|calls)=%?([\w.\-]+)", line)[:1]
-        if opcode.endswith("-done") and (start := re.search(r"-done\(%?([\w.\-]+)", line)[1]) in started:
+        if (
+            opcode.endswith("-done")
+            and (start := re.search(r"-done\(%?([\w.\-]+)", line)[1]) in started
+        ):
             meanwhile[start] = operations[computation][started[start] :]
         cycles = _CYCLES.search(line)
         cycles = int(cycles[1]) if cycles and int(cycles[1]) < NO_WORK else 0
@@ -137,12 +183,22 @@ def read(text: str) -> Program:
         if cycles or _is_counted(opcode, line):
             size = largest(heads[scattered[1]]) if scattered else sizes[name]
             if opcode.startswith("ragged-all-to-all"):
-                size = min(size, *(sizes.get(array, size) for array in re.findall(r"%([\w.\-]+)", line.partition(opcode)[2])[:2]))
-            group = next(filter(None, map(_group, conditions[scattered[1]] if scattered else [line])), ())
-            frame, op_name = re.search(r"stack_frame_id=(\d+)", line), re.search(r'op_name="([^"]*)"', line)
+                size = min(
+                    size,
+                    *(
+                        sizes.get(array, size)
+                        for array in re.findall(r"%([\w.\-]+)", line.partition(opcode)[2])[:2]
+                    ),
+                )
+            group = next(
+                filter(None, map(_group, conditions[scattered[1]] if scattered else [line])), ()
+            )
+            frame = re.search(r"stack_frame_id=(\d+)", line)
+            op_name = re.search(r'op_name="([^"]*)"', line)
             source = sources.get(int(frame[1]), "") if frame else ""
             operations[computation].append(
-                Operation(name, opcode, shape, size, cycles, source, op_name[1] if op_name else "", group, *_cost(line), _rings(line))
+                Operation(name, opcode, shape, size, cycles, source, op_name[1] if op_name else "",
+                          group, *_cost(line), _rings(line))
             )  # fmt: skip
             if opcode.endswith("-start"):
                 started[name] = len(operations[computation])
@@ -150,7 +206,9 @@ def read(text: str) -> Program:
     for where, body, condition in found:
         loops[where].append(Loop(body, condition, _trips(conditions[condition])))
     every = {*operations, *calls, *loops, *conditions}
-    return Program(entry, {name: operations[name] for name in every}, dict(calls), dict(loops), meanwhile)
+    return Program(
+        entry, {name: operations[name] for name in every}, dict(calls), dict(loops), meanwhile
+    )
 
 
 def _cost(line: str) -> tuple[int, int]:
@@ -162,11 +220,19 @@ def _cost(line: str) -> tuple[int, int]:
 def largest(shape: str) -> int:
     """Bytes of the largest array of an instruction's shape, which may be a tuple."""
     arrays = re.findall(r"(\w+)\[([\d,]*)\]", shape)
-    return max((ITEM_BYTES.get(dtype, 0) * math.prod(map(int, filter(None, dims.split(",")))) for dtype, dims in arrays), default=0)
+    return max(
+        (
+            ITEM_BYTES.get(dtype, 0) * math.prod(map(int, filter(None, dims.split(","))))
+            for dtype, dims in arrays
+        ),
+        default=0,
+    )
 
 
 def _is_counted(opcode: str, line: str) -> bool:
-    return (opcode == "custom-call" and '"tpu_custom_call"' in line) or opcode.removesuffix("-start") in COLLECTIVES
+    return (opcode == "custom-call" and '"tpu_custom_call"' in line) or opcode.removesuffix(
+        "-start"
+    ) in COLLECTIVES
 
 
 def _group(line: str) -> tuple[int, ...]:
@@ -175,11 +241,19 @@ def _group(line: str) -> tuple[int, ...]:
         sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
         among = re.findall(r"'(\w+)'", mesh[2])
         whole = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
-        return tuple(whole[tuple(slice(None) if axis in among else 0 for axis in sizes)].reshape(-1).tolist())
+        return tuple(
+            whole[tuple(slice(None) if axis in among else 0 for axis in sizes)].reshape(-1).tolist()
+        )
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         sizes = [int(size) for size in iota[2].split(",")]
         order = [int(axis) for axis in iota[3].split(",")] if iota[3] else list(range(len(sizes)))
-        return tuple(np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(-1)[: int(iota[1])].tolist())
+        return tuple(
+            np.arange(math.prod(sizes))
+            .reshape(sizes)
+            .transpose(order)
+            .reshape(-1)[: int(iota[1])]
+            .tolist()
+        )
     first = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
     return tuple(int(device) for device in first[1].split(",")) if first else ()
 
@@ -212,10 +286,15 @@ def _sources(text: str) -> dict[int, str]:
             break
     location = {}
     for number, fields in tables["FileLocations"].items():
-        file, function, line = (int(re.search(rf"{name}=(\d+)", fields)[1]) for name in ("file_name_id", "function_name_id", "line"))
+        file, function, line = (
+            int(re.search(rf"{name}=(\d+)", fields)[1])
+            for name in ("file_name_id", "function_name_id", "line")
+        )
         path = tables["FileNames"][file].strip('"')
         ours = re.search(r"((?:glm_jax|pallas_kernels)/[\w/]+\.py)$", path)
-        location[number] = f"{ours[1]}:{line} {tables['FunctionNames'][function].strip(chr(34))}" if ours else ""
+        location[number] = (
+            f"{ours[1]}:{line} {tables['FunctionNames'][function].strip(chr(34))}" if ours else ""
+        )
     out = {}
     for number in tables["StackFrames"]:
         frame = number

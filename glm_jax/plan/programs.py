@@ -1,4 +1,6 @@
-"""The programs of a run, lowered for a pod that is not there: the training step, the engine's decode call and its prefill call."""
+"""The programs of a run, lowered for a pod that is not there: the training step, the engine's
+decode call and its prefill call.
+"""
 
 from __future__ import annotations
 
@@ -22,28 +24,45 @@ from glm_jax.train.state import Trainee
 from glm_jax.train.step import Knobs, compile_step
 
 
-def trace_train(model: ModelConfig, optimizer: OptimizerConfig, balance_weight: float, mesh: Mesh, rows: int, length: int):
-    """The training step of one microbatch of `rows` rows, traced for the mesh; and its state as placed shapes."""
+def trace_train(
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    balance_weight: float,
+    mesh: Mesh,
+    rows: int,
+    length: int,
+):
+    """The training step of one microbatch of `rows` rows, traced for the mesh; and its state as
+    placed shapes.
+    """
     trainee = Trainee.create(model, optimizer)
     state, shape = trainee.abstract_state(mesh), (1, rows, length)
-    array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=named(mesh, (None, "batch", "length"), shape, "batch"))  # noqa: E731
+    array = lambda dtype: jax.ShapeDtypeStruct(
+        shape, dtype, sharding=named(mesh, (None, "batch", "length"), shape, "batch")
+    )
     batch = {name: array(jnp.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
-    scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=named(mesh, ()))  # noqa: E731
+    scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=named(mesh, ()))
     knobs = Knobs(scalar(jnp.int32), *[scalar(jnp.float32)] * 3)
     step = compile_step(trainee, balance_weight, mesh)
-    with jax.set_mesh(mesh):  # not around the above, which runs operations of its own: the devices are not here
+    # not around the above, which runs operations of its own: the devices are not here
+    with jax.set_mesh(mesh):
         return step.trace(state, batch | {"loss_weights": array(jnp.float32)}, knobs), state
 
 
 def trace_engine(model: ModelConfig, engine: EngineConfig, mesh: Mesh, *, prefilling: bool):
-    """The engine's call with all rows, traced for the mesh; and the weights and the cache as placed shapes.
+    """The engine's call with all rows, traced for the mesh; and the weights and the cache as placed
+    shapes.
 
-    prefilling: a chunk of engine.prefill_chunk tokens of each row; else engine.decode_steps tokens are drawn.
+    prefilling: a chunk of engine.prefill_chunk tokens of each row; else engine.decode_steps tokens
+    are drawn.
     """
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     for field in ("num_rows", "num_pages"):
         if getattr(engine, field) % shards:
-            raise ValueError(f"engine.{field}={getattr(engine, field)} cannot be split over {shards} shards of the mesh")
+            raise ValueError(
+                f"engine.{field}={getattr(engine, field)} cannot be split over {shards} shards of"
+                " the mesh"
+            )
     with jax.set_mesh(mesh):
         graphdef, state = nnx.split(abstract_model(model))
         state = quantize.abstract(state, engine.weights, model.compute_dtype, mesh)
@@ -51,31 +70,61 @@ def trace_engine(model: ModelConfig, engine: EngineConfig, mesh: Mesh, *, prefil
         rows, tokens, tables = _rows(engine, mesh)
         drafting = engine.draft_tokens > 0
         if prefilling:
-            chunk = jax.ShapeDtypeStruct((engine.num_rows, engine.prefill_chunk), jnp.int32, sharding=tokens.sharding)
-            traced = prefill.trace(graphdef, state, pages, rows, chunk, chunk, tables, drafting, False, False)
+            chunk = jax.ShapeDtypeStruct(
+                (engine.num_rows, engine.prefill_chunk), jnp.int32, sharding=tokens.sharding
+            )
+            traced = prefill.trace(
+                graphdef, state, pages, rows, chunk, chunk, tables, drafting, False, False
+            )
         else:
-            traced = decode.trace(graphdef, state, pages, rows, tokens, tables, engine.decode_steps, engine.draft_tokens)
+            traced = decode.trace(
+                graphdef,
+                state,
+                pages,
+                rows,
+                tokens,
+                tables,
+                engine.decode_steps,
+                engine.draft_tokens,
+            )
     return traced, state, pages
 
 
 def on_a_chip(tree) -> int:
     """Bytes of placed shapes on one device."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
 
 
 def _pages(model: ModelConfig, engine: EngineConfig, mesh: Mesh):
     """Cache.pages as placed shapes."""
     num_layers = model.num_layers + (engine.draft_tokens > 0)
     dtype = model.compute_dtype if engine.cache_dtype == "compute" else engine.cache_dtype
-    shapes = jax.eval_shape(lambda: empty_pages(model, num_layers, engine.num_pages, engine.page_size, dtype, engine.keep_experts))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=named(mesh, PAGES[: x.ndim])), shapes)
+    shapes = jax.eval_shape(
+        lambda: empty_pages(
+            model, num_layers, engine.num_pages, engine.page_size, dtype, engine.keep_experts
+        )
+    )
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=named(mesh, PAGES[: x.ndim])),
+        shapes,
+    )
 
 
 def _rows(engine: EngineConfig, mesh: Mesh):
     """Rows, last tokens and page tables of a full batch, replicated as the host sends them."""
     size, whole = engine.num_rows, named(mesh, ())
-    array = lambda dtype, *shape: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=whole)  # noqa: E731
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=whole)
     ints, floats = array(jnp.int32), array(jnp.float32)
-    params = RowParams(floats, ints, floats, floats, array(jnp.uint32, 3), array(jnp.int32, MAX_STOP_TOKENS), floats)
+    params = RowParams(
+        floats,
+        ints,
+        floats,
+        floats,
+        array(jnp.uint32, 3),
+        array(jnp.int32, MAX_STOP_TOKENS),
+        floats,
+    )
     width = -(-(engine.context + engine.draft_tokens) // engine.page_size)
     return Rows(ints, ints, ints, params), ints, array(jnp.int32, width)

@@ -11,14 +11,26 @@ from data.tokenizer import Tokenizer
 
 _BOX = "\\boxed{"
 # Marks around a whole answer that say nothing: what opens and what closes them.
-_MARKS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("*", "*"), ("`", "`"))
-_WORDS = re.compile(r"\\(?:text|textbf|textit|textrm|textsf|texttt|mathrm|mathbf|mathsf|mathtt)\s*\{")
+_MARKS = (
+    ("$$", "$$"),
+    ("$", "$"),
+    ("\\(", "\\)"),
+    ("\\[", "\\]"),
+    ("**", "**"),
+    ("*", "*"),
+    ("`", "`"),
+)
+_WORDS = re.compile(
+    r"\\(?:text|textbf|textit|textrm|textsf|texttt|mathrm|mathbf|mathsf|mathtt)\s*\{"
+)
 
 
 def boxed_answer(content: str) -> str | None:
-    r"""What stands in the last `\boxed{...}`; None where there is none, its braces do not close, or it is empty.
+    r"""What stands in the last `\boxed{...}`; None where there is none, its braces do not close, or
+    it is empty.
 
-    Without the marks around the whole of it: see `unwrapped`. `\{` and `\}` are characters of the answer and match nothing.
+    Without the marks around the whole of it: see `unwrapped`. `\{` and `\}` are characters of the
+    answer and match nothing.
     """
     _, found, rest = content.rpartition(_BOX)
     place = _closing(rest) if found else None
@@ -26,7 +38,9 @@ def boxed_answer(content: str) -> str | None:
 
 
 def unwrapped(answer: str) -> str:
-    r"""An answer without what is around the whole of it: `\text{}` and its like, dollars, Markdown's marks, a final full stop."""
+    r"""An answer without what is around the whole of it: `\text{}` and its like, dollars,
+    Markdown's marks, a final full stop.
+    """
     before = None
     while answer != before:
         before, answer = answer, answer.strip()
@@ -37,7 +51,12 @@ def unwrapped(answer: str) -> str:
             answer = answer[words.end() : -1]
         for opening, closing in _MARKS:
             inside = answer[len(opening) : -len(closing)]
-            if answer == opening + inside + closing and inside.strip() and opening not in inside and closing not in inside:
+            if (
+                answer == opening + inside + closing
+                and inside.strip()
+                and opening not in inside
+                and closing not in inside
+            ):
                 answer = inside
     return answer
 
@@ -54,19 +73,29 @@ def _closing(text: str) -> int | None:
     return None
 
 
-def format_parts(tokenizer: Tokenizer, ids: Iterable[int], tools: Sequence[Mapping] | None = None, *, thinking: bool) -> dict[str, float]:
-    """1 or 0 for each demand on a turn, from the tokens behind the generation prompt, the one that stopped it included.
+def format_parts(
+    tokenizer: Tokenizer,
+    ids: Iterable[int],
+    tools: Sequence[Mapping] | None = None,
+    *,
+    thinking: bool,
+) -> dict[str, float]:
+    """1 or 0 for each demand on a turn, from the tokens behind the generation prompt, the one that
+    stopped it included.
 
-    readable: `data.chat_output.parse_tokens` takes it, so that nothing is out of place. thinking: it begins with a reasoning
-    that ends, maybe empty; with thinking off, it has none. tool_calls: those that it makes are well-formed, and of `tools` where given.
-    ended: by the stop token that fits, `<|observation|>` behind tool calls and else another, which comes last. boxed: its content
-    has a boxed answer.
+    readable: `data.chat_output.parse_tokens` takes it, so that nothing is out of place. thinking:
+    it begins with a reasoning that ends, maybe empty; with thinking off, it has none. tool_calls:
+    those that it makes are well-formed, and of `tools` where given.
+    ended: by the stop token that fits, `<|observation|>` behind tool calls and else another, which
+    comes last. boxed: its content has a boxed answer.
     """
     ids = list(ids)
     pieces = split_tokens(tokenizer, ids)
     reader = OutputReader(tools, strict=False)
     stopped = bool(pieces) and pieces[-1][1] and pieces[-1][0] in STOP_TOKENS
-    deltas = [delta for piece in (pieces[:-1] if stopped else pieces) for delta in reader.feed(*piece)] + reader.finish()
+    deltas = [
+        delta for piece in (pieces[:-1] if stopped else pieces) for delta in reader.feed(*piece)
+    ] + reader.finish()
     content = "".join(delta.value for delta in deltas if delta.field == "content")
     calls = any(delta.field == "tool_calls" for delta in deltas)
     try:
@@ -85,7 +114,9 @@ def format_parts(tokenizer: Tokenizer, ids: Iterable[int], tools: Sequence[Mappi
 
 
 def _thinks(pieces: Sequence[tuple[str, bool]], thinking: bool) -> bool:
-    tags = [piece for piece, is_control in pieces if is_control and piece in ("<think>", "</think>")]
+    tags = [
+        piece for piece, is_control in pieces if is_control and piece in ("<think>", "</think>")
+    ]
     if not thinking:
         return not tags
     first = next((piece for piece in pieces if piece[1] or piece[0].strip()), None)

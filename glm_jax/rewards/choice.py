@@ -1,6 +1,7 @@
 """Verifier `choice`: the boxed answer is the letter of the right option.
 
-A task's answer is {"letter": "B", "options": 4}: the right letter, and how many there are, from A on.
+A task's answer is {"letter": "B", "options": 4}: the right letter, and how many there are, from A
+on.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from glm_jax.rewards.answer_format import boxed_answer
 from glm_jax.rewards.task import Reward, Task
 
 MAX_OPTIONS = len(string.ascii_uppercase)
-# B, (B) or B). Nothing else beside the letter; marks around the answer and a final full stop are gone by then.
+# B, (B) or B). Nothing else beside the letter; marks around the answer and a final full stop are
+# gone by then.
 _LETTER = re.compile(r"\((?P<inside>[A-Z])\)|(?P<bare>[A-Z])\)?")
 
 
@@ -22,23 +24,42 @@ def check(tasks: Sequence[Task]) -> None:
     for task in tasks:
         answer = task.answer
         if not isinstance(answer, dict) or answer.keys() != {"letter", "options"}:
-            raise ValueError(f'task {task.id!r}: its answer must be {{"letter": ..., "options": ...}}, not {answer!r}')
+            raise ValueError(
+                f'task {task.id!r}: its answer must be {{"letter": ..., "options": ...}}, not'
+                f" {answer!r}"
+            )
         if type(answer["options"]) is not int or not 2 <= answer["options"] <= MAX_OPTIONS:
-            raise ValueError(f"task {task.id!r}: options={answer['options']!r} must be a number from 2 to {MAX_OPTIONS}")
+            raise ValueError(
+                f"task {task.id!r}: options={answer['options']!r} must be a number from 2 to"
+                f" {MAX_OPTIONS}"
+            )
         letters = list(string.ascii_uppercase[: answer["options"]])
         if answer["letter"] not in letters:
-            raise ValueError(f"task {task.id!r}: letter={answer['letter']!r} is not one of {', '.join(letters)}")
+            raise ValueError(
+                f"task {task.id!r}: letter={answer['letter']!r} is not one of {', '.join(letters)}"
+            )
 
 
 def score(tasks: Sequence[Task], messages: Sequence[Mapping]) -> list[Reward]:
-    """1 for the right letter in the last box of the content. Parts: `correct`; `answered`, it is one of the options' letters."""
-    return [_score(task.answer, message["content"]) for task, message in zip(tasks, messages, strict=True)]
+    """1 for the right letter in the last box of the content. Parts: `correct`; `answered`, it is
+    one of the options' letters.
+    """
+    return [
+        _score(task.answer, message["content"])
+        for task, message in zip(tasks, messages, strict=True)
+    ]
 
 
 def _score(answer: Mapping, content: str) -> Reward:
     letter = chosen_letter(content)
     correct = float(letter == answer["letter"])
-    return Reward(correct, {"correct": correct, "answered": float(letter in set(string.ascii_uppercase[: answer["options"]]))})
+    return Reward(
+        correct,
+        {
+            "correct": correct,
+            "answered": float(letter in set(string.ascii_uppercase[: answer["options"]])),
+        },
+    )
 
 
 def chosen_letter(content: str) -> str | None:

@@ -1,11 +1,14 @@
-"""What runs inside the sandboxes of a verdict, sent there as text (standard library only), and the values that go between them.
+"""What runs inside the sandboxes of a verdict, sent there as text (standard library only), and the
+values that go between them.
 
-A plain value is JSON, and is its own text there, but for what JSON does not have: {"$tuple": [...]}, {"$set": [...]},
-{"$frozenset": [...]}, {"$dict": [[key, value], ...]} (keys that are no strings, or begin with $), {"$int": hex} (large), iterators as
-{"$items": [...]}, named tuples as {"$named": [type, fields, items]}, and types of the standard library as {"$Fraction": ...} and so on,
-see LIBRARY. A subclass goes as what it is a subclass of. Between a test and a solution there are two more: {"$at": n}, a container that
-the message holds already or that the call passed, and {"$ref": n}, an object that stays with the solution. Elsewhere such an object is
-{"$opaque": type}, which equals nothing.
+A plain value is JSON, and is its own text there, but for what JSON does not have: {"$tuple":
+[...]}, {"$set": [...]}, {"$frozenset": [...]}, {"$dict": [[key, value], ...]} (keys that are no
+strings, or begin with $), {"$int": hex} (large), iterators as {"$items": [...]}, named tuples as
+{"$named": [type, fields, items]}, and types of the standard library as {"$Fraction": ...} and so
+on, see LIBRARY. A subclass goes as what it is a subclass of. Between a test and a solution there
+are two more: {"$at": n}, a container that the message holds already or that the call passed, and
+{"$ref": n}, an object that stays with the solution. Elsewhere such an object is {"$opaque": type},
+which equals nothing.
 """
 
 from __future__ import annotations
@@ -22,22 +25,34 @@ SAFE_INT = 2**53  # below, integers go as JSON numbers; long decimal numbers cos
 MAX_DEPTH = 200  # of a value that is compared: containers in containers
 MAX_ITEMS = 10_000  # of an iterator that go at a time
 CONTAINERS = {"$tuple": tuple, "$set": set, "$frozenset": frozenset}
-# tag -> (module, type, parts of a value, value of its parts); a module that nobody imported has no values.
+# tag -> (module, type, parts of a value, value of its parts); a module that nobody imported has no
+# values.
 LIBRARY = {
     "$bytes": ("builtins", "bytes", bytes.hex, bytes.fromhex),
     "$complex": ("builtins", "complex", lambda z: [z.real, z.imag], lambda parts: complex(*parts)),
-    "$range": ("builtins", "range", lambda r: [*map(hex, (r.start, r.stop, r.step))], lambda p: range(*_ints(p))),
+    "$range": ("builtins", "range", lambda r: [*map(hex, (r.start, r.stop, r.step))],
+               lambda p: range(*_ints(p))),
     "$Fraction": (
-        "fractions", "Fraction", lambda f: [*map(hex, f.as_integer_ratio())], lambda p: _library("fractions", "Fraction")(*_ints(p))
+        "fractions", "Fraction", lambda f: [*map(hex, f.as_integer_ratio())],
+        lambda p: _library("fractions", "Fraction")(*_ints(p))
     ),
     "$Decimal": ("decimal", "Decimal", str, lambda text: _library("decimal", "Decimal")(str(text))),
-    "$datetime": ("datetime", "datetime", lambda d: d.isoformat(), lambda text: _library("datetime", "datetime").fromisoformat(text)),
-    "$date": ("datetime", "date", lambda d: d.isoformat(), lambda text: _library("datetime", "date").fromisoformat(text)),
-    "$time": ("datetime", "time", lambda d: d.isoformat(), lambda text: _library("datetime", "time").fromisoformat(text)),
-    "$timedelta": ("datetime", "timedelta", lambda d: [d.days, d.seconds, d.microseconds], lambda p: _library("datetime", "timedelta")(*p)),
+    "$datetime": ("datetime", "datetime", lambda d: d.isoformat(),
+                  lambda text: _library("datetime", "datetime").fromisoformat(text)),
+    "$date": ("datetime", "date", lambda d: d.isoformat(),
+              lambda text: _library("datetime", "date").fromisoformat(text)),
+    "$time": ("datetime", "time", lambda d: d.isoformat(),
+              lambda text: _library("datetime", "time").fromisoformat(text)),
+    "$timedelta": ("datetime", "timedelta", lambda d: [d.days, d.seconds, d.microseconds],
+                   lambda p: _library("datetime", "timedelta")(*p)),
 }  # fmt: skip
-DICTS = {"$Counter": collections.Counter, "$OrderedDict": collections.OrderedDict, "$defaultdict": collections.defaultdict}
-FACTORIES = {kind.__name__: kind for kind in (int, float, str, list, dict, set, tuple, bool)}  # of a defaultdict
+DICTS = {
+    "$Counter": collections.Counter,
+    "$OrderedDict": collections.OrderedDict,
+    "$defaultdict": collections.defaultdict,
+}
+# of a defaultdict
+FACTORIES = {kind.__name__: kind for kind in (int, float, str, list, dict, set, tuple, bool)}
 MUTABLE = (list, dict, set, bytearray, collections.deque)
 
 
@@ -60,7 +75,8 @@ def _opaque(value):
 class Writer:
     """Values to JSON trees.
 
-    objects: None, or the containers that the other side knows by their number; the writer adds those that it meets, in order.
+    objects: None, or the containers that the other side knows by their number; the writer adds
+    those that it meets, in order.
     opaque: the tree of a value that is not plain.
     """
 
@@ -98,7 +114,9 @@ class Writer:
                 return {tag: parts(value)}
         if isinstance(value, collections.deque):
             return {"$deque": [self._trees(value), value.maxlen]}
-        if isinstance(value, types.GeneratorType) or (type(value).__module__ in ("builtins", "itertools") and hasattr(value, "__iter__")):
+        if isinstance(value, types.GeneratorType) or (
+            type(value).__module__ in ("builtins", "itertools") and hasattr(value, "__iter__")
+        ):
             return self._items(value)
         return self.opaque(value)
 
@@ -116,7 +134,9 @@ class Writer:
         return {"$dict": [[self.tree(key), self.tree(item)] for key, item in value.items()]}
 
     def _items(self, value):
-        """An iterator as the list of what comes from it; beyond MAX_ITEMS the rest is behind a reference, where there are any."""
+        """An iterator as the list of what comes from it; beyond MAX_ITEMS the rest is behind a
+        reference, where there are any.
+        """
         iterator = iter(value)
         items = list(itertools.islice(iterator, MAX_ITEMS))
         tree = {"$items": self._trees(items)}
@@ -126,7 +146,8 @@ class Writer:
 class Reader:
     """JSON trees to values. Raises ValueError or TypeError for a tree that Writer does not make.
 
-    objects: as of the Writer. reference: the value of {"$ref": ...}. items: of an iterator's list and the rest behind it.
+    objects: as of the Writer. reference: the value of {"$ref": ...}. items: of an iterator's list
+    and the rest behind it.
     """
 
     def __init__(self, objects=None, reference=None, items=lambda values, _: values):
@@ -157,7 +178,10 @@ class Reader:
         if tag in EMPTY:
             return self.fill(EMPTY[tag](content), tree)
         if tag == "$items":
-            return self.items([self.value(item) for item in content], self.value(tree["more"]) if "more" in tree else None)
+            return self.items(
+                [self.value(item) for item in content],
+                self.value(tree["more"]) if "more" in tree else None,
+            )
         if tag == "$at" and self.objects is not None:
             return self.objects[content]
         if tag == "$ref" and self.reference is not None:
@@ -167,14 +191,20 @@ class Reader:
         raise ValueError(f"unknown tag {tag!r}")
 
     def fill(self, empty, tree):
-        """Puts the content of a tree into a new, empty container, known by its number from before its content is read."""
+        """Puts the content of a tree into a new, empty container, known by its number from before
+        its content is read.
+        """
         if self.objects is not None:
             self.objects.append(empty)
         return self.refill(empty, tree)
 
     def refill(self, container, tree):
         """Gives a container the content of a tree, in place."""
-        content = next(iter(tree.values())) if isinstance(tree, dict) and next(iter(tree), "").startswith("$") else tree
+        content = (
+            next(iter(tree.values()))
+            if isinstance(tree, dict) and next(iter(tree), "").startswith("$")
+            else tree
+        )
         if isinstance(container, bytearray):
             container[:] = bytes.fromhex(content)
         elif isinstance(container, dict):
@@ -185,7 +215,10 @@ class Reader:
             for key, item in new:
                 container[key] = item
         else:
-            new = [self.value(item) for item in (content[0] if isinstance(container, collections.deque) else content)]
+            new = [
+                self.value(item)
+                for item in (content[0] if isinstance(container, collections.deque) else content)
+            ]
             container.clear()
             (container.update if isinstance(container, set) else container.extend)(new)
         return container
@@ -193,7 +226,8 @@ class Reader:
 
 EMPTY = {
     "$set": lambda _: set(), "$dict": lambda _: {}, "$bytearray": lambda _: bytearray(),
-    "$deque": lambda content: collections.deque(maxlen=content[1]), "$Counter": lambda _: collections.Counter(),
+    "$deque": lambda content: collections.deque(maxlen=content[1]),
+    "$Counter": lambda _: collections.Counter(),
     "$OrderedDict": lambda _: collections.OrderedDict(),
     "$defaultdict": lambda content: collections.defaultdict(FACTORIES.get(content[1])),
 }  # fmt: skip
@@ -205,18 +239,22 @@ def encode(value):
 
 
 def decode(tree):
-    """The value of a JSON tree. Raises ValueError or TypeError for one that `encode` does not make."""
+    """The value of a JSON tree. Raises ValueError or TypeError for one that `encode` does not
+    make.
+    """
     return Reader().value(tree)
 
 
-ALIASES = {"$Counter": "$dict", "$OrderedDict": "$dict", "$bytearray": "$bytes"}  # compared as what they are a kind of
+# compared as what they are a kind of
+ALIASES = {"$Counter": "$dict", "$OrderedDict": "$dict", "$bytearray": "$bytes"}
 
 
 def canonical(tree, depth: int = 0) -> bytes:  # noqa: PLR0911
-    """A digest that two trees share where their values are equal and of equal types: 1, True and 1.0 are three, nan is one.
+    """A digest that two trees share where their values are equal and of equal types: 1, True and
+    1.0 are three, nan is one.
 
-    Takes time in proportion to the tree's size. Values are never built, so that none of them can run code or be made to collide.
-    Raises ValueError for a tree deeper than MAX_DEPTH.
+    Takes time in proportion to the tree's size. Values are never built, so that none of them can
+    run code or be made to collide. Raises ValueError for a tree deeper than MAX_DEPTH.
     """
     if depth > MAX_DEPTH:
         raise ValueError(f"a value of more than {MAX_DEPTH} containers in each other")
@@ -232,17 +270,31 @@ def canonical(tree, depth: int = 0) -> bytes:  # noqa: PLR0911
         return _digest("list", *(canonical(item, depth + 1) for item in tree))
     tag = next(iter(tree), "")
     if not tag.startswith("$"):
-        return _digest("$dict", *sorted(_digest("str", key) + canonical(item, depth + 1) for key, item in tree.items()))
+        return _digest(
+            "$dict",
+            *sorted(_digest("str", key) + canonical(item, depth + 1) for key, item in tree.items()),
+        )
     content = tree[tag]
     if tag == "$int":
         return _digest("int", hex(int(content, 16)))
     if tag in ("$items", "$named", "$defaultdict"):
-        plain = content if tag == "$items" else {"$tuple": content[2]} if tag == "$named" else {"$dict": content[0]}
+        plain = (
+            content
+            if tag == "$items"
+            else {"$tuple": content[2]}
+            if tag == "$named"
+            else {"$dict": content[0]}
+        )
         return canonical(plain, depth + 1)
     if tag in ("$set", "$frozenset"):
         return _digest(tag, *sorted({canonical(item, depth + 1) for item in content}))
     if ALIASES.get(tag, tag) == "$dict":
-        return _digest("$dict", *sorted(canonical(key, depth + 1) + canonical(item, depth + 1) for key, item in content))
+        return _digest(
+            "$dict",
+            *sorted(
+                canonical(key, depth + 1) + canonical(item, depth + 1) for key, item in content
+            ),
+        )
     return _digest(ALIASES.get(tag, tag), canonical(content, depth + 1))
 
 
@@ -260,7 +312,9 @@ def _digest(*parts) -> bytes:
 
 
 def open_channel():
-    """(send, messages): stdin and stdout as messages of a line each, out of the way of what the program reads and prints."""
+    """(send, messages): stdin and stdout as messages of a line each, out of the way of what the
+    program reads and prints.
+    """
     reader, writer = os.fdopen(os.dup(0), "r", encoding="ascii"), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
@@ -275,7 +329,9 @@ def open_channel():
 
 
 def sources_of(prompt: str, code: str, entry_point: str, **_) -> list[str]:
-    """The code continues the prompt, or comes after it where it names the entry point itself. Not outside: parsers can be crashed."""
+    """The code continues the prompt, or comes after it where it names the entry point itself. Not
+    outside: parsers can be crashed.
+    """
     try:
         names = compile(code, "<solution>", "exec").co_names
     except (SyntaxError, ValueError):
@@ -285,10 +341,28 @@ def sources_of(prompt: str, code: str, entry_point: str, **_) -> list[str]:
 
 # What a test may do with the solution and with the objects that it keeps.
 DO = {name: getattr(operator, name) for name in (
-    "eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "neg",
+    "eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow",
+    "matmul", "and_", "or_", "xor", "neg",
     "pos", "contains", "getitem", "setitem", "delitem",
 )}  # fmt: skip
-DO |= {f.__name__: f for f in (len, bool, str, repr, hash, abs, int, float, next, getattr, setattr, delattr, isinstance)}
+DO |= {
+    f.__name__: f
+    for f in (
+        len,
+        bool,
+        str,
+        repr,
+        hash,
+        abs,
+        int,
+        float,
+        next,
+        getattr,
+        setattr,
+        delattr,
+        isinstance,
+    )
+}
 DO |= {
     "call": lambda function, *args, **kwargs: function(*args, **kwargs),
     "items": itertools.chain,
@@ -298,11 +372,13 @@ DO |= {
 
 
 def answer_calls():
-    """The solution's side. Gets {"prompt", "code", "entry_point", "by_test"}, then {"do": name, "args": [...], "kwargs": {...}} again
-    and again: what to do, see DO, with reference 0 for the entry point.
+    """The solution's side. Gets {"prompt", "code", "entry_point", "by_test"}, then {"do": name,
+    "args": [...], "kwargs": {...}} again and again: what to do, see DO, with reference 0 for the
+    entry point.
 
-    Says {"loaded"}, then {"returned": value, "changed": {number: content}} or {"raised": [names of the exception's classes], "text",
-    "args"} to each, with "awaitable" where a test has to await it. Nothing of a test is ever here.
+    Says {"loaded"}, then {"returned": value, "changed": {number: content}} or {"raised": [names of
+    the exception's classes], "text", "args"} to each, with "awaitable" where a test has to await
+    it. Nothing of a test is ever here.
     """
     send, messages = open_channel()
     task = next(messages)
@@ -321,7 +397,10 @@ def answer_calls():
         if id(value) not in numbers:
             numbers[id(value)] = len(held)
             held.append(value)
-        return {"$ref": numbers[id(value)], "made": isinstance(held[0], type) and isinstance(value, held[0])}
+        return {
+            "$ref": numbers[id(value)],
+            "made": isinstance(held[0], type) and isinstance(value, held[0]),
+        }
 
     for call in messages:
         objects = [] if task["by_test"] else None
@@ -334,7 +413,11 @@ def answer_calls():
             value, answer = settled(DO[call["do"]](*args, **kwargs))
             writer = Writer(given, refer if task["by_test"] else _opaque)
             answer |= {"returned": writer.tree(value)}
-            changed = [n for n, (old, new) in enumerate(zip(before, contents(objects), strict=True)) if old != new]
+            changed = [
+                n
+                for n, (old, new) in enumerate(zip(before, contents(objects), strict=True))
+                if old != new
+            ]
             if changed:
                 answer |= {"changed": [[n, writer.content(objects[n])] for n in changed]}
         except BaseException as error:
@@ -343,12 +426,16 @@ def answer_calls():
 
 
 def contents(objects):
-    """What the containers of a call hold. The first is the list of its arguments, which no solution has in its hands."""
+    """What the containers of a call hold. The first is the list of its arguments, which no solution
+    has in its hands.
+    """
     return [n and Writer(list(objects)).content(x) for n, x in enumerate(objects or ())]
 
 
 def settled(value):
-    """(value, {}); of a coroutine or an asynchronous generator what comes of it, and {"awaitable": what it was}."""
+    """(value, {}); of a coroutine or an asynchronous generator what comes of it, and {"awaitable":
+    what it was}.
+    """
     if not isinstance(value, types.CoroutineType | types.AsyncGeneratorType):
         return value, {}
     import asyncio
@@ -365,13 +452,23 @@ def settled(value):
 
 
 def raised(error: BaseException) -> dict:
-    """What a test may see of an exception: the names of its classes, its text and its plain arguments."""
-    kinds = [kind.__name__ for kind in type(error).__mro__] if isinstance(error, Exception) else ["BaseException"]
+    """What a test may see of an exception: the names of its classes, its text and its plain
+    arguments.
+    """
+    kinds = (
+        [kind.__name__ for kind in type(error).__mro__]
+        if isinstance(error, Exception)
+        else ["BaseException"]
+    )
     try:
         args = encode(list(error.args))
         text = str(error)
         json.dumps([args, text]).encode("ascii")
     except Exception:
         args, text = [], ""
-    answer = {"raised": kinds, "text": text, "args": args if "$opaque" not in json.dumps(args) else [text]}
+    answer = {
+        "raised": kinds,
+        "text": text,
+        "args": args if "$opaque" not in json.dumps(args) else [text],
+    }
     return answer | ({"awaitable": error.awaitable} if hasattr(error, "awaitable") else {})

@@ -1,9 +1,12 @@
-"""The test's side of a verdict, sent into its sandbox after code_guest as text: runs a test whose candidate is in another sandbox.
+"""The test's side of a verdict, sent into its sandbox after code_guest as text: runs a test whose
+candidate is in another sandbox.
 
-The test is run whole: its top level, `check(candidate)`, functions `test_*`, methods `test_*` of classes `Test*`, and
-unittest.TestCases. Values that the candidate gives are this side's own copies, so that `==` is Python's and not the solution's. What
-the solution keeps (functions, objects of its own classes) is here a Proxy: its attributes, calls, items, length and text are
-asked for, its comparisons and arithmetic only where the task is a class and the test made the object by calling it.
+The test is run whole: its top level, `check(candidate)`, functions `test_*`, methods `test_*` of
+classes `Test*`, and unittest.TestCases. Values that the candidate gives are this side's own copies,
+so that `==` is Python's and not the solution's. What the solution keeps (functions, objects of its
+own classes) is here a Proxy: its attributes, calls, items, length and text are asked for, its
+comparisons and arithmetic only where the task is a class and the test made the object by calling
+it.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from glm_jax.rewards.code_guest import Opaque, Reader, Writer, open_channel
 
 
 class CannotCross(BaseException):
-    """The test gives the candidate something that cannot go to the solution: the verdict says nothing about the solution."""
+    """The test gives the candidate something that cannot go to the solution: the verdict says
+    nothing about the solution.
+    """
 
 
 class Proxy:
@@ -66,7 +71,9 @@ class Proxy:
 
 
 class Made(Proxy):
-    """An object that the test made by calling the entry point, a class: how it compares and counts is what is tested."""
+    """An object that the test made by calling the entry point, a class: how it compares and counts
+    is what is tested.
+    """
 
     __hash__ = Proxy.__hash__
 
@@ -78,11 +85,34 @@ def _forward(owner, method, do, reflected=False):
     setattr(owner, method, forward)
 
 
-for _name in ("len", "bool", "str", "repr", "int", "float", "next", "getitem", "setitem", "delitem"):
+for _name in (
+    "len",
+    "bool",
+    "str",
+    "repr",
+    "int",
+    "float",
+    "next",
+    "getitem",
+    "setitem",
+    "delitem",
+):
     _forward(Proxy, f"__{_name}__", _name)
 for _name in ("eq", "ne", "lt", "le", "gt", "ge", "contains", "neg", "pos", "abs"):
     _forward(Made, f"__{_name}__", _name)
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor"):
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and_",
+    "or_",
+    "xor",
+):
     _forward(Made, f"__{_name.rstrip('_')}__", _name)
     _forward(Made, f"__r{_name.rstrip('_')}__", _name, reflected=True)
 
@@ -124,14 +154,17 @@ class AsyncItems:
 def make_candidate(send, messages, names, is_class):
     """The Proxy of the solution's entry point.
 
-    names: of the test, for the exceptions that it may define. is_class: whether the task asks for a class, see asks_for_class: only then
-    may the solution's own operators see what the test compares with. Where a function is asked for they would let it equal anything.
+    names: of the test, for the exceptions that it may define. is_class: whether the task asks for a
+    class, see asks_for_class: only then may the solution's own operators see what the test compares
+    with. Where a function is asked for they would let it equal anything.
     """
     proxies, turn = {}, _thread.allocate_lock()  # a test may have threads
 
     def refer(value):
         if isinstance(value, Opaque | AsyncItems | types.CoroutineType):
-            raise TypeError("the solution gave this value: that it cannot go back is the solution's fault")
+            raise TypeError(
+                "the solution gave this value: that it cannot go back is the solution's fault"
+            )
         if not isinstance(value, Proxy):
             send({"cannot_cross": type(value).__name__})
             raise CannotCross
@@ -157,43 +190,85 @@ def make_candidate(send, messages, names, is_class):
             if "awaitable" not in answer:
                 raise error
             return awaiting(None, error)
-        made = is_class and ((do == "call" and args[0]._number == 0) or (do in ARITHMETIC and any(isinstance(arg, Made) for arg in args)))
-        reference = lambda tree: proxy(tree, Made if made and tree.get("made") is True else Proxy)  # noqa: E731
+        made = is_class and (
+            (do == "call" and args[0]._number == 0)
+            or (do in ARITHMETIC and any(isinstance(arg, Made) for arg in args))
+        )
+        reference = lambda tree: proxy(tree, Made if made and tree.get("made") is True else Proxy)
         reader = Reader(given, reference, Items)
         value = reader.value(answer["returned"])
         for number, content in answer.get("changed", ()):
             reader.refill(writer.objects[number], content)
         if "awaitable" in answer:
-            return awaiting(value, None) if answer["awaitable"] == "coroutine" else AsyncItems(value)
+            return (
+                awaiting(value, None) if answer["awaitable"] == "coroutine" else AsyncItems(value)
+            )
         return value
 
     return proxy({"$ref": 0})
 
 
-ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "neg", "pos", "abs")
+ARITHMETIC = (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and_",
+    "or_",
+    "xor",
+    "neg",
+    "pos",
+    "abs",
+)
 
 
 BUILTIN = (str, bytes, list, dict, set, tuple, complex, int, collections.deque, collections.Counter)
 NAMES_OF_BUILTIN = {name for kind in BUILTIN for name in dir(kind)}
-PREDICATES = {name for name in NAMES_OF_BUILTIN if name.startswith(("is", "starts", "ends"))}  # they are told what to compare with
+# they are told what to compare with
+PREDICATES = {name for name in NAMES_OF_BUILTIN if name.startswith(("is", "starts", "ends"))}
 
 
 def asks_for_class(prompt, test, entry_point):
-    """Whether a task asks for a class: its name has a capital, the prompt defines one, or the test uses the entry point as one.
+    """Whether a task asks for a class: its name has a capital, the prompt defines one, or the test
+    uses the entry point as one.
 
-    As a class is used what has attributes that no builtin type has, takes items, is entered by `with`, or is asked for by isinstance.
+    As a class is used what has attributes that no builtin type has, takes items, is entered by
+    `with`, or is asked for by isinstance.
     """
-    is_defined = any(isinstance(node, ast.ClassDef) and node.name == entry_point for node in ast.parse(prompt).body)
+    is_defined = any(
+        isinstance(node, ast.ClassDef) and node.name == entry_point
+        for node in ast.parse(prompt).body
+    )
     if entry_point[:1].isupper() or is_defined:
         return True
     nodes = list(ast.walk(ast.parse(test)))
     names = {entry_point, "candidate"}
-    names |= {a.asname for n in nodes if isinstance(n, ast.ImportFrom) for a in n.names if a.name == entry_point and a.asname}
-    names |= {a.arg for n in nodes if isinstance(n, ast.FunctionDef) and n.name == "check" for a in n.args.args}
-    is_candidate = lambda node: isinstance(node, ast.Name) and node.id in names  # noqa: E731
-    is_call = lambda node: isinstance(node, ast.Call) and is_candidate(node.func)  # noqa: E731
-    bound = {ast.unparse(t) for n in nodes if isinstance(n, ast.Assign) and is_call(n.value) for t in n.targets}
-    is_object = lambda node: is_call(node) or ast.unparse(node) in bound  # noqa: E731
+    names |= {
+        a.asname
+        for n in nodes
+        if isinstance(n, ast.ImportFrom)
+        for a in n.names
+        if a.name == entry_point and a.asname
+    }
+    names |= {
+        a.arg
+        for n in nodes
+        if isinstance(n, ast.FunctionDef) and n.name == "check"
+        for a in n.args.args
+    }
+    is_candidate = lambda node: isinstance(node, ast.Name) and node.id in names
+    is_call = lambda node: isinstance(node, ast.Call) and is_candidate(node.func)
+    bound = {
+        ast.unparse(t)
+        for n in nodes
+        if isinstance(n, ast.Assign) and is_call(n.value)
+        for t in n.targets
+    }
+    is_object = lambda node: is_call(node) or ast.unparse(node) in bound
 
     def uses(node):
         if isinstance(node, ast.Attribute):
@@ -201,7 +276,11 @@ def asks_for_class(prompt, test, entry_point):
             return of_class or (node.attr not in NAMES_OF_BUILTIN and is_object(node.value))
         if isinstance(node, ast.Subscript):
             return not isinstance(node.ctx, ast.Load) and is_object(node.value)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id == "isinstance"
+        ):
             return any(map(is_candidate, node.args[1:]))
         return isinstance(node, ast.withitem) and is_object(node.context_expr)
 
@@ -215,12 +294,19 @@ async def awaiting(value, error):
 
 
 def exception_of(answer, names):
-    """An exception of the nearest class that this side knows, a builtin or the test's own, with the solution's text."""
+    """An exception of the nearest class that this side knows, a builtin or the test's own, with the
+    solution's text.
+    """
     known = [names.get(name, getattr(builtins, name, None)) for name in answer["raised"]]
-    may_be = lambda k: isinstance(k, type) and issubclass(k, Exception) and k.__module__ != "unittest.case"  # SkipTest  # noqa: E731
+    # SkipTest
+    may_be = lambda k: (
+        isinstance(k, type) and issubclass(k, Exception) and k.__module__ != "unittest.case"
+    )
     kind = next(filter(may_be, known), RuntimeError)
     text = answer.get("text", "")
-    shown = type(answer["raised"][0], (kind,), {"__str__": lambda self: text, "__init__": lambda self: None})
+    shown = type(
+        answer["raised"][0], (kind,), {"__str__": lambda self: text, "__init__": lambda self: None}
+    )
     error = shown.__new__(shown)
     error.args = tuple(Reader().value(answer.get("args", [])))
     return error
@@ -230,10 +316,11 @@ def exception_of(answer, names):
 
 
 def run_test():
-    """Gets {"prompt", "test", "entry_point", "seal"}, then answers to what it asks of the solution, see code_guest.answer_calls.
+    """Gets {"prompt", "test", "entry_point", "seal"}, then answers to what it asks of the solution,
+    see code_guest.answer_calls.
 
-    Says in the end {"passed": seal} or {"failed": type}, and {"cannot_cross": type} as soon as it gives the candidate such a value. The
-    prompt gives what tests use beside the candidate.
+    Says in the end {"passed": seal} or {"failed": type}, and {"cannot_cross": type} as soon as it
+    gives the candidate such a value. The prompt gives what tests use beside the candidate.
     """
     send, messages = open_channel()
     task = next(messages)
@@ -268,11 +355,21 @@ def run_all_of(names, given, candidate, task):
     unittest = sys.modules.get("unittest")
     if callable(names.get("check")) and names["check"] is not candidate:
         names["check"](candidate)
-    new = [value for name, value in names.items() if value is not given.get(name) and getattr(value, "__module__", "") == "__main__"]
+    new = [
+        value
+        for name, value in names.items()
+        if value is not given.get(name) and getattr(value, "__module__", "") == "__main__"
+    ]
     classes = [c for c in new if isinstance(c, type)]
-    called = {n.func.id for n in ast.walk(ast.parse(task["test"])) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
-    entry_point, functions = task["entry_point"], [f for f in new if inspect.isfunction(f) and f.__name__.startswith("test")]
-    functions = [f for f in functions if f.__name__ not in called or not wants(f, entry_point)]  # else a helper of the test
+    called = {
+        n.func.id
+        for n in ast.walk(ast.parse(task["test"]))
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+    }
+    entry_point = task["entry_point"]
+    functions = [f for f in new if inspect.isfunction(f) and f.__name__.startswith("test")]
+    # else a helper of the test
+    functions = [f for f in functions if f.__name__ not in called or not wants(f, entry_point)]
     calls = [(function, arguments(function, candidate, entry_point)) for function in functions]
     for kind in classes:
         if unittest is not None and issubclass(kind, unittest.TestCase):
@@ -300,7 +397,9 @@ def methods(kind, candidate, entry_point):
             own = kind()
             for before in ("setup_class", "setup_method", "setup"):
                 if hasattr(own, before):
-                    getattr(own, before)(*[None] * len(inspect.signature(getattr(own, before)).parameters))
+                    getattr(own, before)(
+                        *[None] * len(inspect.signature(getattr(own, before)).parameters)
+                    )
             return getattr(own, name)(**chosen)
 
         own = getattr(kind(), name)
@@ -311,12 +410,17 @@ def methods(kind, candidate, entry_point):
 def wants(function, entry_point):
     """Whether a function has parameters that are neither the candidate nor filled in by marks."""
     parameters = inspect.signature(function).parameters.items()
-    needed = [name for name, p in parameters if p.default is p.empty and name not in ("candidate", entry_point)]
+    needed = [
+        name
+        for name, p in parameters
+        if p.default is p.empty and name not in ("candidate", entry_point)
+    ]
     return bool(needed) and not hasattr(function, "parametrized")
 
 
 def arguments(function, candidate, entry_point):
-    """Choices of keyword arguments for a test: those of its `parametrize` marks, and the candidate by either of its names.
+    """Choices of keyword arguments for a test: those of its `parametrize` marks, and the candidate
+    by either of its names.
 
     Raises TypeError where it wants others, a fixture say: before any test has begun.
     """
@@ -350,14 +454,19 @@ def pytest_module():
 
     class Mark:
         def __getattr__(self, name):
-            return lambda *args, **kwargs: args[0] if args and callable(args[0]) and not kwargs else lambda function: function
+            return lambda *args, **kwargs: (
+                args[0] if args and callable(args[0]) and not kwargs else lambda function: function
+            )
 
         @staticmethod
         def parametrize(named, values, **_):
             named = [n.strip() for n in named.split(",")] if isinstance(named, str) else list(named)
 
             def mark(function):
-                function.parametrized = [(named, list(values)), *getattr(function, "parametrized", ())]
+                function.parametrized = [
+                    (named, list(values)),
+                    *getattr(function, "parametrized", ()),
+                ]
                 return function
 
             return mark
@@ -379,11 +488,18 @@ def pytest_module():
                     and all(self._near(v, found[k]) for k, v in expected.items())
                 )
             if isinstance(expected, list | tuple):
-                return isinstance(found, list | tuple) and len(expected) == len(found) and all(map(self._near, expected, found))
+                return (
+                    isinstance(found, list | tuple)
+                    and len(expected) == len(found)
+                    and all(map(self._near, expected, found))
+                )
             if not isinstance(expected, int | float | complex):
                 return expected == found
-            is_number = isinstance(found, int | float | complex) or type(found).__name__ in ("Fraction", "Decimal")
-            near = lambda: abs(complex(found) - expected) <= max(self.rel * abs(expected), self.abs)  # noqa: E731
+            is_number = isinstance(found, int | float | complex) or type(found).__name__ in (
+                "Fraction",
+                "Decimal",
+            )
+            near = lambda: abs(complex(found) - expected) <= max(self.rel * abs(expected), self.abs)
             return is_number and (found == expected or near())
 
     def fail(reason=""):

@@ -9,7 +9,10 @@ import re
 from collections.abc import Iterator
 
 # A fence may stand in a quotation or a list item. An info string behind backticks has none itself.
-OPENING = re.compile(r"(?P<before>[ \t]*(?:(?:>|[-*+]|\d{1,9}[.)])[ \t]+|>)*)(?P<fence>`{3,}(?=[^`]*$)|~{3,})(?P<info>.*)$")
+OPENING = re.compile(
+    r"(?P<before>[ \t]*(?:(?:>|[-*+]|\d{1,9}[.)])["
+    r" \t]+|>)*)(?P<fence>`{3,}(?=[^`]*$)|~{3,})(?P<info>.*)$"
+)
 PYTHON = re.compile(r"(?:i?py(?:thon)?[\d.]*|sage)$", re.IGNORECASE)
 
 
@@ -26,8 +29,9 @@ class Block:
 def fenced_blocks(text: str) -> list[Block]:
     """The fenced blocks of a text in their order; one that is not closed goes to the end.
 
-    The indentation of the opening fence, or of the list item or quotation that it is in, is taken off every line. A block ends at the
-    first fence that is as long and stands no further in than the opening one (code may hold fences of its own further in).
+    The indentation of the opening fence, or of the list item or quotation that it is in, is taken
+    off every line. A block ends at the first fence that is as long and stands no further in than
+    the opening one (code may hold fences of its own further in).
     """
     lines, blocks, number = re.split(r"\r\n|\n|\r", text), [], 0
     while number < len(lines):
@@ -41,17 +45,22 @@ def fenced_blocks(text: str) -> list[Block]:
         while number < len(lines):
             line = _unquoted(lines[number], quotes)
             number += 1
-            if closing.match(line) and len(line.expandtabs(4)) - len(line.expandtabs(4).lstrip()) <= max(indent, 0):
+            if closing.match(line) and len(line.expandtabs(4)) - len(
+                line.expandtabs(4).lstrip()
+            ) <= max(indent, 0):
                 break
             content.append(_dedented(line, indent - (2 * quotes if quotes else 0)))
         else:
-            content = content[:-1] if content and not content[-1] else content  # the end of the text is no line
+            # the end of the text is no line
+            content = content[:-1] if content and not content[-1] else content
         blocks.append(Block(_language(opening["info"]), "".join(f"{line}\n" for line in content)))
     return blocks
 
 
 def _language(info: str) -> str:
-    """The first word of an info string, with or without the braces and the point of `{.python}`; '' where it is an attribute."""
+    """The first word of an info string, with or without the braces and the point of `{.python}`; ''
+    where it is an attribute.
+    """
     word = re.split(r"[\s,:;\]}]", info.strip().lstrip("{[ "))[0].removeprefix(".")
     return "" if "=" in word else word
 
@@ -68,14 +77,20 @@ def _dedented(line: str, indent: int) -> str:
         return line
     stripped = line.lstrip(" \t")
     width = len(line[: len(line) - len(stripped)].expandtabs(4))
-    return " " * max(width - indent, 0) + stripped if width <= indent or "\t" in line[: len(line) - len(stripped)] else line[indent:]
+    return (
+        " " * max(width - indent, 0) + stripped
+        if width <= indent or "\t" in line[: len(line) - len(stripped)]
+        else line[indent:]
+    )
 
 
 def solution(text: str, entry_point: str | None = None) -> str:
-    """The code that answers a task: of several blocks the last that defines the entry point, else the last.
+    """The code that answers a task: of several blocks the last that defines the entry point, else
+    the last.
 
-    Blocks of other languages do not count, and those said to be Python come before those that say nothing. What the chosen block uses
-    and an earlier one defines (imports, helpers) is put in front of it. A text without fences is code itself.
+    Blocks of other languages do not count, and those said to be Python come before those that say
+    nothing. What the chosen block uses and an earlier one defines (imports, helpers) is put in
+    front of it. A text without fences is code itself.
     """
     found = fenced_blocks(text)
     blocks = [b for b in found if b.is_python or not b.language]
@@ -83,11 +98,16 @@ def solution(text: str, entry_point: str | None = None) -> str:
         blocks = [b for b in found if _parsed(b.code) and _defines(b.code, entry_point)]
     if not blocks:
         return text
-    defining = [i for i, b in enumerate(blocks) if entry_point is not None and _defines(b.code, entry_point)]
+    defining = [
+        i for i, b in enumerate(blocks) if entry_point is not None and _defines(b.code, entry_point)
+    ]
     defining = [i for i in defining if not _imports(blocks[i].code, entry_point)] or defining
     python = [i for i, b in enumerate(blocks) if b.is_python]
     chosen = (defining or python or [len(blocks) - 1])[-1]
-    return "".join(_needed(blocks[chosen].code, [b.code for b in blocks[:chosen]], entry_point)) + blocks[chosen].code
+    return (
+        "".join(_needed(blocks[chosen].code, [b.code for b in blocks[:chosen]], entry_point))
+        + blocks[chosen].code
+    )
 
 
 def _parsed(code: str) -> ast.Module | None:
@@ -125,7 +145,11 @@ def _names_of(tree: ast.Module) -> set[str]:
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
-            names |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            names |= {
+                n.id
+                for n in ast.walk(node)
+                if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+            }
     return names
 
 
@@ -133,7 +157,14 @@ def _defines(code: str, name: str) -> bool:
     tree = _parsed(code)
     if tree is not None:
         return name in _names_of(tree)
-    return re.search(rf"^\s*(?:(?:async\s+)?def|class)\s+{re.escape(name)}\b|^{re.escape(name)}\s*=", code, re.MULTILINE) is not None
+    return (
+        re.search(
+            rf"^\s*(?:(?:async\s+)?def|class)\s+{re.escape(name)}\b|^{re.escape(name)}\s*=",
+            code,
+            re.MULTILINE,
+        )
+        is not None
+    )
 
 
 def _needed(code: str, earlier: list[str], entry_point: str | None) -> list[str]:
@@ -148,6 +179,10 @@ def _needed(code: str, earlier: list[str], entry_point: str | None) -> list[str]
         names = set() if found is None else _names_of(found)
         if names & missing and entry_point not in names:
             taken.insert(0, before)
-            inner = {n.id for n in ast.walk(found) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+            inner = {
+                n.id
+                for n in ast.walk(found)
+                if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)
+            }
             missing = (missing - names) | (inner - names - set(dir(builtins)))
     return taken

@@ -1,8 +1,10 @@
-"""Procedural puzzles of reasoning-gym with its own verifiers: the same questions and scores for evaluation and for RL.
+"""Procedural puzzles of reasoning-gym with its own verifiers: the same questions and scores for
+evaluation and for RL.
 
-Two walls stand between what is trained on and what is measured. Seeds below 2**31 are for training, those from there on are held
-out. And because small puzzles repeat (two seeds may ask for 7 * 8), every question belongs to one split by the hash of its text,
-and a split leaves out what its seeds give of the other: no held-out question is ever met in training, however many seeds are drawn.
+Two walls stand between what is trained on and what is measured. Seeds below 2**31 are for training,
+those from there on are held out. And because small puzzles repeat (two seeds may ask for 7 * 8),
+every question belongs to one split by the hash of its text, and a split leaves out what its seeds
+give of the other: no held-out question is ever met in training, however many seeds are drawn.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ SEEDS = {"train": (0, 2**31), "held_out": (2**31, 2**32)}  # the first, and the 
 HELD_OUT_ONE_IN = 8  # questions, by the hash of their text
 MAX_REPEATS = 2_000  # seeds without a new question, after which a generator counts as exhausted
 
-# Group -> generator -> its settings: sizes that a small model can learn, answers of one line, verifiers that junk does not fool.
+# Group -> generator -> its settings: sizes that a small model can learn, answers of one line,
+# verifiers that junk does not fool.
 GROUPS: dict[str, dict[str, dict]] = {
     "arithmetic": {
         "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
@@ -42,14 +45,18 @@ GROUPS: dict[str, dict[str, dict]] = {
         "course_schedule": {"min_num_courses": 3, "max_num_courses": 4},
     },
 }
-SETTINGS = {generator: settings for group in GROUPS.values() for generator, settings in group.items()}
+SETTINGS = {
+    generator: settings for group in GROUPS.values() for generator, settings in group.items()
+}
 _STATEMENTS = re.compile(r"\w+ is an? \w+(?:(?:, and|,| and) \w+ is an? \w+)*\.?", re.IGNORECASE)
 _IS = re.compile(r" is an? ", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Puzzle:
-    """A question with one right answer. `entry` is what the generator's verifier wants to see again."""
+    """A question with one right answer. `entry` is what the generator's verifier wants to see
+    again.
+    """
 
     generator: str
     seed: int
@@ -59,10 +66,12 @@ class Puzzle:
 
 
 def puzzles(generator: str, split: str, first: int = 0) -> Iterator[Puzzle]:
-    """The generator's puzzles of a split ('train' or 'held_out') in the order of their seeds, from the split's seed number `first` on.
+    """The generator's puzzles of a split ('train' or 'held_out') in the order of their seeds, from
+    the split's seed number `first` on.
 
-    The same wherever and whenever it is called; to go on behind a puzzle, first = puzzle.seed - SEEDS[split][0] + 1. Questions may
-    come again. Raises ValueError for an unknown generator or split, or where reasoning-gym is not installed.
+    The same wherever and whenever it is called; to go on behind a puzzle, first = puzzle.seed -
+    SEEDS[split][0] + 1. Questions may come again. Raises ValueError for an unknown generator or
+    split, or where reasoning-gym is not installed.
     """
     if split not in SEEDS:
         raise ValueError(f"split={split!r} is not one of {', '.join(SEEDS)}")
@@ -74,7 +83,9 @@ def puzzles(generator: str, split: str, first: int = 0) -> Iterator[Puzzle]:
 
 
 def puzzle_of(generator: str, seed: int) -> Puzzle:
-    """The generator's puzzle of a seed, whichever split its question belongs to. Errors as for `puzzles`."""
+    """The generator's puzzle of a seed, whichever split its question belongs to. Errors as for
+    `puzzles`.
+    """
     entry = _dataset(generator)[seed]
     return Puzzle(generator, seed, entry["question"].strip(), entry["answer"], entry)
 
@@ -85,14 +96,17 @@ def tasks(generator: str, split: str, count: int, first: int = 0) -> list[Task]:
     return [
         Task(
             id=f"{generator}/{puzzle.seed}", group=f"{group}/{generator}", verifier="puzzle",
-            messages=({"role": "user", "content": chat_request(puzzle)},), answer={"generator": generator, "seed": puzzle.seed},
+            messages=({"role": "user", "content": chat_request(puzzle)},),
+            answer={"generator": generator, "seed": puzzle.seed},
         )
         for puzzle in distinct(generator, split, count, first)
     ]  # fmt: skip
 
 
 def distinct(generator: str, split: str, count: int, first: int = 0) -> list[Puzzle]:
-    """The first `count` different ones of `puzzles(generator, split, first)`; all there are where a generator has fewer."""
+    """The first `count` different ones of `puzzles(generator, split, first)`; all there are where a
+    generator has fewer.
+    """
     found: dict[str, Puzzle] = {}
     newest = SEEDS[split][0] + first if split in SEEDS else 0
     for puzzle in puzzles(generator, split, first):
@@ -110,14 +124,17 @@ def split_of(question: str) -> str:
 
 
 def score(puzzle: Puzzle, answer: str | None) -> float:
-    """0 to 1 by the generator's own verifier, 1 for the right answer; 0 where no answer was extracted.
+    """0 to 1 by the generator's own verifier, 1 for the right answer; 0 where no answer was
+    extracted.
 
-    Letter case and a final full stop decide nothing where the answer is in words.
-    Verifiers may give a part for an answer that holds the right one, and some 0.01 for any answer at all.
+    Letter case and a final full stop decide nothing where the answer is in words. Verifiers may
+    give a part for an answer that holds the right one, and some 0.01 for any answer at all.
     """
     if answer is None:
         return 0.0
-    if answer.rstrip(".").casefold() == puzzle.answer.rstrip(".").casefold() and not answer.endswith(".."):
+    if answer.rstrip(".").casefold() == puzzle.answer.rstrip(
+        "."
+    ).casefold() and not answer.endswith(".."):
         answer = puzzle.answer
     if puzzle.generator == "knights_knaves" and not _is_statements(answer, puzzle.answer):
         return 0.0
@@ -126,12 +143,16 @@ def score(puzzle: Puzzle, answer: str | None) -> float:
 
 def _is_statements(answer: str, right: str) -> bool:
     """One statement a person and nothing else: the generator's verifier passes over other words."""
-    return bool(_STATEMENTS.fullmatch(answer)) and len(_IS.findall(answer)) == len(_IS.findall(right))
+    return bool(_STATEMENTS.fullmatch(answer)) and len(_IS.findall(answer)) == len(
+        _IS.findall(right)
+    )
 
 
 def completion_prompt(puzzle: Puzzle, examples: Sequence[Puzzle] = ()) -> str:
     """Text for a base model to continue, `examples` solved in front of it."""
-    solved = "".join(f"Question: {example.question}\nAnswer: {example.answer}\n\n" for example in examples)
+    solved = "".join(
+        f"Question: {example.question}\nAnswer: {example.answer}\n\n" for example in examples
+    )
     return f"{solved}Question: {puzzle.question}\nAnswer:"
 
 
@@ -148,7 +169,8 @@ def chat_request(puzzle: Puzzle) -> str:
 def chat_answer(text: str) -> str | None:
     r"""The answer in a chat model's turn: inside the last `\boxed{...}` behind its reasoning.
 
-    None where there is no such box, where its braces do not close, or where the reasoning has not ended.
+    None where there is no such box, where its braces do not close, or where the reasoning has not
+    ended.
     """
     _, ended, visible = text.rpartition("</think>")
     if not ended and "<think>" in text:

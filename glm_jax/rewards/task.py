@@ -1,4 +1,6 @@
-"""What is asked and what an answer is worth: the same for evaluation and for RL, so that they cannot disagree."""
+"""What is asked and what an answer is worth: the same for evaluation and for RL, so that they
+cannot disagree.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,13 @@ from data.chat_template import TemplateError, segments
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A conversation that the model continues, and what its verifier needs to judge the continuation.
+    """A conversation that the model continues, and what its verifier needs to judge the
+    continuation.
 
-    id: unique in its pool. group: what metrics are kept by, like `arithmetic/gcd`. verifier: a name of verifiers.VERIFIERS.
-    messages, tools: as data.chat_template takes them, the user's turn last. answer: plain JSON values; their form is the verifier's.
+    id: unique in its pool. group: what metrics are kept by, like `arithmetic/gcd`. verifier: a name
+    of verifiers.VERIFIERS.
+    messages, tools: as data.chat_template takes them, the user's turn last. answer: plain JSON
+    values; their form is the verifier's.
     """
 
     id: str
@@ -36,13 +41,19 @@ class Reward:
 
 
 class Verifier(Protocol):
-    """Judges answers of one kind. Pure: the same task and message give the same reward, whoever asks."""
+    """Judges answers of one kind. Pure: the same task and message give the same reward, whoever
+    asks.
+    """
 
     def check(self, tasks: Sequence[Task]) -> None:
-        """Raises ValueError naming the first task whose answer it cannot use, and why; or what is not installed."""
+        """Raises ValueError naming the first task whose answer it cannot use, and why; or what is
+        not installed.
+        """
 
     def score(self, tasks: Sequence[Task], messages: Sequence[Mapping]) -> list[Reward]:
-        """A reward for the assistant's message (as data.chat_output.parse gives it) to each task; never raises for what it says."""
+        """A reward for the assistant's message (as data.chat_output.parse gives it) to each task;
+        never raises for what it says.
+        """
 
 
 REQUIRED = ("id", "verifier", "answer")
@@ -50,10 +61,12 @@ OPTIONAL = ("prompt", "messages", "tools", "group")
 
 
 def read_tasks(path: str | pathlib.Path) -> list[Task]:
-    """Tasks of a JSONL file: an object a line with `id`, `verifier`, `answer`, either `prompt` (text of one user turn) or `messages`,
-    maybe `tools` and `group` (default: the file's name without its ending).
+    """Tasks of a JSONL file: an object a line with `id`, `verifier`, `answer`, either `prompt`
+    (text of one user turn) or `messages`, maybe `tools` and `group` (default: the file's name
+    without its ending).
 
-    Raises ValueError naming the line and the field. Whether a verifier can use the answers is its own `check` to say.
+    Raises ValueError naming the line and the field. Whether a verifier can use the answers is its
+    own `check` to say.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -80,24 +93,32 @@ def _task(entry, where: str, default_group: str) -> Task:
         raise ValueError(f"{where}: must be an object, not {type(entry).__name__}")
     unknown = sorted(entry.keys() - {*REQUIRED, *OPTIONAL})
     if unknown:
-        raise ValueError(f"{where}: unknown field {unknown[0]!r}; valid: {', '.join(REQUIRED + OPTIONAL)}")
+        raise ValueError(
+            f"{where}: unknown field {unknown[0]!r}; valid: {', '.join(REQUIRED + OPTIONAL)}"
+        )
     for field in REQUIRED:
         if entry.get(field) in (None, "", [], {}):
             raise ValueError(f"{where}: {field} is missing")
     if ("prompt" in entry) == ("messages" in entry):
         raise ValueError(f"{where}: must have either prompt or messages")
-    messages = [{"role": "user", "content": entry["prompt"]}] if "prompt" in entry else entry["messages"]
+    messages = (
+        [{"role": "user", "content": entry["prompt"]}] if "prompt" in entry else entry["messages"]
+    )
     tools = entry.get("tools") or ()
     try:
         segments(messages, tools)
     except TemplateError as error:
         raise ValueError(f"{where}: {error}") from None
     if messages[-1]["role"] not in ("user", "tool"):
-        raise ValueError(f"{where}: messages end with the {messages[-1]['role']}'s turn; the model's must be next")
+        raise ValueError(
+            f"{where}: messages end with the {messages[-1]['role']}'s turn; the model's must be"
+            " next"
+        )
     for field in ("id", "verifier", "group"):
         if not isinstance(entry.get(field, ""), str):
             raise ValueError(f"{where}: {field} must be a string, not {entry[field]!r}")
     return Task(
-        id=entry["id"], group=entry.get("group", default_group), verifier=entry["verifier"], messages=tuple(messages),
+        id=entry["id"], group=entry.get("group", default_group), verifier=entry["verifier"],
+        messages=tuple(messages),
         answer=entry["answer"], tools=tuple(tools),
     )  # fmt: skip

@@ -13,7 +13,9 @@ from glm_jax.rewards.task import Reward, Task, Verifier
 
 @dataclasses.dataclass(frozen=True)
 class _Lazy:
-    """A verifier that is imported when it is first needed: the module itself, or what its `maker` makes."""
+    """A verifier that is imported when it is first needed: the module itself, or what its `maker`
+    makes.
+    """
 
     module: str
     maker: str = ""
@@ -39,7 +41,9 @@ VERIFIERS: dict[str, Verifier] = {
 
 
 def check(tasks: Sequence[Task]) -> None:
-    """Raises ValueError naming the first task whose verifier is unknown, or whose answer its verifier cannot use."""
+    """Raises ValueError naming the first task whose verifier is unknown, or whose answer its
+    verifier cannot use.
+    """
     for name, places in _places(tasks).items():
         VERIFIERS[name].check([tasks[i] for i in places])
 
@@ -60,6 +64,8 @@ def _places(tasks: Sequence[Task]) -> dict[str, list[int]]:
     places = collections.defaultdict(list)
     for i, task in enumerate(tasks):
         if task.verifier not in VERIFIERS:
-            raise ValueError(f"task {task.id!r}: verifier {task.verifier!r} is not one of {', '.join(VERIFIERS)}")
+            raise ValueError(
+                f"task {task.id!r}: verifier {task.verifier!r} is not one of {', '.join(VERIFIERS)}"
+            )
         places[task.verifier].append(i)
     return places

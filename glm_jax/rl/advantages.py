@@ -1,4 +1,6 @@
-"""Group-relative advantages (FACTS 6: r(x, y_i) - mean r), and how much each token of a batch weighs."""
+"""Group-relative advantages (FACTS 6: r(x, y_i) - mean r), and how much each token of a batch
+weighs.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ STD_FLOOR = 1e-6
 
 
 def advantages(group: Group, *, normalize_std: bool) -> list[tuple[Rollout, float]]:
-    """(rollout, advantage) of the rollouts that may teach. The mean, and the standard deviation, are over those alone."""
+    """(rollout, advantage) of the rollouts that may teach. The mean, and the standard deviation,
+    are over those alone.
+    """
     rollouts = group.learnable
     rewards = np.asarray([r.reward.value for r in rollouts], np.float64)
     if not len(rewards):
@@ -24,9 +28,11 @@ def advantages(group: Group, *, normalize_std: bool) -> list[tuple[Rollout, floa
 
 
 def token_weights(counts: Sequence[int], aggregation: str) -> list[float]:
-    """Weight of each drawn token of rollouts with so many drawn tokens; all tokens' weights sum to 1.
+    """Weight of each drawn token of rollouts with so many drawn tokens; all tokens' weights sum to
+    1.
 
-    'token': the same for all, so that long rollouts weigh more. 'sequence': every rollout weighs the same.
+    'token': the same for all, so that long rollouts weigh more. 'sequence': every rollout weighs
+    the same.
     """
     if aggregation == "token":
         return [1 / max(sum(counts), 1)] * len(counts)

@@ -26,25 +26,43 @@ def place(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 
 
 def pack(
-    pairs: Sequence[tuple[Rollout, float]], *, row_length: int, rows: int, most: int, aggregation: str, mask_truncated: bool, replay: bool
+    pairs: Sequence[tuple[Rollout, float]],
+    *,
+    row_length: int,
+    rows: int,
+    most: int,
+    aggregation: str,
+    mask_truncated: bool,
+    replay: bool,
 ) -> tuple[dict[str, np.ndarray], int]:
-    """Microbatches [A, B, L] of (rollout, advantage) pairs, and how many of them hold any. A would do for `most` pairs of a row each,
-    so that one program serves every step.
+    """Microbatches [A, B, L] of (rollout, advantage) pairs, and how many of them hold any. A would
+    do for `most` pairs of a row each, so that one program serves every step.
 
-    The rows of pre-training (tokens, targets, segment_ids, positions; loss_weights are the token weights), and along the targets
-    `advantages` and `engine_logprobs`, float32. replay: `experts` too, int16 [A, MoE layers, B, L, K], -1 where unknown.
-    Raises ValueError for a rollout that does not fit into a row.
+    The rows of pre-training (tokens, targets, segment_ids, positions; loss_weights are the token
+    weights), and along the targets `advantages` and `engine_logprobs`, float32. replay: `experts`
+    too, int16 [A, MoE layers, B, L, K], -1 where unknown. Raises ValueError for a rollout that does
+    not fit into a row.
     """
     lengths = [len(rollout.tokens) - 1 for rollout, _ in pairs]
     if max(lengths) > row_length:
-        raise ValueError(f"a rollout of {max(lengths) + 1} tokens does not fit into row_length={row_length}")
-    counts = [0 if mask_truncated and r.status.value == "truncated" else r.num_drawn for r, _ in pairs]
+        raise ValueError(
+            f"a rollout of {max(lengths) + 1} tokens does not fit into row_length={row_length}"
+        )
+    counts = [
+        0 if mask_truncated and r.status.value == "truncated" else r.num_drawn for r, _ in pairs
+    ]
     weights = token_weights(counts, aggregation)
     placed = place(lengths, row_length)
     microbatches = -(-most // rows)
     shape = (microbatches * rows, row_length)
-    batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
-    batch |= {name: np.zeros(shape, np.float32) for name in ("loss_weights", "advantages", "engine_logprobs")}
+    batch = {
+        name: np.zeros(shape, np.int32)
+        for name in ("tokens", "targets", "segment_ids", "positions")
+    }
+    batch |= {
+        name: np.zeros(shape, np.float32)
+        for name in ("loss_weights", "advantages", "engine_logprobs")
+    }
     if replay:
         layers, per_token = pairs[0][0].experts.shape[1:]
         experts = np.full((microbatches, layers, rows, row_length, per_token), -1, np.int16)
@@ -61,7 +79,9 @@ def pack(
             batch["advantages"][at] = learnt * advantage
             batch["engine_logprobs"][at] = learnt * np.asarray(rollout.logprobs[1:], np.float32)
             if replay:
-                experts[row // rows, :, row % rows, start : start + len(rollout.experts)] = rollout.experts.swapaxes(0, 1)
+                experts[row // rows, :, row % rows, start : start + len(rollout.experts)] = (
+                    rollout.experts.swapaxes(0, 1)
+                )
             start = end
     stacked = {name: x.reshape(microbatches, rows, row_length) for name, x in batch.items()}
     return stacked | ({"experts": experts} if replay else {}), -(-len(placed) // rows)

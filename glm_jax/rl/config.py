@@ -1,4 +1,6 @@
-"""What a run of reinforcement learning is made of. Every field is set by a file in configs/; none has a default."""
+"""What a run of reinforcement learning is made of. Every field is set by a file in configs/; none
+has a default.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +24,26 @@ def _require(ok: bool, name: str, value, valid: str):
 
 @dataclasses.dataclass(frozen=True)
 class TasksConfig:
-    """Sources are 'puzzle:GENERATOR:COUNT' (reasoning-gym, of the split that fits) or paths of task files (rewards/task.py)."""
+    """Sources are 'puzzle:GENERATOR:COUNT' (reasoning-gym, of the split that fits) or paths of task
+    files (rewards/task.py).
+    """
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
     seed: int  # of the tasks' order, new in every epoch
     thinking: bool  # the model is asked to reason
-    wrong_answers: float  # ablation: share of the training tasks that are judged by another task's answer
+    # ablation: share of the training tasks that are judged by another task's answer
+    wrong_answers: float
 
     def __post_init__(self):
         check_types(self)
         for name in ("train", "held_out"):
-            _require(bool(getattr(self, name)), f"tasks.{name}", getattr(self, name), "at least one source")
+            _require(
+                bool(getattr(self, name)),
+                f"tasks.{name}",
+                getattr(self, name),
+                "at least one source",
+            )
         _require(self.seed >= 0, "tasks.seed", self.seed, "at least 0")
         _require(0 <= self.wrong_answers <= 1, "tasks.wrong_answers", self.wrong_answers, "in 0..1")
 
@@ -44,22 +54,36 @@ class RolloutConfig:
 
     prompts_per_step: int
     group_size: int  # rollouts of a prompt
-    over_sampling: float  # prompts of a wave over those still wanted; what is left over waits, or is dropped and counted
+    # prompts of a wave over those still wanted; what is left over waits, or is dropped and counted
+    over_sampling: float
     dynamic_sampling: bool  # replace groups without variance, in further waves
     max_waves: int  # then the step goes on with what it has
-    mask_truncated: bool  # no loss on rollouts that reached the output length; else they count as wrong
+    # no loss on rollouts that reached the output length; else they count as wrong
+    mask_truncated: bool
 
     def __post_init__(self):
         check_types(self)
-        _require(self.prompts_per_step >= 1, "rollout.prompts_per_step", self.prompts_per_step, "at least 1")
-        _require(self.group_size >= 2, "rollout.group_size", self.group_size, "at least 2: an advantage is relative to the group")
+        _require(
+            self.prompts_per_step >= 1,
+            "rollout.prompts_per_step",
+            self.prompts_per_step,
+            "at least 1",
+        )
+        _require(
+            self.group_size >= 2,
+            "rollout.group_size",
+            self.group_size,
+            "at least 2: an advantage is relative to the group",
+        )
         _require(self.over_sampling >= 1, "rollout.over_sampling", self.over_sampling, "at least 1")
         _require(self.max_waves >= 1, "rollout.max_waves", self.max_waves, "at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
 class GrpoConfig:
-    """GRPO without KL term (FACTS 6; clip-higher and token-weighted loss as in DAPO, arXiv 2503.14476)."""
+    """GRPO without KL term (FACTS 6; clip-higher and token-weighted loss as in DAPO, arXiv
+    2503.14476).
+    """
 
     learning_rate: float
     warmup_updates: int  # linear from 0
@@ -67,11 +91,15 @@ class GrpoConfig:
     clip_low: float  # probability ratios below 1 - clip_low and
     clip_high: float  # above 1 + clip_high have no gradient where it would move them further out
     aggregation: str  # 'token': every token weighs the same; 'sequence': every rollout does
-    old_logprobs: str  # ratios are against the weights at the step's beginning ('trainer') or the engine's own numbers ('engine')
-    importance_cap: float  # largest weight that corrects the engine's distribution to the trainer's; 0: no correction
+    # ratios are against the weights at the step's beginning ('trainer') or the engine's own numbers
+    # ('engine')
+    old_logprobs: str
+    # largest weight that corrects the engine's distribution to the trainer's; 0: no correction
+    importance_cap: float
     replay_experts: bool  # the trainer routes as the engine did
     updates_per_step: int  # optimizer steps; groups are dealt to them
-    max_staleness: int  # updates by which rollouts may be older than the weights they train; 0: on policy, asserted
+    # updates by which rollouts may be older than the weights they train; 0: on policy, asserted
+    max_staleness: int
     mtp_weight: float  # of the MTP block's loss on the rollouts; 0: the block rests
     bias_rate: float  # of loss-free balancing
     balance_weight: float  # of the sequence balance loss
@@ -86,12 +114,20 @@ class GrpoConfig:
         _require(self.clip_high >= 0, "grpo.clip_high", self.clip_high, "at least 0")
         _require(self.importance_cap >= 0, "grpo.importance_cap", self.importance_cap, "at least 0")
         _require(
-            self.old_logprobs == "trainer" or self.importance_cap == 0, "grpo.importance_cap", self.importance_cap,
+            self.old_logprobs == "trainer" or self.importance_cap == 0, "grpo.importance_cap",
+            self.importance_cap,
             "0 with old_logprobs='engine', whose ratio holds the correction",
         )  # fmt: skip
         for name in ("updates_per_step", "row_length", "rows"):
             _require(getattr(self, name) >= 1, f"grpo.{name}", getattr(self, name), "at least 1")
-        for name in ("learning_rate", "warmup_updates", "max_staleness", "mtp_weight", "bias_rate", "balance_weight"):
+        for name in (
+            "learning_rate",
+            "warmup_updates",
+            "max_staleness",
+            "mtp_weight",
+            "bias_rate",
+            "balance_weight",
+        ):
             _require(getattr(self, name) >= 0, f"grpo.{name}", getattr(self, name), "at least 0")
 
 
@@ -103,24 +139,47 @@ class ControlConfig:
     difficulty: str  # path of the file that experiments.difficulty writes
     pass_few: int  # k of the moderate pool: solved sometimes, not always, in k rollouts
     pass_many: int  # k of the hard pool: never in pass_few, at least once in pass_many
-    temperatures: tuple[float, ...]  # one: fixed; more: the first to begin with, swept where the reward stops rising
-    temperature_loss: float  # the highest temperature whose held-out score is at most this share below the best is taken
-    plateau_window: int  # steps: the reward's mean over the last so many is compared with the mean over those before
+    # one: fixed; more: the first to begin with, swept where the reward stops rising
+    temperatures: tuple[float, ...]
+    # the highest temperature whose held-out score is at most this share below the best is taken
+    temperature_loss: float
+    # steps: the reward's mean over the last so many is compared with the mean over those before
+    plateau_window: int
     plateau_gain: float  # a smaller rise than this is a plateau
-    length_stages: tuple[tuple[int, int], ...]  # (first step, output tokens), rising; one stage: the full length from the start
+    # (first step, output tokens), rising; one stage: the full length from the start
+    length_stages: tuple[tuple[int, int], ...]
 
     def __post_init__(self):
         check_types(self)
         check_choice("control.curriculum", self.curriculum, CURRICULA)
         _require(
-            (self.curriculum == "none") == (not self.difficulty), "control.difficulty", self.difficulty,
-            f"the path of a difficulty file, and empty without a curriculum (curriculum={self.curriculum!r})",
+            (self.curriculum == "none") == (not self.difficulty), "control.difficulty",
+            self.difficulty,
+            f"the path of a difficulty file, and empty without a curriculum "
+            f"(curriculum={self.curriculum!r})",
         )  # fmt: skip
-        _require(1 <= self.pass_few <= self.pass_many, "control.pass_few", self.pass_few, f"in 1..pass_many={self.pass_many}")
+        _require(
+            1 <= self.pass_few <= self.pass_many,
+            "control.pass_few",
+            self.pass_few,
+            f"in 1..pass_many={self.pass_many}",
+        )
         numbers = all(isinstance(t, int | float) and 0 < t < math.inf for t in self.temperatures)
-        _require(bool(self.temperatures) and numbers, "control.temperatures", self.temperatures, "above 0, one or more")
-        _require(0 <= self.temperature_loss <= 1, "control.temperature_loss", self.temperature_loss, "in 0..1")
-        _require(self.plateau_window >= 1, "control.plateau_window", self.plateau_window, "at least 1")
+        _require(
+            bool(self.temperatures) and numbers,
+            "control.temperatures",
+            self.temperatures,
+            "above 0, one or more",
+        )
+        _require(
+            0 <= self.temperature_loss <= 1,
+            "control.temperature_loss",
+            self.temperature_loss,
+            "in 0..1",
+        )
+        _require(
+            self.plateau_window >= 1, "control.plateau_window", self.plateau_window, "at least 1"
+        )
         _require(
             _are_stages(self.length_stages), "control.length_stages", self.length_stages,
             "pairs (first step, output tokens), the first of step 0, steps rising",
@@ -129,7 +188,13 @@ class ControlConfig:
 
 
 def _are_stages(stages) -> bool:
-    pairs = all(isinstance(s, tuple | list) and len(s) == 2 and type(s[0]) is type(s[1]) is int and s[1] >= 1 for s in stages)
+    pairs = all(
+        isinstance(s, tuple | list)
+        and len(s) == 2
+        and type(s[0]) is type(s[1]) is int
+        and s[1] >= 1
+        for s in stages
+    )
     starts = [s for s, _ in stages] if pairs else []
     return starts[:1] == [0] and starts == sorted(set(starts))
 
@@ -151,7 +216,9 @@ class RlLoopConfig:
             _require(getattr(self, name) >= 1, f"loop.{name}", getattr(self, name), "at least 1")
         for name in ("seed", "save_rollouts_every"):
             _require(getattr(self, name) >= 0, f"loop.{name}", getattr(self, name), "at least 0")
-        _require(self.eval_temperature > 0, "loop.eval_temperature", self.eval_temperature, "above 0")
+        _require(
+            self.eval_temperature > 0, "loop.eval_temperature", self.eval_temperature, "above 0"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +235,8 @@ class RlConfig:
 
     def __post_init__(self):
         _require(
-            self.engine.keep_experts or not self.grpo.replay_experts, "engine.keep_experts", self.engine.keep_experts,
+            self.engine.keep_experts or not self.grpo.replay_experts, "engine.keep_experts",
+            self.engine.keep_experts,
             "True where grpo.replay_experts is",
         )  # fmt: skip
         longest = max(tokens for _, tokens in self.control.length_stages)

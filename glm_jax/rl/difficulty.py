@@ -13,18 +13,30 @@ from glm_jax.rl.curriculum import Difficulty
 
 
 def measure(
-    roller: Roller, tasks: Sequence[Task], draw: Draw, many: int, progress: Callable[[int], None] = lambda _: None
+    roller: Roller,
+    tasks: Sequence[Task],
+    draw: Draw,
+    many: int,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Difficulty]:
-    """Task id -> difficulty: of draw.group_size rollouts; for those never solved of further rounds of as many, up to `many` in all, until
-    the first success. progress: told how many rollouts have ended."""
+    """Task id -> difficulty: of draw.group_size rollouts; for those never solved of further rounds
+    of as many, up to `many` in all, until the first success. progress: told how many rollouts have
+    ended.
+    """
     found = {task.id: Difficulty(0, 0) for task in tasks}
     left, number = list(tasks), 0
     while left:
         for group in roller.roll(left, draw, number, progress):
             before, solved = found[group.task.id], sum(r.reward.value > 0 for r in group.learnable)
-            found[group.task.id] = Difficulty(before.solved + solved, before.tried + len(group.rollouts))
+            found[group.task.id] = Difficulty(
+                before.solved + solved, before.tried + len(group.rollouts)
+            )
         number += len(left)
-        left = [t for t in left if found[t.id].solved == 0 and found[t.id].tried + draw.group_size <= many]
+        left = [
+            t
+            for t in left
+            if found[t.id].solved == 0 and found[t.id].tried + draw.group_size <= many
+        ]
     return found
 
 
@@ -32,5 +44,9 @@ def write_difficulties(path: pathlib.Path, found: Mapping[str, Difficulty]):
     """A file that curriculum.read_difficulties reads; it appears as a whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text("".join(json.dumps({"id": name, **dataclasses.asdict(d)}) + "\n" for name, d in found.items()))
+    temporary.write_text(
+        "".join(
+            json.dumps({"id": name, **dataclasses.asdict(d)}) + "\n" for name, d in found.items()
+        )
+    )
     temporary.replace(path)

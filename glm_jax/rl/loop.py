@@ -1,4 +1,6 @@
-"""The loop of reinforcement learning, synchronous and colocated: generate, score, train, swap weights, one after the other."""
+"""The loop of reinforcement learning, synchronous and colocated: generate, score, train, swap
+weights, one after the other.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +41,18 @@ from glm_jax.train.start import StartConfig, check_start, starting_state, starti
 from glm_jax.train.state import Trainee, TrainState, build_model
 
 logger = logging.getLogger(__name__)
-FIXED = ("model", "optimizer", "engine", "tasks", "rollout", "grpo", "control", "start")  # sections that a resumed run may not change
-HELD_OUT_DRAWS = 2**31  # numbers of draws from here on are evaluations', so that they never share a seed with training
+# sections that a resumed run may not change
+FIXED = ("model", "optimizer", "engine", "tasks", "rollout", "grpo", "control", "start")
+# numbers of draws from here on are evaluations', so that they never share a seed with training
+HELD_OUT_DRAWS = 2**31
 
 
-def train(config: RlConfig, start: StartConfig, workdir: pathlib.Path, *, config_json: str, progress: bool) -> int:
-    """Runs, or resumes, a run until loop.steps. Returns the number of steps behind it. Errors as for `open_run`."""
+def train(
+    config: RlConfig, start: StartConfig, workdir: pathlib.Path, *, config_json: str, progress: bool
+) -> int:
+    """Runs, or resumes, a run until loop.steps. Returns the number of steps behind it. Errors as
+    for `open_run`.
+    """
     run = open_run(config, start, workdir, config_json=config_json, progress=progress)
     try:
         return run.loop()
@@ -52,10 +60,13 @@ def train(config: RlConfig, start: StartConfig, workdir: pathlib.Path, *, config
         run.close()
 
 
-def open_run(config: RlConfig, start: StartConfig, workdir: pathlib.Path, *, config_json: str, progress: bool) -> Run:
+def open_run(
+    config: RlConfig, start: StartConfig, workdir: pathlib.Path, *, config_json: str, progress: bool
+) -> Run:
     """A new run, or one where it stopped.
 
-    Raises ValueError for anything wrong with config, tasks or checkpoints before anything is written.
+    Raises ValueError for anything wrong with config, tasks or checkpoints before anything is
+    written.
     """
     if jax.process_count() > 1:
         raise ValueError("experiments.rl runs in one process; its mesh may have many devices")
@@ -63,14 +74,23 @@ def open_run(config: RlConfig, start: StartConfig, workdir: pathlib.Path, *, con
     trainee = Trainee.create(config.model, config.optimizer)
     abstract = trainee.abstract_state(mesh)
     config.engine.check(config.model, mesh)
-    named(mesh, ("batch", "length"), (config.grpo.rows, config.grpo.row_length), "grpo.rows x grpo.row_length")
+    named(
+        mesh,
+        ("batch", "length"),
+        (config.grpo.rows, config.grpo.row_length),
+        "grpo.rows x grpo.row_length",
+    )
     check_config(workdir, config_json, FIXED)
     resuming = bool(finished_steps(workdir))
     if not resuming:
         if not start.workdir:
-            raise ValueError("start.workdir is empty: reinforcement learning needs the weights of another run")
+            raise ValueError(
+                "start.workdir is empty: reinforcement learning needs the weights of another run"
+            )
         check_start(start, config.model)
-    tokenizer = Tokenizer.load(workdir / "tokenizer.json") if resuming else starting_tokenizer(start)
+    tokenizer = (
+        Tokenizer.load(workdir / "tokenizer.json") if resuming else starting_tokenizer(start)
+    )
     tasks = Tasks(config, tokenizer)
 
     # Everything that can be wrong was read; from here on the work directory is written.
@@ -92,10 +112,13 @@ def open_run(config: RlConfig, start: StartConfig, workdir: pathlib.Path, *, con
 
 
 class Tasks:
-    """The tasks of a run, checked: every answer can be judged, every prompt with its output fits into the engine."""
+    """The tasks of a run, checked: every answer can be judged, every prompt with its output fits
+    into the engine.
+    """
 
     def __init__(self, config: RlConfig, tokenizer: Tokenizer):
-        self.train, self.held_out = load_sources(config.tasks.train, "train"), load_sources(config.tasks.held_out, "held_out")
+        self.train = load_sources(config.tasks.train, "train")
+        self.held_out = load_sources(config.tasks.held_out, "held_out")
         asked = {json.dumps(t.messages) for t in self.train} | {t.id for t in self.train}
         for task in self.held_out:
             if task.id in asked or json.dumps(task.messages) in asked:
@@ -103,41 +126,84 @@ class Tasks:
         verifiers.check([*self.train, *self.held_out])
         longest = max(tokens for _, tokens in config.control.length_stages)
         for task in [*self.train, *self.held_out]:
-            tokens = len(chat_template.encode(tokenizer, task.messages, task.tools, thinking=config.tasks.thinking))
+            tokens = len(
+                chat_template.encode(
+                    tokenizer, task.messages, task.tools, thinking=config.tasks.thinking
+                )
+            )
             if tokens + longest > config.engine.context:
                 raise ValueError(
-                    f"task {task.id!r}: its prompt of {tokens} tokens and an output of {longest} exceed "
-                    f"engine.context={config.engine.context}"
+                    f"task {task.id!r}: its prompt of {tokens} tokens and an output of {longest}"
+                    f" exceed engine.context={config.engine.context}"
                 )
         pools = None
         if config.control.curriculum != "none":
             known = read_difficulties(config.control.difficulty)
-            pools = split_pools(self.train, known, config.control.pass_few, config.control.pass_many)
+            pools = split_pools(
+                self.train, known, config.control.pass_few, config.control.pass_many
+            )
         window, gain = config.control.plateau_window, config.control.plateau_gain
-        self.curriculum = Curriculum(config.control.curriculum, len(self.train), pools, window, gain)
-        self.order = TaskOrder(with_wrong_answers(self.train, config.tasks.wrong_answers, config.tasks.seed), config.tasks.seed)
+        self.curriculum = Curriculum(
+            config.control.curriculum, len(self.train), pools, window, gain
+        )
+        self.order = TaskOrder(
+            with_wrong_answers(self.train, config.tasks.wrong_answers, config.tasks.seed),
+            config.tasks.seed,
+        )
 
     def take(self, count: int) -> list[Task]:
         """The next tasks of the curriculum's pool."""
-        return self.order.take(count, self.curriculum.pool, self.curriculum.pools[self.curriculum.pool])
+        return self.order.take(
+            count, self.curriculum.pool, self.curriculum.pools[self.curriculum.pool]
+        )
 
 
 class Run:
-    """One call of `train`: what it holds between steps. What must survive a kill is in get_state and the train state."""
+    """One call of `train`: what it holds between steps. What must survive a kill is in get_state
+    and the train state.
+    """
 
-    def __init__(self, config: RlConfig, workdir, mesh, trainee, checkpoints, tokenizer, tasks: Tasks, state: TrainState, first, progress):
-        self.config, self.workdir, self.mesh, self.trainee, self.checkpoints = config, workdir, mesh, trainee, checkpoints
+    def __init__(
+        self,
+        config: RlConfig,
+        workdir,
+        mesh,
+        trainee,
+        checkpoints,
+        tokenizer,
+        tasks: Tasks,
+        state: TrainState,
+        first,
+        progress,
+    ):
+        self.config = config
+        self.workdir = workdir
+        self.mesh = mesh
+        self.trainee = trainee
+        self.checkpoints = checkpoints
         self.tasks, self.state, self.step = tasks, state, first
         control = config.control
-        self.temperature = TemperatureControl(control.temperatures, control.temperature_loss, control.plateau_window, control.plateau_gain)
+        self.temperature = TemperatureControl(
+            control.temperatures,
+            control.temperature_loss,
+            control.plateau_window,
+            control.plateau_gain,
+        )
         self.seconds: collections.Counter = collections.Counter()
         self.update = compile_policy_step(trainee, config.grpo, mesh)
-        engine = Engine(self.model(), config.engine, decode_text=tokenizer.decode, mesh=None if mesh.size == 1 else mesh)
+        engine = Engine(
+            self.model(),
+            config.engine,
+            decode_text=tokenizer.decode,
+            mesh=None if mesh.size == 1 else mesh,
+        )
         engine.version = self.version
         self.roller = Roller(engine, tokenizer)
         self.collector = Collector(self.roller, config.rollout, config.grpo.max_staleness)
         self.recorder = Recorder(workdir, first)
-        self.bar = tqdm(total=config.loop.steps, initial=first, desc="rl", unit="step", disable=not progress)
+        self.bar = tqdm(
+            total=config.loop.steps, initial=first, desc="rl", unit="step", disable=not progress
+        )
         self.stop = Stop()
 
     def close(self):
@@ -156,7 +222,8 @@ class Run:
 
     def get_state(self) -> dict:
         return {
-            "positions": self.tasks.order.get_state(), "curriculum": self.tasks.curriculum.get_state(),
+            "positions": self.tasks.order.get_state(),
+            "curriculum": self.tasks.curriculum.get_state(),
             "temperature": self.temperature.get_state(), "num_drawn": self.collector.num_drawn,
             "buffer": [group_to_json(g) for g in self.collector.buffer],
         }  # fmt: skip
@@ -204,16 +271,27 @@ class Run:
         return dict(seconds)
 
     def one_step(self) -> dict:
-        """Collects rollouts, trains on them, gives the engine the new weights. Returns the step's record."""
+        """Collects rollouts, trains on them, gives the engine the new weights. Returns the step's
+        record.
+        """
         config, version = self.config, self.version
         draw = Draw(
-            config.rollout.group_size, output_length(config.control.length_stages, self.step), self.temperature.temperature,
+            config.rollout.group_size, output_length(config.control.length_stages, self.step),
+            self.temperature.temperature,
             config.loop.seed, config.tasks.thinking,
         )  # fmt: skip
         pool = self.tasks.curriculum.pool
         collected = self.collector.collect(self.tasks.take, draw, version)
-        record = {"version": version, "temperature": draw.temperature, "max_new_tokens": draw.max_new_tokens, **collected.counts}
-        record |= {"pool": sorted(self.tasks.curriculum.pools).index(pool), **measures.of_groups(collected.all_groups)}
+        record = {
+            "version": version,
+            "temperature": draw.temperature,
+            "max_new_tokens": draw.max_new_tokens,
+            **collected.counts,
+        }
+        record |= {
+            "pool": sorted(self.tasks.curriculum.pools).index(pool),
+            **measures.of_groups(collected.all_groups),
+        }
         record |= measures.staleness(collected.groups, version)
         every = config.loop.save_rollouts_every
         if every and self.step % every == 0:
@@ -221,7 +299,9 @@ class Run:
         with self.timed("train"):
             record |= self.learn(collected.groups, draw.temperature)
         with self.timed("swap"):
-            self.roller.engine.set_weights(nnx.state(self.model()), recompute=True, version=self.version)
+            self.roller.engine.set_weights(
+                nnx.state(self.model()), recompute=True, version=self.version
+            )
         if collected.all_groups:
             self.tasks.curriculum.observe(record["reward"])
             if self.temperature.observe(record["reward"]):
@@ -229,33 +309,57 @@ class Run:
         return record
 
     def learn(self, groups: list[Group], temperature: float) -> dict:
-        """The step's updates. Returns their mean metrics; only counts where there was nothing to learn from."""
+        """The step's updates. Returns their mean metrics; only counts where there was nothing to
+        learn from.
+        """
         grpo, updates = self.config.grpo, []
-        parts = [p for p in (groups[i :: grpo.updates_per_step] for i in range(grpo.updates_per_step)) if any(g.has_variance for g in p)]
+        parts = [
+            p
+            for p in (groups[i :: grpo.updates_per_step] for i in range(grpo.updates_per_step))
+            if any(g.has_variance for g in p)
+        ]
         batches = [self.batch(part) for part in parts]
         with jax.set_mesh(self.mesh):
             if len(batches) > 1 and grpo.old_logprobs == "trainer":
                 # All before the first update: they are the denominators of all ratios.
                 for batch, used in batches:
-                    args = self.state.params, self.state.router, batch, jnp.int32(used), jnp.float32(temperature)
+                    args = (
+                        self.state.params,
+                        self.state.router,
+                        batch,
+                        jnp.int32(used),
+                        jnp.float32(temperature),
+                    )
                     batch["old_logprobs"] = np.asarray(trainer_logprobs(self.config.model, *args))
             for batch, used in batches:
-                rate = grpo.learning_rate * min(1.0, (self.version + 1) / max(grpo.warmup_updates, 1))
+                rate = grpo.learning_rate * min(
+                    1.0, (self.version + 1) / max(grpo.warmup_updates, 1)
+                )
                 knobs = PolicyKnobs(jnp.int32(used), jnp.float32(rate), jnp.float32(temperature))
                 self.state, metrics = self.update(self.state, batch, knobs)
                 updates.append(jax.device_get(metrics))
                 # Before the engine gets these weights, and before they are saved.
-                part = lambda batch=batch: batch  # noqa: E731
-                check_finite(updates[-1], step=self.step, workdir=self.workdir, batch=part, good=self.checkpoints.written)
+                part = lambda batch=batch: batch
+                check_finite(
+                    updates[-1],
+                    step=self.step,
+                    workdir=self.workdir,
+                    batch=part,
+                    good=self.checkpoints.written,
+                )
         return {"updates": len(updates), **self.mean_metrics(updates)}
 
     def batch(self, groups: list[Group]) -> tuple[dict[str, np.ndarray], int]:
         """The groups as `pack` lays them out."""
         grpo, rollout = self.config.grpo, self.config.rollout
-        pairs = [pair for group in groups for pair in advantages(group, normalize_std=grpo.normalize_std)]
+        pairs = [
+            pair for group in groups for pair in advantages(group, normalize_std=grpo.normalize_std)
+        ]
         return pack(
-            pairs, row_length=grpo.row_length, rows=grpo.rows, most=rollout.prompts_per_step * rollout.group_size,
-            aggregation=grpo.aggregation, mask_truncated=rollout.mask_truncated, replay=grpo.replay_experts,
+            pairs, row_length=grpo.row_length, rows=grpo.rows,
+            most=rollout.prompts_per_step * rollout.group_size,
+            aggregation=grpo.aggregation, mask_truncated=rollout.mask_truncated,
+            replay=grpo.replay_experts,
         )  # fmt: skip
 
     def mean_metrics(self, updates: list[dict]) -> dict:
@@ -281,7 +385,9 @@ class Run:
     def held_out(self, samples: int, temperature: float) -> list[Group]:
         """Rollouts of the held-out tasks; their time is a phase of its own."""
         longest = max(tokens for _, tokens in self.config.control.length_stages)
-        draw = Draw(samples, longest, temperature, self.config.loop.seed, self.config.tasks.thinking)
+        draw = Draw(
+            samples, longest, temperature, self.config.loop.seed, self.config.tasks.thinking
+        )
         before = self.roller.seconds.copy()
         with self.timed("evaluate"):
             groups = self.roller.roll(self.tasks.held_out, draw, HELD_OUT_DRAWS)
@@ -290,7 +396,10 @@ class Run:
 
     def sweep_temperatures(self) -> dict:
         """Scores the temperatures on the held-out prompts and lets the controller choose."""
-        scores = {t: measures.held_out(self.held_out(self.config.loop.eval_samples, t))["held_out"] for t in self.temperature.temperatures}
+        scores = {
+            t: measures.held_out(self.held_out(self.config.loop.eval_samples, t))["held_out"]
+            for t in self.temperature.temperatures
+        }
         self.temperature.choose(scores)
         return {f"sweep/{t}": score for t, score in scores.items()}
 
@@ -301,5 +410,7 @@ class Run:
         lines = measures.readable(groups, self.roller.tokenizer)
         file = folder / f"{self.step:07d}.jsonl"
         with naming(file):
-            file.with_suffix(".tmp").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
+            file.with_suffix(".tmp").write_text(
+                "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8"
+            )
             file.with_suffix(".tmp").replace(file)

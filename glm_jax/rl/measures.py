@@ -12,8 +12,10 @@ from glm_jax.rl.rollout import Group, RolloutStatus
 
 
 def of_groups(groups: Sequence[Group]) -> dict[str, float]:
-    """`reward` (mean over rollouts that say something about the model), by part and by group of tasks; `length` in drawn tokens and its
-    90th percentile; the share of every status. Nothing of no groups."""
+    """`reward` (mean over rollouts that say something about the model), by part and by group of
+    tasks; `length` in drawn tokens and its 90th percentile; the share of every status. Nothing of
+    no groups.
+    """
     rollouts = [r for g in groups for r in g.rollouts]
     if not rollouts:
         return {}
@@ -31,9 +33,15 @@ def of_groups(groups: Sequence[Group]) -> dict[str, float]:
         "length": float(np.mean(lengths)),
         "length_p90": float(np.percentile(lengths, 90)),
     }
-    measured |= {f"status/{status.value}": statuses[status] / len(rollouts) for status in RolloutStatus}
-    measured |= {f"reward_part/{part}": float(np.mean(values)) for part, values in sorted(by_part.items())}
-    return measured | {f"reward/{group}": float(np.mean(values)) for group, values in sorted(by_group.items())}
+    measured |= {
+        f"status/{status.value}": statuses[status] / len(rollouts) for status in RolloutStatus
+    }
+    measured |= {
+        f"reward_part/{part}": float(np.mean(values)) for part, values in sorted(by_part.items())
+    }
+    return measured | {
+        f"reward/{group}": float(np.mean(values)) for group, values in sorted(by_group.items())
+    }
 
 
 def staleness(groups: Sequence[Group], version: int) -> dict[str, float]:
@@ -43,10 +51,20 @@ def staleness(groups: Sequence[Group], version: int) -> dict[str, float]:
 
 
 def held_out(groups: Sequence[Group]) -> dict[str, float]:
-    """pass@1, estimated from all rollouts: `held_out`, and by group of tasks; `held_out_truncated`, a share."""
+    """pass@1, estimated from all rollouts: `held_out`, and by group of tasks; `held_out_truncated`,
+    a share.
+    """
     measured = of_groups(groups)
-    named = {"held_out": measured["reward"], "held_out_truncated": measured["status/truncated"], "held_out_length": measured["length"]}
-    return named | {f"held_out/{k.removeprefix('reward/')}": v for k, v in measured.items() if k.startswith("reward/")}
+    named = {
+        "held_out": measured["reward"],
+        "held_out_truncated": measured["status/truncated"],
+        "held_out_length": measured["length"],
+    }
+    return named | {
+        f"held_out/{k.removeprefix('reward/')}": v
+        for k, v in measured.items()
+        if k.startswith("reward/")
+    }
 
 
 def readable(groups: Sequence[Group], tokenizer: Tokenizer) -> list[dict]:
@@ -56,9 +74,12 @@ def readable(groups: Sequence[Group], tokenizer: Tokenizer) -> list[dict]:
         for rollout in group.rollouts:
             first = rollout.mask.index(True)
             lines.append({
-                "task": group.task.id, "group": group.task.group, "status": rollout.status.value, "reward": rollout.reward.value,
-                "parts": dict(rollout.reward.parts), "version": rollout.oldest, "length": rollout.num_drawn,
-                "prompt": tokenizer.decode(rollout.tokens[:first]), "output": tokenizer.decode(rollout.tokens[first:]),
+                "task": group.task.id, "group": group.task.group, "status": rollout.status.value,
+                "reward": rollout.reward.value,
+                "parts": dict(rollout.reward.parts), "version": rollout.oldest,
+                "length": rollout.num_drawn,
+                "prompt": tokenizer.decode(rollout.tokens[:first]),
+                "output": tokenizer.decode(rollout.tokens[first:]),
                 "answer": group.task.answer,
             })  # fmt: skip
     return lines

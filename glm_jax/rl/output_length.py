@@ -1,4 +1,6 @@
-"""How long an output may be: one stage at the full length, as the paper found better, or stages that grow (Figure 6)."""
+"""How long an output may be: one stage at the full length, as the paper found better, or stages
+that grow (Figure 6).
+"""
 
 from __future__ import annotations
 

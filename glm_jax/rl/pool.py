@@ -13,7 +13,8 @@ from glm_jax.rewards.task import Task, read_tasks
 
 
 def load_sources(sources: Sequence[str], split: str) -> list[Task]:
-    """All tasks of the sources in order. 'puzzle:GENERATOR:COUNT' gives reasoning-gym's of `split`; anything else is a task file.
+    """All tasks of the sources in order. 'puzzle:GENERATOR:COUNT' gives reasoning-gym's of `split`;
+    anything else is a task file.
 
     Raises ValueError for a source that cannot be read, or an id that two sources share.
     """
@@ -35,8 +36,9 @@ def load_sources(sources: Sequence[str], split: str) -> list[Task]:
 
 
 def with_wrong_answers(tasks: Sequence[Task], share: float, seed: int) -> list[Task]:
-    """A share of the tasks, chosen by seed, get the answer of another task of their group and verifier: the ablation of an unverified
-    pool."""
+    """A share of the tasks, chosen by seed, get the answer of another task of their group and
+    verifier: the ablation of an unverified pool.
+    """
     rng = np.random.default_rng([seed, 1])
     out = list(tasks)
     for group in sorted({(t.group, t.verifier) for t in tasks}):
@@ -48,7 +50,8 @@ def with_wrong_answers(tasks: Sequence[Task], share: float, seed: int) -> list[T
 
 
 class TaskOrder:
-    """Endless: every epoch all tasks of the pool in a new order, which depends on seed and epoch alone.
+    """Endless: every epoch all tasks of the pool in a new order, which depends on seed and epoch
+    alone.
 
     Pools (of the curriculum) are told apart by name; each has its own position.
     """
@@ -62,9 +65,14 @@ class TaskOrder:
         start = self.positions.setdefault(pool, 0)
         self.positions[pool] += count
         epochs = range(start // len(members), (start + count - 1) // len(members) + 1)
-        orders = (np.random.default_rng([self.seed, epoch]).permutation(members) for epoch in epochs)
+        orders = (
+            np.random.default_rng([self.seed, epoch]).permutation(members) for epoch in epochs
+        )
         begin = start - epochs[0] * len(members)
-        return [self.tasks[i] for i in itertools.islice(itertools.chain.from_iterable(orders), begin, begin + count)]
+        return [
+            self.tasks[i]
+            for i in itertools.islice(itertools.chain.from_iterable(orders), begin, begin + count)
+        ]
 
     def get_state(self) -> dict:
         return dict(self.positions)  # a checkpoint is written while the next step takes its tasks

@@ -22,15 +22,21 @@ class RolloutStatus(enum.Enum):
     @property
     def is_models(self) -> bool:
         """Whether the rollout may teach: what the environment did wrong must not."""
-        return self in (RolloutStatus.COMPLETED, RolloutStatus.TRUNCATED, RolloutStatus.FORMAT_ERROR)
+        return self in (
+            RolloutStatus.COMPLETED,
+            RolloutStatus.TRUNCATED,
+            RolloutStatus.FORMAT_ERROR,
+        )
 
 
 @dataclasses.dataclass(eq=False)
 class Rollout:
-    """One conversation, as tokens: prompt, what the model drew, and in between what an environment answered.
+    """One conversation, as tokens: prompt, what the model drew, and in between what an environment
+    answered.
 
-    tokens [n]; along them mask (the model drew it), logprobs (the engine's, 0 elsewhere) and versions (of the weights, -1
-    elsewhere). experts: int16 [n - 1, MoE layers, K] of the tokens but the last, or None.
+    tokens [n]; along them mask (the model drew it), logprobs (the engine's, 0 elsewhere) and
+    versions (of the weights, -1 elsewhere). experts: int16 [n - 1, MoE layers, K] of the tokens but
+    the last, or None.
     """
 
     task: Task
@@ -72,18 +78,29 @@ def group_to_json(group: Group) -> dict:
     """Plain JSON values, for a checkpoint."""
     rollouts = []
     for rollout in group.rollouts:
-        entry = {name: getattr(rollout, name) for name in ("tokens", "mask", "logprobs", "versions")}
+        entry = {
+            name: getattr(rollout, name) for name in ("tokens", "mask", "logprobs", "versions")
+        }
         entry |= {"status": rollout.status.value, "reward": dataclasses.asdict(rollout.reward)}
-        rollouts.append(entry | {"experts": None if rollout.experts is None else rollout.experts.tolist()})
+        rollouts.append(
+            entry | {"experts": None if rollout.experts is None else rollout.experts.tolist()}
+        )
     return {"task": dataclasses.asdict(group.task), "rollouts": rollouts}
 
 
 def group_from_json(saved: dict) -> Group:
     """The inverse of group_to_json."""
-    task = Task(**{k: tuple(v) if k in ("messages", "tools") else v for k, v in saved["task"].items()})
+    task = Task(
+        **{k: tuple(v) if k in ("messages", "tools") else v for k, v in saved["task"].items()}
+    )
     rollouts = []
     for entry in saved["rollouts"]:
         experts = None if entry["experts"] is None else np.asarray(entry["experts"], np.int16)
-        changed = {"task": task, "status": RolloutStatus(entry["status"]), "reward": Reward(**entry["reward"]), "experts": experts}
+        changed = {
+            "task": task,
+            "status": RolloutStatus(entry["status"]),
+            "reward": Reward(**entry["reward"]),
+            "experts": experts,
+        }
         rollouts.append(Rollout(**entry | changed))
     return Group(task, rollouts)

@@ -16,9 +16,11 @@ from glm_jax.sharding import constrain
 from glm_jax.train.state import Trainee, TrainState, build_model
 from glm_jax.train.step import LOSS_CHUNK, accumulate, jit_step, update
 
-# Log-ratios beyond it are taken as it: exp of 89 is infinite in float32, and infinity times 0 in a gradient is not a number.
+# Log-ratios beyond it are taken as it: exp of 89 is infinite in float32, and infinity times 0 in a
+# gradient is not a number.
 MAX_LOG_RATIO = 20.0
-SUMS = ("entropy", "clip_share", "importance", "importance_capped", "difference")  # of tokens, weighted as the loss is
+# of tokens, weighted as the loss is
+SUMS = ("entropy", "clip_share", "importance", "importance_capped", "difference")
 
 
 @jax.tree_util.register_dataclass
@@ -32,10 +34,12 @@ class PolicyKnobs:
 
 
 def token_loss(grpo: GrpoConfig, logprobs, given):
-    """-w c min(r A, clip(r, 1 - low, 1 + high) A) of each token: r = pi / pi_old, c = min(pi_old / pi_engine, cap), w its weight.
+    """-w c min(r A, clip(r, 1 - low, 1 + high) A) of each token: r = pi / pi_old, c = min(pi_old /
+    pi_engine, cap), w its weight.
 
-    given: `loss_weights`, `advantages`, `engine_logprobs`; with old_logprobs='trainer' and several updates a step also
-    `old_logprobs` (without them the weights are those of the step's beginning: r = 1, and only its gradient counts).
+    given: `loss_weights`, `advantages`, `engine_logprobs`; with old_logprobs='trainer' and several
+    updates a step also `old_logprobs` (without them the weights are those of the step's beginning:
+    r = 1, and only its gradient counts).
     """
     ratio, correction = ratios(grpo, logprobs, given)
     clipped = jnp.clip(ratio, 1 - grpo.clip_low, 1 + grpo.clip_high)
@@ -44,11 +48,17 @@ def token_loss(grpo: GrpoConfig, logprobs, given):
 
 
 def ratios(grpo: GrpoConfig, logprobs, given):
-    """pi / pi_old, and the truncated importance weight of pi_old over the engine's distribution (1 where it is off); no gradient
-    flows through the second. Both 1 where no token is learnt. Their logarithms are clamped to +-MAX_LOG_RATIO."""
-    exp = lambda x: jnp.exp(jnp.clip(jnp.where(learnt, x, 0.0), -MAX_LOG_RATIO, MAX_LOG_RATIO))  # noqa: E731
+    """pi / pi_old, and the truncated importance weight of pi_old over the engine's distribution (1
+    where it is off); no gradient flows through the second. Both 1 where no token is learnt. Their
+    logarithms are clamped to +-MAX_LOG_RATIO.
+    """
+    exp = lambda x: jnp.exp(jnp.clip(jnp.where(learnt, x, 0.0), -MAX_LOG_RATIO, MAX_LOG_RATIO))
     learnt = given["loss_weights"] > 0
-    old = given["engine_logprobs"] if grpo.old_logprobs == "engine" else given.get("old_logprobs", jax.lax.stop_gradient(logprobs))
+    old = (
+        given["engine_logprobs"]
+        if grpo.old_logprobs == "engine"
+        else given.get("old_logprobs", jax.lax.stop_gradient(logprobs))
+    )
     ratio = exp(logprobs - old)
     if grpo.importance_cap == 0:
         return ratio, jnp.ones_like(ratio)
@@ -57,13 +67,18 @@ def ratios(grpo: GrpoConfig, logprobs, given):
 
 
 def loss_function(trainee: Trainee, grpo: GrpoConfig, router, params, batch, tokens, temperature):
-    """Loss of one microbatch [B, L], a part of the whole update's, and what it observed: `policy`, `balance`, `mtp` (before weights),
-    `expert_counts`, the sums of SUMS and `difference_max`. tokens: real ones of the whole update.
+    """Loss of one microbatch [B, L], a part of the whole update's, and what it observed: `policy`,
+    `balance`, `mtp` (before weights), `expert_counts`, the sums of SUMS and `difference_max`.
+    tokens: real ones of the whole update.
     """
     model = build_model(trainee.config, params, router)
     segment_ids, positions = batch["segment_ids"], batch["positions"]
     out = model.trunk(batch["tokens"], segment_ids, positions, replay=batch.get("experts"))
-    given = {name: batch[name] for name in ("loss_weights", "advantages", "engine_logprobs", "old_logprobs") if name in batch}
+    given = {
+        name: batch[name]
+        for name in ("loss_weights", "advantages", "engine_logprobs", "old_logprobs")
+        if name in batch
+    }
     head = model.lm_head.weight[...]
     # The head is linear: states over the temperature give logits over the temperature.
     h = out.h / temperature.astype(out.h.dtype)
@@ -72,9 +87,13 @@ def loss_function(trainee: Trainee, grpo: GrpoConfig, router, params, batch, tok
     )
     aux, loss, routers = {"policy": policy}, policy, [] if out.routers is None else [out.routers]
     if model.mtp is not None and grpo.mtp_weight > 0:
-        x, observation, _ = model.mtp_hidden(jax.lax.stop_gradient(out.h), batch["targets"], segment_ids, positions)
+        x, observation, _ = model.mtp_hidden(
+            jax.lax.stop_gradient(out.h), batch["targets"], segment_ids, positions
+        )
         targets, weights = losses.mtp_targets(batch)
-        aux["mtp"] = losses.chunked_cross_entropy(x, model.mtp_head.weight[...], targets, weights, LOSS_CHUNK)
+        aux["mtp"] = losses.chunked_cross_entropy(
+            x, model.mtp_head.weight[...], targets, weights, LOSS_CHUNK
+        )
         loss += grpo.mtp_weight * aux["mtp"]
         routers.append(jax.tree.map(lambda leaf: leaf[None], observation))
     if routers:
@@ -82,7 +101,10 @@ def loss_function(trainee: Trainee, grpo: GrpoConfig, router, params, batch, tok
         aux["balance"] = jnp.sum(routers.balance_loss) / tokens
         loss += grpo.balance_weight * aux["balance"]
         # An MTP block that rests chose no experts, and its biases stay.
-        aux["expert_counts"] = jnp.pad(routers.expert_counts, ((0, trainee.config.num_routers - len(routers.expert_counts)), (0, 0)))
+        aux["expert_counts"] = jnp.pad(
+            routers.expert_counts,
+            ((0, trainee.config.num_routers - len(routers.expert_counts)), (0, 0)),
+        )
     return loss, aux | observe(grpo, logprobs, entropy, given)
 
 
@@ -90,48 +112,80 @@ def observe(grpo: GrpoConfig, logprobs, entropy, given) -> dict[str, jax.Array]:
     """The sums of SUMS, and the largest difference to the engine's log-probabilities."""
     weights, advantages = given["loss_weights"], given["advantages"]
     ratio, correction = ratios(grpo, logprobs, given)
-    clipped = jnp.where(advantages > 0, ratio > 1 + grpo.clip_high, ratio < 1 - grpo.clip_low) & (advantages != 0)
-    before = given.get("old_logprobs", logprobs)  # of the weights at the step's beginning, in its first update
+    clipped = jnp.where(advantages > 0, ratio > 1 + grpo.clip_high, ratio < 1 - grpo.clip_low) & (
+        advantages != 0
+    )
+    # of the weights at the step's beginning, in its first update
+    before = given.get("old_logprobs", logprobs)
     difference = jnp.where(weights > 0, jnp.abs(before - given["engine_logprobs"]), 0.0)
     capped = (correction >= grpo.importance_cap) if grpo.importance_cap else jnp.zeros_like(clipped)
     sums = zip(SUMS, (entropy, clipped, correction, capped, difference), strict=True)
-    return {name: jnp.sum(weights * x) for name, x in sums} | {"difference_max": jnp.max(difference)}
+    return {name: jnp.sum(weights * x) for name, x in sums} | {
+        "difference_max": jnp.max(difference)
+    }
 
 
-def policy_step(trainee: Trainee, grpo: GrpoConfig, state: TrainState, batch, knobs: PolicyKnobs) -> tuple[TrainState, dict]:
-    """Gradients, clipping, optimizer, router biases. Returns the new state and metrics: those of loss_function and `update`, `loss`."""
+def policy_step(
+    trainee: Trainee, grpo: GrpoConfig, state: TrainState, batch, knobs: PolicyKnobs
+) -> tuple[TrainState, dict]:
+    """Gradients, clipping, optimizer, router biases. Returns the new state and metrics: those of
+    loss_function and `update`, `loss`.
+    """
     batch = place(batch)
     live = jnp.arange(len(batch["tokens"]))[:, None, None] < knobs.microbatches
     tokens = jnp.maximum(jnp.sum(live & (batch["segment_ids"] > 0)), 1)
-    loss = lambda params, part: loss_function(trainee, grpo, state.router, params, part, tokens, knobs.temperature)  # noqa: E731
+    loss = lambda params, part: loss_function(
+        trainee, grpo, state.router, params, part, tokens, knobs.temperature
+    )
     (total, aux), grads = accumulate(loss, state.params, batch, knobs.microbatches)
-    state, metrics = update(trainee, state, grads, aux.get("expert_counts"), knobs.learning_rate, jnp.float32(grpo.bias_rate))
+    state, metrics = update(
+        trainee,
+        state,
+        grads,
+        aux.get("expert_counts"),
+        knobs.learning_rate,
+        jnp.float32(grpo.bias_rate),
+    )
     return state, {"loss": total, **aux, **metrics}
 
 
 def place(batch):
-    """The batch's arrays [A, B, L] (experts [A, layers, B, L, K]) where the mesh wants their rows."""
+    """The batch's arrays [A, B, L] (experts [A, layers, B, L, K]) where the mesh wants their
+    rows.
+    """
     axes = {"experts": (None, None, "batch", "length", None)}
-    return {name: constrain(x, *(axes.get(name) or (None, "batch", "length"))) for name, x in batch.items()}
+    return {
+        name: constrain(x, *(axes.get(name) or (None, "batch", "length")))
+        for name, x in batch.items()
+    }
 
 
 def compile_policy_step(trainee: Trainee, grpo: GrpoConfig, mesh: Mesh):
-    """The jitted policy_step(state, batch, knobs); donates the state. Call it under jax.set_mesh."""
+    """The jitted policy_step(state, batch, knobs); donates the state. Call it under
+    jax.set_mesh.
+    """
     return jit_step(functools.partial(policy_step, trainee, grpo), trainee, mesh)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def trainer_logprobs(config: ModelConfig, params, router, batch, microbatches, temperature) -> jax.Array:
-    """Log-probabilities of the targets under the trainer's weights, float32 [A, B, L], 0 behind the first `microbatches`: what several
-    updates a step start from."""
+def trainer_logprobs(
+    config: ModelConfig, params, router, batch, microbatches, temperature
+) -> jax.Array:
+    """Log-probabilities of the targets under the trainer's weights, float32 [A, B, L], 0 behind the
+    first `microbatches`: what several updates a step start from.
+    """
     batch = place(batch)
 
     def one(part):
         model = build_model(config, params, router)
-        out = model.trunk(part["tokens"], part["segment_ids"], part["positions"], replay=part.get("experts"))
-        zero = lambda logprobs, _: jnp.zeros_like(logprobs)  # noqa: E731
+        out = model.trunk(
+            part["tokens"], part["segment_ids"], part["positions"], replay=part.get("experts")
+        )
+        zero = lambda logprobs, _: jnp.zeros_like(logprobs)
         h = out.h / temperature.astype(out.h.dtype)
-        return losses.chunked_token_loss(zero, h, model.lm_head.weight[...], part["targets"], (), LOSS_CHUNK, True)[1][0]
+        return losses.chunked_token_loss(
+            zero, h, model.lm_head.weight[...], part["targets"], (), LOSS_CHUNK, True
+        )[1][0]
 
     def fill(i, filled):
         return filled.at[i].set(one(jax.tree.map(lambda x: x[i], batch)))

@@ -1,4 +1,6 @@
-"""The sampling temperature (FACTS 6): when the reward stops rising, the highest that costs at most 1% on held-out prompts."""
+"""The sampling temperature (FACTS 6): when the reward stops rising, the highest that costs at most
+1% on held-out prompts.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,9 @@ from collections.abc import Mapping, Sequence
 
 
 def has_plateaued(rewards: Sequence[float], window: int, gain: float) -> bool:
-    """Whether the mean reward of the last `window` steps exceeds that of the `window` before by less than `gain`."""
+    """Whether the mean reward of the last `window` steps exceeds that of the `window` before by
+    less than `gain`.
+    """
     if len(rewards) < 2 * window:
         return False
     last, before = rewards[-window:], rewards[-2 * window : -window]
@@ -20,15 +24,22 @@ def choose_temperature(scores: Mapping[float, float], loss: float) -> float:
 
 
 class TemperatureControl:
-    """The temperature of the next step. State: `temperature` and the rewards since it was last chosen."""
+    """The temperature of the next step. State: `temperature` and the rewards since it was last
+    chosen.
+    """
 
     def __init__(self, temperatures: Sequence[float], loss: float, window: int, gain: float):
-        self.temperatures, self.loss, self.window, self.gain = tuple(temperatures), loss, window, gain
+        self.temperatures = tuple(temperatures)
+        self.loss = loss
+        self.window = window
+        self.gain = gain
         self.temperature = self.temperatures[0]
         self.rewards: list[float] = []
 
     def observe(self, reward: float) -> bool:
-        """Takes a step's mean reward. True: it has plateaued, and a sweep over the temperatures is due."""
+        """Takes a step's mean reward. True: it has plateaued, and a sweep over the temperatures is
+        due.
+        """
         self.rewards = [*self.rewards, reward][-2 * self.window :]
         return len(self.temperatures) > 1 and has_plateaued(self.rewards, self.window, self.gain)
 

@@ -1,4 +1,6 @@
-"""Rows of supervised fine-tuning: finished conversations, packed, with loss on what the assistant says."""
+"""Rows of supervised fine-tuning: finished conversations, packed, with loss on what the assistant
+says.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,14 @@ FIELDS = ("messages", "tools", "thinking")
 class ConversationConfig:
     """Which conversations, and how they are packed; they are kept in memory as tokens.
 
-    paths: JSONL files, an object a line: `messages`, and maybe `tools` and `thinking` (whether it is written with reasoning).
+    paths: JSONL files, an object a line: `messages`, and maybe `tools` and `thinking` (whether it
+    is written with reasoning).
     tokenizer: path of a tokenizer.json or a folder that has one, the start's.
-    thinking_share: of the conversations that have reasoning and do not say `thinking` themselves, so many keep it; the others lose
-    it, and are asked with thinking off.
-    held_out_fraction: share of the conversations, by the hash of their messages, that is never trained on.
-    The others as in data.pipeline.DataConfig; rows are filled best fit, conversations longer than a row are left out.
+    thinking_share: of the conversations that have reasoning and do not say `thinking` themselves,
+    so many keep it; the others lose it, and are asked with thinking off.
+    held_out_fraction: share of the conversations, by the hash of their messages, that is never
+    trained on. The others as in data.pipeline.DataConfig; rows are filled best fit, conversations
+    longer than a row are left out.
     """
 
     paths: tuple[str, ...]
@@ -59,7 +63,10 @@ class ConversationConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)}; valid: 1 or more")
         if self.batch_size % self.virtual_shards:
-            raise ValueError(f"data.batch_size={self.batch_size} is no multiple of virtual_shards={self.virtual_shards}")
+            raise ValueError(
+                f"data.batch_size={self.batch_size} is no multiple of"
+                f" virtual_shards={self.virtual_shards}"
+            )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"data.seed={self.seed}; valid: 0 to 2**32 - 1")
         if self.epochs < 0:
@@ -81,9 +88,17 @@ def read_conversations(path: str | pathlib.Path) -> Iterator[tuple[str, dict]]:
             entry = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{where}: is not JSON: {error}") from None
-        if not isinstance(entry, dict) or "messages" not in entry or not entry.keys() <= set(FIELDS):
-            raise ValueError(f"{where}: must be an object with messages, and maybe tools and thinking")
-        if not isinstance(entry["messages"], list) or not all(isinstance(m, dict) for m in entry["messages"]):
+        if (
+            not isinstance(entry, dict)
+            or "messages" not in entry
+            or not entry.keys() <= set(FIELDS)
+        ):
+            raise ValueError(
+                f"{where}: must be an object with messages, and maybe tools and thinking"
+            )
+        if not isinstance(entry["messages"], list) or not all(
+            isinstance(m, dict) for m in entry["messages"]
+        ):
             raise ValueError(f"{where}: messages must be a list of objects")
         if not isinstance(entry.get("thinking", True), bool):
             raise ValueError(f"{where}: thinking must be true or false, not {entry['thinking']!r}")
@@ -94,7 +109,9 @@ def write_conversations(path: pathlib.Path, conversations: Sequence[Mapping]):
     """A file that read_conversations reads; it appears as a whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text("".join(json.dumps(c, ensure_ascii=False) + "\n" for c in conversations), "utf-8")
+    temporary.write_text(
+        "".join(json.dumps(c, ensure_ascii=False) + "\n" for c in conversations), "utf-8"
+    )
     temporary.replace(path)
 
 
@@ -108,7 +125,9 @@ class Encoded:
 
 
 def encode_all(config: ConversationConfig, tokenizer: Tokenizer) -> Encoded:
-    """Raises ValueError naming the line of a conversation that cannot be written, or where none is short enough."""
+    """Raises ValueError naming the line of a conversation that cannot be written, or where none is
+    short enough.
+    """
     splits: dict[bool, list] = {True: [], False: []}
     digest, too_long = hashlib.sha256(), 0
     for path in config.paths:
@@ -125,18 +144,28 @@ def encode_all(config: ConversationConfig, tokenizer: Tokenizer) -> Encoded:
             splits[_share(key[:8]) < config.held_out_fraction].append(features)
     if not splits[False]:
         raise ValueError(
-            f"{', '.join(config.paths)} hold no conversation of at most {config.sequence_length} tokens to train on: {too_long} are "
-            f"longer, {len(splits[True])} held out"
+            f"{', '.join(config.paths)} hold no conversation of at most {config.sequence_length}"
+            f" tokens to train on: {too_long} are longer, {len(splits[True])} held out"
         )
-    logger.info("%d conversations, %d held out; %d were too long", len(splits[False]), len(splits[True]), too_long)
+    logger.info(
+        "%d conversations, %d held out; %d were too long",
+        len(splits[False]),
+        len(splits[True]),
+        too_long,
+    )
     return Encoded(splits[False], splits[True], digest.hexdigest())
 
 
 def thinks(entry: Mapping, config: ConversationConfig, key: bytes) -> bool:
-    """Whether a conversation keeps its reasoning, or is asked with thinking off: what it says, else by lot."""
+    """Whether a conversation keeps its reasoning, or is asked with thinking off: what it says, else
+    by lot.
+    """
     if "thinking" in entry:
         return entry["thinking"]
-    return any(m.get("reasoning_content") for m in entry["messages"]) and _share(key[8:16]) < config.thinking_share
+    return (
+        any(m.get("reasoning_content") for m in entry["messages"])
+        and _share(key[8:16]) < config.thinking_share
+    )
 
 
 def encode(entry: Mapping, tokenizer: Tokenizer, thinking: bool) -> dict[str, np.ndarray]:
@@ -146,7 +175,11 @@ def encode(entry: Mapping, tokenizer: Tokenizer, thinking: bool) -> dict[str, np
         messages = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in messages]
     ids, learnt = encode_for_training(tokenizer, messages, entry.get("tools"), thinking=thinking)
     sequence = np.asarray(ids, np.int32)
-    return {"tokens": sequence[:-1], "targets": sequence[1:], "loss_weights": np.asarray(learnt[1:], np.float32)}
+    return {
+        "tokens": sequence[:-1],
+        "targets": sequence[1:],
+        "loss_weights": np.asarray(learnt[1:], np.float32),
+    }
 
 
 def _share(digest: bytes) -> float:
@@ -157,24 +190,48 @@ class ConversationBatches(PackedBatches):
     """The rows of training, as PackedBatches gives them."""
 
     def __init__(self, config: ConversationConfig, process_index: int, process_count: int):
-        """Raises ValueError for files that cannot be read, or fewer conversations than virtual shards."""
+        """Raises ValueError for files that cannot be read, or fewer conversations than virtual
+        shards.
+        """
         tokenizer = Tokenizer.load(config.tokenizer)
         encoded = encode_all(config, tokenizer)
         if len(encoded.train) < config.virtual_shards:
-            raise ValueError(f"{len(encoded.train)} conversations to train on, fewer than data.virtual_shards={config.virtual_shards}")
-        stream = grain.MapDataset.source(encoded.train).shuffle(seed=config.seed).repeat(config.epochs or None)
-        identity = {"conversations": encoded.sha256, "thinking_share": config.thinking_share, "held_out": config.held_out_fraction}
+            raise ValueError(
+                f"{len(encoded.train)} conversations to train on, fewer than"
+                f" data.virtual_shards={config.virtual_shards}"
+            )
+        stream = (
+            grain.MapDataset.source(encoded.train)
+            .shuffle(seed=config.seed)
+            .repeat(config.epochs or None)
+        )
+        identity = {
+            "conversations": encoded.sha256,
+            "thinking_share": config.thinking_share,
+            "held_out": config.held_out_fraction,
+        }
         super().__init__(config, stream, identity, tokenizer, process_index, process_count)
 
 
 class HeldOutConversations:
-    """One pass over the held-out conversations; batches as data.held_out gives them. Iterate again for another."""
+    """One pass over the held-out conversations; batches as data.held_out gives them. Iterate again
+    for another.
+    """
 
-    def __init__(self, config: ConversationConfig, process_index: int, process_count: int, max_batches: int | None):
+    def __init__(
+        self,
+        config: ConversationConfig,
+        process_index: int,
+        process_count: int,
+        max_batches: int | None,
+    ):
         self.tokenizer = Tokenizer.load(config.tokenizer)
         self._config, self._examples = config, encode_all(config, self.tokenizer).held_out
         if not self._examples:
-            raise ValueError(f"data.held_out_fraction={config.held_out_fraction} holds out none of the conversations")
+            raise ValueError(
+                f"data.held_out_fraction={config.held_out_fraction} holds out none of the"
+                " conversations"
+            )
         local = config.batch_size // process_count
         self._local_rows = slice(process_index * local, (process_index + 1) * local)
         rows = sum(1 for _ in self._rows())
@@ -197,7 +254,14 @@ class HeldOutConversations:
             whole = list(itertools.islice(rows, self._config.batch_size))[self._local_rows]
             batch = assemble(whole, self._config.sequence_length, self.tokenizer)
             is_text = batch["loss_weights"] > 0
-            yield {**batch, "target_bytes": np.where(is_text, self.tokenizer.byte_lengths[batch["targets"]], 0).astype(np.int32)}
+            yield {
+                **batch,
+                "target_bytes": (
+                    np.where(is_text, self.tokenizer.byte_lengths[batch["targets"]], 0).astype(
+                        np.int32
+                    )
+                ),
+            }
 
 
 SOURCE = Source(ConversationBatches, HeldOutConversations)

@@ -1,7 +1,9 @@
-"""Rejection sampling (arXiv 2508.06471, section 3.1): which sampled responses become conversations to fine-tune on.
+"""Rejection sampling (arXiv 2508.06471, section 3.1): which sampled responses become conversations
+to fine-tune on.
 
-Responses are drawn and judged elsewhere; here are the four filters, the selection of prompts by the length of their responses,
-and several responses for each hard prompt. Pure: the same samples give the same conversations, in the order of the samples.
+Responses are drawn and judged elsewhere; here are the four filters, the selection of prompts by the
+length of their responses, and several responses for each hard prompt. Pure: the same samples give
+the same conversations, in the order of the samples.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ FILTERS = ("form", "correctness", "preference", "tools")
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A response to a task. prompt, response, tools: as data.chat_template takes them; the response begins with the assistant's turn,
-    ends with it, and has the tools' answers in between. Messages of the assistant as data.chat_output.parse gives them.
+    """A response to a task. prompt, response, tools: as data.chat_template takes them; the response
+    begins with the assistant's turn, ends with it, and has the tools' answers in between. Messages
+    of the assistant as data.chat_output.parse gives them.
     """
 
     task: str  # samples of one task have its id and its prompt in common
@@ -36,9 +39,11 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class RejectionConfig:
-    """min_tokens: of a response. min_reward: of an objective one. min_preference: of a subjective one, in the reward model's scale.
-    drop_shortest: share of the prompts, by the mean length of what is kept, that is dropped. A prompt is hard where at most
-    hard_pass_rate of its objective responses have min_reward; it keeps up to hard_responses, another one up to easy_responses.
+    """min_tokens: of a response. min_reward: of an objective one. min_preference: of a subjective
+    one, in the reward model's scale.
+    drop_shortest: share of the prompts, by the mean length of what is kept, that is dropped. A
+    prompt is hard where at most hard_pass_rate of its objective responses have min_reward; it keeps
+    up to hard_responses, another one up to easy_responses.
     """
 
     min_tokens: int
@@ -59,10 +64,13 @@ class RejectionConfig:
 
 
 def select(
-    samples: Sequence[Sample], config: RejectionConfig, preference: Callable[[Sequence[Sample]], Sequence[float]] | None = None
+    samples: Sequence[Sample],
+    config: RejectionConfig,
+    preference: Callable[[Sequence[Sample]], Sequence[float]] | None = None,
 ) -> tuple[list[dict], collections.Counter]:
-    """Conversations to fine-tune on (`messages`, `tools`, `thinking`), and what became of the samples: `kept`, and `filter/reason` of
-    each drop. preference: a reward model's scores of samples without a reward. Raises ValueError where it is needed and missing.
+    """Conversations to fine-tune on (`messages`, `tools`, `thinking`), and what became of the
+    samples: `kept`, and `filter/reason` of each drop. preference: a reward model's scores of
+    samples without a reward. Raises ValueError where it is needed and missing.
     """
     passing, counts = apply_filters(samples, config, preference)
     hard = hard_tasks(samples, config)
@@ -71,16 +79,23 @@ def select(
     kept = limit_responses(by_prompt, hard, config)
     counts["selection/enough_responses"] = len(by_prompt) - len(kept)
     counts["kept"] = len(kept)
-    return [{"messages": [*s.prompt, *s.response], "tools": list(s.tools), "thinking": s.thinking} for s in kept], +counts
+    return [
+        {"messages": [*s.prompt, *s.response], "tools": list(s.tools), "thinking": s.thinking}
+        for s in kept
+    ], +counts
 
 
 # --- the four filters ---
 
 
 def apply_filters(
-    samples: Sequence[Sample], config: RejectionConfig, preference: Callable[[Sequence[Sample]], Sequence[float]] | None = None
+    samples: Sequence[Sample],
+    config: RejectionConfig,
+    preference: Callable[[Sequence[Sample]], Sequence[float]] | None = None,
 ) -> tuple[list[Sample], collections.Counter]:
-    """The samples that pass all four, each filter seeing what the one before it has left, and `filter/reason` -> drops."""
+    """The samples that pass all four, each filter seeing what the one before it has left, and
+    `filter/reason` -> drops.
+    """
     steps = (
         lambda left: wrong_forms(left, config.min_tokens),
         lambda left: wrong_answers(left, config.min_reward),
@@ -96,11 +111,17 @@ def apply_filters(
 
 
 def wrong_forms(samples: Sequence[Sample], min_tokens: int) -> list[str | None]:
-    """Filter 1, a reason for each sample or None: how it ended, too_short, bad_reasoning, or duplicate of one before it."""
+    """Filter 1, a reason for each sample or None: how it ended, too_short, bad_reasoning, or
+    duplicate of one before it.
+    """
     seen, reasons = set(), []
     for sample in samples:
         reason = _form(sample, min_tokens)
-        key = " ".join(json.dumps([sample.prompt, sample.response], sort_keys=True, default=dict).replace("\\n", " ").split())
+        key = " ".join(
+            json.dumps([sample.prompt, sample.response], sort_keys=True, default=dict)
+            .replace("\\n", " ")
+            .split()
+        )
         if reason is None and key in seen:
             reason = "duplicate"
         if reason is None:
@@ -111,7 +132,9 @@ def wrong_forms(samples: Sequence[Sample], min_tokens: int) -> list[str | None]:
 
 def _form(sample: Sample, min_tokens: int) -> str | None:
     if sample.status not in STATUSES:
-        raise ValueError(f"task {sample.task!r}: status {sample.status!r} is not one of {', '.join(STATUSES)}")
+        raise ValueError(
+            f"task {sample.task!r}: status {sample.status!r} is not one of {', '.join(STATUSES)}"
+        )
     if sample.status != "completed":
         return sample.status
     if sample.num_tokens < min_tokens:
@@ -119,29 +142,45 @@ def _form(sample: Sample, min_tokens: int) -> str | None:
     turns = [message for message in sample.response if message["role"] == "assistant"]
     reasonings = [(turn.get("reasoning_content") or "").strip() for turn in turns]
     visible = [visible_text(turn, "response") for turn in turns]
-    has_tags = any(tag in text for text in (*reasonings, *visible) for tag in ("<think>", "</think>"))
+    has_tags = any(
+        tag in text for text in (*reasonings, *visible) for tag in ("<think>", "</think>")
+    )
     return "bad_reasoning" if has_tags or any(reasonings) != sample.thinking else None
 
 
 def wrong_answers(samples: Sequence[Sample], min_reward: float) -> list[str | None]:
     """Filter 2: `wrong` where a verifier gave less than min_reward."""
-    return ["wrong" if sample.reward is not None and sample.reward < min_reward else None for sample in samples]
+    return [
+        "wrong" if sample.reward is not None and sample.reward < min_reward else None
+        for sample in samples
+    ]
 
 
 def disliked(
-    samples: Sequence[Sample], min_preference: float, preference: Callable[[Sequence[Sample]], Sequence[float]] | None
+    samples: Sequence[Sample],
+    min_preference: float,
+    preference: Callable[[Sequence[Sample]], Sequence[float]] | None,
 ) -> list[str | None]:
-    """Filter 3: `disliked` where no verifier judged and the reward model gives less than min_preference."""
+    """Filter 3: `disliked` where no verifier judged and the reward model gives less than
+    min_preference.
+    """
     subjective = [sample for sample in samples if sample.reward is None]
     if subjective and preference is None:
-        raise ValueError(f"task {subjective[0].task!r} has no objective answer: a reward model is needed")
+        raise ValueError(
+            f"task {subjective[0].task!r} has no objective answer: a reward model is needed"
+        )
     scores = iter(preference(subjective) if subjective else ())
-    return [("disliked" if next(scores) < min_preference else None) if sample.reward is None else None for sample in samples]
+    return [
+        ("disliked" if next(scores) < min_preference else None) if sample.reward is None else None
+        for sample in samples
+    ]
 
 
 def broken_tool_use(sample: Sample) -> str | None:
-    """Filter 4: `protocol` where a call is not of the tools or lacks an argument, or calls and answers do not take turns;
-    `not_terminal` where the end was not reached: the last turn still calls, or the environment was not done."""
+    """Filter 4: `protocol` where a call is not of the tools or lacks an argument, or calls and
+    answers do not take turns; `not_terminal` where the end was not reached: the last turn still
+    calls, or the environment was not done.
+    """
     schemas, open_calls = check_tools(sample.tools), 0
     for message in sample.response:
         if message["role"] == "tool":
@@ -166,33 +205,50 @@ def _fits(function: Mapping, schemas: Mapping[str, Mapping]) -> bool:
         names = set(arguments_of(function, "function"))
     except TemplateError:
         return False
-    return names >= set(schema.get("required") or ()) and ("properties" not in schema or names <= set(schema["properties"]))
+    return names >= set(schema.get("required") or ()) and (
+        "properties" not in schema or names <= set(schema["properties"])
+    )
 
 
 # --- prompts and responses ---
 
 
 def drop_shortest_prompts(samples: Sequence[Sample], share: float) -> list[Sample]:
-    """Without the share (0 to 1, rounded down to whole prompts) of the tasks whose samples are shortest on average."""
+    """Without the share (0 to 1, rounded down to whole prompts) of the tasks whose samples are
+    shortest on average.
+    """
     lengths = _by_task(samples)
-    order = sorted(lengths, key=lambda task: sum(s.num_tokens for s in lengths[task]) / len(lengths[task]))
+    order = sorted(
+        lengths, key=lambda task: sum(s.num_tokens for s in lengths[task]) / len(lengths[task])
+    )
     dropped = set(order[: int(share * len(order))])
     return [sample for sample in samples if sample.task not in dropped]
 
 
 def hard_tasks(samples: Iterable[Sample], config: RejectionConfig) -> set[str]:
-    """Tasks with an objective answer that at most hard_pass_rate of all their samples got right; what failed on its way counts not."""
+    """Tasks with an objective answer that at most hard_pass_rate of all their samples got right;
+    what failed on its way counts not.
+    """
     models = ("completed", "truncated", "format_error")
-    judged = _by_task(sample for sample in samples if sample.reward is not None and sample.status in models)
-    rates = {task: sum(s.reward >= config.min_reward for s in own) / len(own) for task, own in judged.items()}
+    judged = _by_task(
+        sample for sample in samples if sample.reward is not None and sample.status in models
+    )
+    rates = {
+        task: sum(s.reward >= config.min_reward for s in own) / len(own)
+        for task, own in judged.items()
+    }
     return {task for task, rate in rates.items() if rate <= config.hard_pass_rate}
 
 
-def limit_responses(samples: Sequence[Sample], hard: set[str], config: RejectionConfig) -> list[Sample]:
+def limit_responses(
+    samples: Sequence[Sample], hard: set[str], config: RejectionConfig
+) -> list[Sample]:
     """The first of each task, as many as it may keep."""
     kept, counts = [], collections.Counter()
     for sample in samples:
-        if counts[sample.task] < (config.hard_responses if sample.task in hard else config.easy_responses):
+        if counts[sample.task] < (
+            config.hard_responses if sample.task in hard else config.easy_responses
+        ):
             counts[sample.task] += 1
             kept.append(sample)
     return kept

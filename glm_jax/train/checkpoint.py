@@ -1,7 +1,7 @@
 """Checkpoints of a run: state, data position and config, asynchronous and atomic (Orbax).
 
-A step's folder appears under its final name only when everything in it is written, so a kill at any moment leaves the
-previous checkpoint as the newest.
+A step's folder appears under its final name only when everything in it is written, so a kill at any
+moment leaves the previous checkpoint as the newest.
 """
 
 from __future__ import annotations
@@ -24,32 +24,47 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """checkpoints/<step>/ of a work directory; `step` is the number of steps that the state has behind it.
+    """checkpoints/<step>/ of a work directory; `step` is the number of steps that the state has
+    behind it.
 
-    Folders of steps that are not finished are set aside as <step>.unfinished: they count neither as the newest nor among those kept.
+    Folders of steps that are not finished are set aside as <step>.unfinished: they count neither as
+    the newest nor among those kept.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, *, keep: int, merge: Callable[[list[dict]], dict] = lambda states: states[0]):
+    def __init__(
+        self,
+        workdir: str | pathlib.Path,
+        *,
+        keep: int,
+        merge: Callable[[list[dict]], dict] = lambda states: states[0],
+    ):
         """merge: makes one progress of all processes' own."""
         self.merge = merge
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
         if jax.process_index() == 0:
             for unfinished in sorted(_step_folders(workdir) - _finished_folders(workdir)):
                 unfinished.replace(_unused(unfinished.with_name(f"{unfinished.name}.unfinished")))
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True)
-        self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "data"))
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        )
+        self.manager = ocp.CheckpointManager(
+            self.folder, options=options, item_names=("state", "data")
+        )
 
     def latest(self) -> int | None:
         """Step of the newest finished checkpoint."""
         return max(finished_steps(self.folder.parent), default=None)
 
     def save(self, step: int, state: TrainState, progress: dict):
-        """Starts writing and returns; the arrays may be donated at once. progress: this process's own part, as JSON has it.
+        """Starts writing and returns; the arrays may be donated at once. progress: this process's
+        own part, as JSON has it.
 
         Raises OSError, naming the folder, where this or the save before it cannot be written.
         """
         merged = self.merge(_all_processes(progress))
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(merged))
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(merged)
+        )
         self._writing(lambda: self.manager.save(step, args=args, force=True))
 
     def save_weights(self, step: int, params, router):
@@ -59,12 +74,16 @@ class Checkpoints:
 
     def restore(self, step: int, abstract_state: TrainState) -> tuple[TrainState, dict]:
         """State with the shardings of abstract_state, and the progress that was saved with it."""
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
+        )
         restored = _reading(self.folder / str(step), lambda: self.manager.restore(step, args=args))
         return restored.state, restored.data
 
     def wait(self):
-        """Until what was saved is on disk; raises OSError, naming the folder, where it cannot be written."""
+        """Until what was saved is on disk; raises OSError, naming the folder, where it cannot be
+        written.
+        """
         self._writing(self.manager.wait_until_finished)
 
     def written(self) -> int | None:
@@ -73,7 +92,9 @@ class Checkpoints:
         return self.latest()
 
     def close(self):
-        """Ends what runs in the background; a failure of it was raised by `save` or `wait`, or another error ends the run."""
+        """Ends what runs in the background; a failure of it was raised by `save` or `wait`, or
+        another error ends the run.
+        """
         try:
             self.manager.close()
         except (OSError, ValueError, RuntimeError) as error:
@@ -83,7 +104,9 @@ class Checkpoints:
         try:
             write()
         except (OSError, ValueError, RuntimeError) as error:  # tensorstore's errors are ValueErrors
-            raise OSError(f"cannot write a checkpoint to {self.folder}: {_first_line(error)}") from error
+            raise OSError(
+                f"cannot write a checkpoint to {self.folder}: {_first_line(error)}"
+            ) from error
 
 
 def _reading(folder: pathlib.Path, read: Callable[[], object]):
@@ -91,9 +114,12 @@ def _reading(folder: pathlib.Path, read: Callable[[], object]):
         return read()
     except Exception as error:  # Orbax raises bare Exception for an array that it cannot read
         older = [step for step in finished_steps(folder.parent.parent) if step != int(folder.name)]
-        others = f"; there are also those of the steps {', '.join(map(str, older))}" if older else ""
+        others = (
+            f"; there are also those of the steps {', '.join(map(str, older))}" if older else ""
+        )
         raise ValueError(
-            f"checkpoint {folder} does not fit this config or is damaged: {_first_line(error.__cause__ or error)}{others}"
+            f"checkpoint {folder} does not fit this config or is damaged:"
+            f" {_first_line(error.__cause__ or error)}{others}"
         ) from error
 
 
@@ -122,7 +148,9 @@ def read_config(workdir: str | pathlib.Path) -> dict:
 
 
 def finished_steps(workdir: str | pathlib.Path) -> list[int]:
-    """Steps of the finished checkpoints, in order. Those that are not are passed over, with a warning that names them."""
+    """Steps of the finished checkpoints, in order. Those that are not are passed over, with a
+    warning that names them.
+    """
     finished = _finished_folders(workdir)
     for folder in sorted(_step_folders(workdir) - finished):
         _warn_of(folder)
@@ -130,13 +158,21 @@ def finished_steps(workdir: str | pathlib.Path) -> list[int]:
 
 
 def _step_folders(workdir: str | pathlib.Path) -> set[pathlib.Path]:
-    return {p for p in (pathlib.Path(workdir).absolute() / "checkpoints").glob("*") if p.name.isdigit()}
+    return {
+        p for p in (pathlib.Path(workdir).absolute() / "checkpoints").glob("*") if p.name.isdigit()
+    }
 
 
 def _finished_folders(workdir: str | pathlib.Path) -> set[pathlib.Path]:
-    """Those to which Orbax has written everything: its own mark of the folder, and the metadata of the state's arrays."""
+    """Those to which Orbax has written everything: its own mark of the folder, and the metadata of
+    the state's arrays.
+    """
     marks = ("_CHECKPOINT_METADATA", "state/_METADATA")
-    return {folder for folder in _step_folders(workdir) if all((folder / mark).is_file() for mark in marks)}
+    return {
+        folder
+        for folder in _step_folders(workdir)
+        if all((folder / mark).is_file() for mark in marks)
+    }
 
 
 @functools.cache  # once a process
@@ -145,7 +181,9 @@ def _warn_of(folder: pathlib.Path):
 
 
 def _unused(path: pathlib.Path) -> pathlib.Path:
-    return next(p for i in range(10**6) if not (p := path.with_name(path.name + f".{i}" * (i > 0))).exists())
+    return next(
+        p for i in range(10**6) if not (p := path.with_name(path.name + f".{i}" * (i > 0))).exists()
+    )
 
 
 def newest_step(workdir: str | pathlib.Path) -> int:
@@ -157,23 +195,35 @@ def newest_step(workdir: str | pathlib.Path) -> int:
 
 
 def load_weights(
-    workdir: str | pathlib.Path, step: int | None = None, shardings: dict | None = None, *, dtype: str | None = "float32"
+    workdir: str | pathlib.Path,
+    step: int | None = None,
+    shardings: dict | None = None,
+    *,
+    dtype: str | None = "float32",
 ) -> tuple[ModelConfig, dict, dict]:
     """(config, params, router) of a run's newest checkpoint or the given step; no optimizer state.
 
-    shardings: trees of `params` and `router`; None: on the default device. dtype: None keeps the types of the checkpoint, which
-    are those of the Hugging Face folder where it was imported from one.
+    shardings: trees of `params` and `router`; None: on the default device. dtype: None keeps the
+    types of the checkpoint, which are those of the Hugging Face folder where it was imported from
+    one.
     Raises ValueError where the directory holds no finished checkpoint.
     """
     config = from_mapping(ModelConfig, read_config(workdir)["model"], "model")
     step = newest_step(workdir) if step is None else step
     path = pathlib.Path(workdir).absolute() / "checkpoints" / str(step) / "state"
     if step not in (steps := finished_steps(workdir)):
-        raise ValueError(f"{workdir} holds no finished checkpoint of step {step}; it has {', '.join(map(str, steps)) or 'none'}")
+        raise ValueError(
+            f"{workdir} holds no finished checkpoint of step {step}; it has"
+            f" {', '.join(map(str, steps)) or 'none'}"
+        )
     params, router = logical_axes(config, stacked=False)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shardings = shardings or jax.tree.map(lambda _: device, {"params": params, "router": router}, is_leaf=_is_axes)
-    marks = jax.tree.map(lambda sharding: ocp.ArrayRestoreArgs(sharding=sharding, dtype=dtype), shardings)
+    shardings = shardings or jax.tree.map(
+        lambda _: device, {"params": params, "router": router}, is_leaf=_is_axes
+    )
+    marks = jax.tree.map(
+        lambda sharding: ocp.ArrayRestoreArgs(sharding=sharding, dtype=dtype), shardings
+    )
     item = jax.tree.map(lambda _: 0, {"params": params, "router": router}, is_leaf=_is_axes)
     with ocp.PyTreeCheckpointer() as reader:
         args = ocp.args.PyTreeRestore(item=item, restore_args=marks, partial_restore=True)

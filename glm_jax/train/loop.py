@@ -24,7 +24,14 @@ from glm_jax.optim.schedules import Point, Schedule, ScheduleConfig
 from glm_jax.sharding import MeshConfig, make_mesh, named
 from glm_jax.train.checkpoint import Checkpoints, finished_steps
 from glm_jax.train.evaluation import Evaluator, Sampler
-from glm_jax.train.metrics import Recorder, check_finite, flops_per_token, load_statistics, naming, peak_flops
+from glm_jax.train.metrics import (
+    Recorder,
+    check_finite,
+    flops_per_token,
+    load_statistics,
+    naming,
+    peak_flops,
+)
 from glm_jax.train.start import CHANGEABLE, StartConfig, check_start, starting_state
 from glm_jax.train.state import Trainee, TrainState
 from glm_jax.train.step import Knobs, compile_step, map_routers
@@ -50,9 +57,15 @@ class LoopConfig:
         check_types(self)
         for prompt in self.fim_prompts:
             if prompt.count("|") != 1:
-                raise ValueError(f"loop.fim_prompts holds {prompt!r}: must be a prefix and a suffix with one '|' between")
+                raise ValueError(
+                    f"loop.fim_prompts holds {prompt!r}: must be a prefix and a suffix with one '|'"
+                    " between"
+                )
         if self.checkpoint_every < 1 or self.keep_checkpoints < 1:
-            raise ValueError(f"checkpoint_every={self.checkpoint_every} and keep_checkpoints={self.keep_checkpoints} must be positive")
+            raise ValueError(
+                f"checkpoint_every={self.checkpoint_every} and"
+                f" keep_checkpoints={self.keep_checkpoints} must be positive"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +80,17 @@ class RunConfig:
 
     def __post_init__(self):
         if self.data.sequence_length > self.model.max_length:
-            raise ValueError(f"data.sequence_length={self.data.sequence_length} exceeds model.max_length={self.model.max_length}")
+            raise ValueError(
+                f"data.sequence_length={self.data.sequence_length} exceeds"
+                f" model.max_length={self.model.max_length}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What opens the training and the held-out rows that RunConfig.data describes; both as in data.pipeline and data.held_out."""
+    """What opens the training and the held-out rows that RunConfig.data describes; both as in
+    data.pipeline and data.held_out.
+    """
 
     batches: Callable
     held_out: Callable
@@ -87,52 +105,80 @@ class Batches:
     def __init__(self, config: RunConfig, mesh: Mesh, source: Source):
         self.iterator = source.batches(config.data, jax.process_index(), jax.process_count())
         if self.iterator.vocab_size > config.model.vocab_size:
-            raise ValueError(f"the data's tokenizer has {self.iterator.vocab_size} tokens, model.vocab_size={config.model.vocab_size}")
+            raise ValueError(
+                f"the data's tokenizer has {self.iterator.vocab_size} tokens,"
+                f" model.vocab_size={config.model.vocab_size}"
+            )
         shape = (config.data.batch_size, config.data.sequence_length)
         self.sharding = named(mesh, (None, "batch", "length"), (1, *shape), "batch")
         self.capacity = config.schedule.last_microbatches
 
     def next(self, microbatches: int) -> tuple[dict[str, jax.Array], list[dict[str, np.ndarray]]]:
-        """A step's batch on the devices, padded with empty microbatches to one shape, and the same on the host."""
+        """A step's batch on the devices, padded with empty microbatches to one shape, and the same
+        on the host.
+        """
         parts = []
         for _ in range(microbatches):
             try:
                 parts.append(next(self.iterator))
             except StopIteration:
-                raise ValueError("the data ended before schedule.total_tokens: set data.epochs=0 for endless, or fewer tokens") from None
+                raise ValueError(
+                    "the data ended before schedule.total_tokens: set data.epochs=0 for endless, or"
+                    " fewer tokens"
+                ) from None
         empty = [jax.tree.map(np.zeros_like, parts[0])] * (self.capacity - microbatches)
         stacked = {name: np.stack([p[name] for p in [*parts, *empty]]) for name in parts[0]}
-        return {n: jax.make_array_from_process_local_data(self.sharding, x) for n, x in stacked.items()}, parts
+        return {
+            n: jax.make_array_from_process_local_data(self.sharding, x) for n, x in stacked.items()
+        }, parts
 
 
 class Stop:
-    """Set by SIGTERM or SIGINT: the loop then saves and returns. On several processes they agree on the step."""
+    """Set by SIGTERM or SIGINT: the loop then saves and returns. On several processes they agree on
+    the step.
+    """
 
     def __init__(self):
         self.requested = False
-        self.previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.previous = {
+            s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)
+        }
 
     def _on_signal(self, *_):
         self.requested = True
 
     def now(self, checkpoints: Checkpoints, step: int) -> bool:
-        return self.requested if jax.process_count() == 1 else checkpoints.manager.reached_preemption(step)
+        return (
+            self.requested
+            if jax.process_count() == 1
+            else checkpoints.manager.reached_preemption(step)
+        )
 
     def restore_handlers(self):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
 
-def train(config: RunConfig, workdir: pathlib.Path, *, config_json: str, progress: bool, source: Source = PRETRAINING) -> int:
+def train(
+    config: RunConfig,
+    workdir: pathlib.Path,
+    *,
+    config_json: str,
+    progress: bool,
+    source: Source = PRETRAINING,
+) -> int:
     """Runs, or resumes, a run until schedule.total_tokens. Returns the number of steps behind it.
 
-    Raises ValueError for anything wrong with config, data or checkpoint before the first step, metrics.NonFinite during one.
+    Raises ValueError for anything wrong with config, data or checkpoint before the first step,
+    metrics.NonFinite during one.
     """
     mesh = make_mesh(config.mesh)
     trainee = Trainee.create(config.model, config.optimizer)
     abstract = trainee.abstract_state(mesh)
     batches = Batches(config, mesh, source)
-    held_out = source.held_out(config.data, jax.process_index(), jax.process_count(), config.loop.eval_batches or None)
+    held_out = source.held_out(
+        config.data, jax.process_index(), jax.process_count(), config.loop.eval_batches or None
+    )
     tokenizer = batches.iterator.tokenizer
     check_config(workdir, config_json)
     resuming = bool(finished_steps(workdir))
@@ -142,7 +188,9 @@ def train(config: RunConfig, workdir: pathlib.Path, *, config_json: str, progres
     else:
         check_start(config.start, config.model, tokenizer)
         first, tokens = 0, 0
-    schedule = Schedule(config.schedule, config.data.batch_size * config.data.sequence_length, first, tokens)
+    schedule = Schedule(
+        config.schedule, config.data.batch_size * config.data.sequence_length, first, tokens
+    )
 
     # Everything that can be wrong was read; from here on the work directory is written.
     write_config(workdir, config_json)
@@ -150,7 +198,9 @@ def train(config: RunConfig, workdir: pathlib.Path, *, config_json: str, progres
     if not resuming:
         checkpoints = open_checkpoints(config, workdir)
         state = starting_state(config.start, trainee, mesh, config.loop.seed)
-    run = _Run(config, workdir, mesh, trainee, schedule, checkpoints, tokenizer, first, progress, held_out)
+    run = _Run(
+        config, workdir, mesh, trainee, schedule, checkpoints, tokenizer, first, progress, held_out
+    )
     try:
         return run.loop(state, batches)
     finally:
@@ -158,7 +208,9 @@ def train(config: RunConfig, workdir: pathlib.Path, *, config_json: str, progres
 
 
 def open_checkpoints(config: RunConfig, workdir: pathlib.Path) -> Checkpoints:
-    """The run's checkpoints; their progress is the position in the data and the tokens that the model has seen."""
+    """The run's checkpoints; their progress is the position in the data and the tokens that the
+    model has seen.
+    """
 
     def merge(states):
         return {"data": merge_states([s["data"] for s in states]), "tokens": states[0]["tokens"]}
@@ -166,32 +218,51 @@ def open_checkpoints(config: RunConfig, workdir: pathlib.Path) -> Checkpoints:
     return Checkpoints(workdir, keep=config.loop.keep_checkpoints, merge=merge)
 
 
-def resume(checkpoints: Checkpoints, abstract: TrainState, batches: Batches) -> tuple[int, int, TrainState]:
+def resume(
+    checkpoints: Checkpoints, abstract: TrainState, batches: Batches
+) -> tuple[int, int, TrainState]:
     """(step, tokens seen, state) of the newest checkpoint, with `batches` where they were."""
     first = checkpoints.latest()
     state, progress = checkpoints.restore(first, abstract)
     if "tokens" not in progress:
         raise ValueError(
-            f"checkpoint {checkpoints.folder / str(first)} does not say how many tokens it has seen: an older version wrote it"
+            f"checkpoint {checkpoints.folder / str(first)} does not say how many tokens it has"
+            " seen: an older version wrote it"
         )
     batches.iterator.set_state(progress["data"])
     logger.info("resumed from step %d, after %d tokens", first, progress["tokens"])
     return first, progress["tokens"], state
 
 
-def check_config(workdir: pathlib.Path, config_json: str, fixed: Sequence[str] = ("model", "data", "optimizer", "start")):
-    """Raises ValueError where the run in workdir has another value in a section of `fixed`, or another seed."""
+def check_config(
+    workdir: pathlib.Path,
+    config_json: str,
+    fixed: Sequence[str] = ("model", "data", "optimizer", "start"),
+):
+    """Raises ValueError where the run in workdir has another value in a section of `fixed`, or
+    another seed.
+    """
     path = workdir / "config.json"
     if not path.exists():
         return
     old, new = json.loads(path.read_text()), json.loads(config_json)
     if old.keys() != new.keys():
-        raise ValueError(f"{workdir} holds a run of another kind: its config.json has {', '.join(old)}; use another --workdir")
-    keys = [(section, key) for section in fixed for key in sorted(old[section].keys() | new[section].keys())]
+        raise ValueError(
+            f"{workdir} holds a run of another kind: its config.json has {', '.join(old)}; use"
+            " another --workdir"
+        )
+    keys = [
+        (section, key)
+        for section in fixed
+        for key in sorted(old[section].keys() | new[section].keys())
+    ]
     for section, key in [*keys, ("loop", "seed")]:
         before, now = old[section].get(key), new[section].get(key)
         if before != now and (section, key) not in RESUME_CHANGEABLE:
-            raise ValueError(f"{workdir} was started with {section}.{key}={before!r}, not {now!r}; use another --workdir")
+            raise ValueError(
+                f"{workdir} was started with {section}.{key}={before!r}, not {now!r}; use another"
+                " --workdir"
+            )
 
 
 def write_config(workdir: pathlib.Path, config_json: str):
@@ -204,15 +275,25 @@ def write_config(workdir: pathlib.Path, config_json: str):
 
 
 # Keys that a resumed run may change: how it computes or where things lie, not what.
-RESUME_CHANGEABLE = {("model", key) for key in CHANGEABLE} | {("data", "paths"), ("data", "verify_checksums"), ("start", "workdir")}
+RESUME_CHANGEABLE = {("model", key) for key in CHANGEABLE} | {
+    ("data", "paths"),
+    ("data", "verify_checksums"),
+    ("start", "workdir"),
+}
 
 
 class _Run:
-    """One call of `train`: owns the recorder, the progress bar and what is derived from the config."""
+    """One call of `train`: owns the recorder, the progress bar and what is derived from the
+    config.
+    """
 
-    def __init__(self, config, workdir, mesh, trainee, schedule, checkpoints, tokenizer: Tokenizer, first: int, progress: bool,
+    def __init__(self, config, workdir, mesh, trainee, schedule, checkpoints, tokenizer: Tokenizer,
+                 first: int, progress: bool,
                  held_out):  # fmt: skip
-        self.config, self.workdir, self.schedule, self.checkpoints = config, workdir, schedule, checkpoints
+        self.config = config
+        self.workdir = workdir
+        self.schedule = schedule
+        self.checkpoints = checkpoints
         self.mesh, self.first = mesh, first
         self.is_main = jax.process_index() == 0
         self.recorder = Recorder(workdir, first) if self.is_main else None
@@ -222,7 +303,13 @@ class _Run:
         peak = peak_flops(jax.local_devices()[0])
         self.flops_per_token = flops_per_token(config.model, config.data.sequence_length)
         self.peak = peak and peak * jax.device_count()
-        self.bar = tqdm(total=schedule.num_steps, initial=first, desc="train", unit="step", disable=not (progress and self.is_main))
+        self.bar = tqdm(
+            total=schedule.num_steps,
+            initial=first,
+            desc="train",
+            unit="step",
+            disable=not (progress and self.is_main),
+        )
         self.stop = Stop()
 
     def close(self):
@@ -254,10 +341,18 @@ class _Run:
                 continue
             with jax.set_mesh(self.mesh):
                 extra = self.evaluator(state) if evaluating else {}
-            mark = self.record(*pending, mark, extra | self.router_biases(state))  # raises before a state that is not finite is saved
+            # raises before a state that is not finite is saved
+            mark = self.record(*pending, mark, extra | self.router_biases(state))
             pending = None
             if saving:
-                self.checkpoints.save(step, state, {"data": batches.iterator.get_state(), "tokens": self.schedule.tokens_before(step)})
+                self.checkpoints.save(
+                    step,
+                    state,
+                    {
+                        "data": batches.iterator.get_state(),
+                        "tokens": self.schedule.tokens_before(step),
+                    },
+                )
             if sampling:
                 self.write_samples(step, state)
             mark = time.perf_counter() if evaluating or sampling else mark
@@ -266,18 +361,37 @@ class _Run:
         self.checkpoints.wait()
         return step
 
-    def record(self, point: Point, metrics, host_batch, mark: float, extra: dict | None = None) -> float:
+    def record(
+        self, point: Point, metrics, host_batch, mark: float, extra: dict | None = None
+    ) -> float:
         """Writes one step's line. Returns the time now, from which the next step is counted."""
         metrics = jax.device_get(metrics)
         now = time.perf_counter()
-        parts = lambda: {f"{name}_{i}": x for i, part in enumerate(host_batch) for name, x in part.items()}  # noqa: E731
+        parts = lambda: {
+            f"{name}_{i}": x for i, part in enumerate(host_batch) for name, x in part.items()
+        }
         observed = metrics | (extra or {})
-        check_finite(observed, step=point.step, workdir=self.workdir, batch=parts, good=self.checkpoints.written)
+        check_finite(
+            observed,
+            step=point.step,
+            workdir=self.workdir,
+            batch=parts,
+            good=self.checkpoints.written,
+        )
         loss = float(metrics["loss"])
         tokens = self.schedule.tokens_before(point.step + 1)
         speed = (tokens - point.tokens) / max(now - mark, 1e-9)
-        record = {"step": point.step, "tokens": tokens, "learning_rate": point.learning_rate, "microbatches": point.microbatches}
-        record |= {"mtp_weight": point.mtp_weight, "bias_rate": point.bias_rate, "tokens_per_second": speed}
+        record = {
+            "step": point.step,
+            "tokens": tokens,
+            "learning_rate": point.learning_rate,
+            "microbatches": point.microbatches,
+        }
+        record |= {
+            "mtp_weight": point.mtp_weight,
+            "bias_rate": point.bias_rate,
+            "tokens_per_second": speed,
+        }
         if self.peak:
             record["mfu"] = speed * self.flops_per_token / self.peak
         if "expert_counts" in metrics:

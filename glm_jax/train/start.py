@@ -1,4 +1,6 @@
-"""Where a run's first weights come from: drawn from the seed, or those of another run (the stage before, an import)."""
+"""Where a run's first weights come from: drawn from the seed, or those of another run (the stage
+before, an import).
+"""
 
 from __future__ import annotations
 
@@ -14,40 +16,55 @@ from glm_jax.config import ModelConfig, check_types, from_mapping
 from glm_jax.train.checkpoint import finished_steps, load_weights, newest_step, read_config
 from glm_jax.train.state import Trainee, TrainState
 
-# What a later stage may change of the model: how it computes, and how far it reaches; not what it is.
+# What a later stage may change of the model: how it computes, and how far it reaches; not what it
+# is.
 CHANGEABLE = (
-    "compute_dtype", "remat", "attention", "grouped_matmul", "expert_exchange", "expert_buffer", "scan_layers", "max_length", "rope_theta",
+    "compute_dtype", "remat", "attention", "grouped_matmul", "expert_exchange", "expert_buffer",
+    "scan_layers", "max_length", "rope_theta",
 )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class StartConfig:
-    workdir: str  # of the run whose weights begin this one, with a new optimizer state; '': from the seed
+    # of the run whose weights begin this one, with a new optimizer state; '': from the seed
+    workdir: str
     step: int  # its checkpoint; -1: the newest
 
     def __post_init__(self):
         check_types(self)
         if self.step < -1:
-            raise ValueError(f"start.step={self.step} must be a checkpoint's step, or -1 for the newest")
+            raise ValueError(
+                f"start.step={self.step} must be a checkpoint's step, or -1 for the newest"
+            )
 
 
 def check_start(start: StartConfig, model: ModelConfig, tokenizer: Tokenizer | None = None):
-    """Raises ValueError where there is no such checkpoint, or its model or tokenizer is another one.
+    """Raises ValueError where there is no such checkpoint, or its model or tokenizer is another
+    one.
 
     tokenizer: of the run's data; None where the run takes the start's own.
     """
     if not start.workdir:
         return
-    theirs = from_mapping(ModelConfig, read_config(start.workdir)["model"], f"{start.workdir}: model")
+    theirs = from_mapping(
+        ModelConfig, read_config(start.workdir)["model"], f"{start.workdir}: model"
+    )
     for field in dataclasses.fields(ModelConfig):
         before, now = getattr(theirs, field.name), getattr(model, field.name)
         if before != now and field.name not in CHANGEABLE:
-            raise ValueError(f"start.workdir={start.workdir!r} has model.{field.name}={before!r}, not {now!r}")
+            raise ValueError(
+                f"start.workdir={start.workdir!r} has model.{field.name}={before!r}, not {now!r}"
+            )
     step = newest_step(start.workdir) if start.step < 0 else start.step
     if step not in (steps := finished_steps(start.workdir)):
-        raise ValueError(f"start.step={start.step}: {start.workdir} holds no such finished checkpoint, but {', '.join(map(str, steps))}")
+        raise ValueError(
+            f"start.step={start.step}: {start.workdir} holds no such finished checkpoint, but"
+            f" {', '.join(map(str, steps))}"
+        )
     if tokenizer is not None and starting_tokenizer(start).to_json() != tokenizer.to_json():
-        raise ValueError(f"start.workdir={start.workdir!r} has another tokenizer than this run's data")
+        raise ValueError(
+            f"start.workdir={start.workdir!r} has another tokenizer than this run's data"
+        )
 
 
 def starting_tokenizer(start: StartConfig) -> Tokenizer:
@@ -62,7 +79,11 @@ def starting_state(start: StartConfig, trainee: Trainee, mesh: Mesh, seed: int) 
     abstract = trainee.abstract_state(mesh)
     placed = jax.tree.map(lambda x: x.sharding, abstract)
     step = None if start.step < 0 else start.step
-    _, params, router = load_weights(start.workdir, step, shardings={"params": placed.params, "router": placed.router})
+    _, params, router = load_weights(
+        start.workdir, step, shardings={"params": placed.params, "router": placed.router}
+    )
     with jax.set_mesh(mesh):
         opt_state = jax.jit(trainee.optimizer.init, out_shardings=placed.opt_state)(params)
-        return TrainState(jax.device_put(jnp.zeros((), jnp.int32), placed.step), params, router, opt_state)
+        return TrainState(
+            jax.device_put(jnp.zeros((), jnp.int32), placed.step), params, router, opt_state
+        )

@@ -1,4 +1,6 @@
-"""Training state: what it holds, how it is created sharded, and how a model is put together from it."""
+"""Training state: what it holds, how it is created sharded, and how a model is put together from
+it.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,20 @@ from glm_jax.model.moe import RouterBias
 from glm_jax.model.transformer import GLM
 from glm_jax.optim.optimizer import OptimizerConfig, group_tree, make_optimizer
 
-# Compiler options for programs that run once: XLA:CPU compiles them several times faster than it would fast ones.
+# Compiler options for programs that run once: XLA:CPU compiles them several times faster than it
+# would fast ones.
 FAST_COMPILE = {"xla_backend_optimization_level": "0"}
-if jax.version.__version_info__ < (0, 11, 1):  # later ones have no other emitters, and end the process at an unknown option
+# later ones have no other emitters, and end the process at an unknown option
+if jax.version.__version_info__ < (0, 11, 1):
     FAST_COMPILE["xla_cpu_use_fusion_emitters"] = False
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """step: int32 scalar. params, router: nested dicts of arrays, router biases apart. opt_state: optax's."""
+    """step: int32 scalar. params, router: nested dicts of arrays, router biases apart. opt_state:
+    optax's.
+    """
 
     step: jax.Array
     params: Any
@@ -39,7 +45,9 @@ class TrainState:
 
 @functools.lru_cache(maxsize=8)
 def abstract_model(config: ModelConfig):
-    """(graphdef, parameters, router biases) of a model that is never allocated; nnx.States of ShapeDtypeStructs."""
+    """(graphdef, parameters, router biases) of a model that is never allocated; nnx.States of
+    ShapeDtypeStructs.
+    """
     return nnx.split(transformer.abstract_model(config), nnx.Param, RouterBias)
 
 
@@ -55,11 +63,17 @@ def build_model(config: ModelConfig, params, router) -> GLM:
 
 
 def logical_axes(config: ModelConfig, *, stacked: bool):
-    """Trees of logical axes like (params, router); `stacked` puts `layers` in front where an array is a stack of layers."""
+    """Trees of logical axes like (params, router); `stacked` puts `layers` in front where an array
+    is a stack of layers.
+    """
     _, *states = abstract_model(config)
     take = axes_of if stacked else lambda v: tuple(v.get_metadata("axes"))
     return tuple(
-        nnx.to_pure_dict(jax.tree.map(take, s, is_leaf=lambda x: isinstance(x, nnx.Variable)), extract_fn=lambda x: x) for s in states
+        nnx.to_pure_dict(
+            jax.tree.map(take, s, is_leaf=lambda x: isinstance(x, nnx.Variable)),
+            extract_fn=lambda x: x,
+        )
+        for s in states
     )
 
 
@@ -96,21 +110,28 @@ class Trainee:
         """
         state = jax.eval_shape(self.initial_state, jax.random.key(0))
         param_axes, router_axes = logical_axes(self.config, stacked=True)
-        is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
+        is_axes = lambda x: isinstance(x, tuple)
 
         def place(axes, tree):
             return jax.tree.map_with_path(
                 lambda path, a, x: jax.ShapeDtypeStruct(
-                    x.shape, x.dtype, sharding=sharding.named(mesh, a, x.shape, jax.tree_util.keystr(path, simple=True, separator="."))
+                    x.shape, x.dtype,
+                    sharding=sharding.named(mesh, a, x.shape,
+                                            jax.tree_util.keystr(path, simple=True, separator="."))
                 ),
                 axes, tree, is_leaf=is_axes,
             )  # fmt: skip
 
         params = place(param_axes, state.params)
-        scalar = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.named(mesh, (None,) * x.ndim))  # noqa: E731
-        masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731 -- where another group's transformation has the parameter
+        scalar = lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=sharding.named(mesh, (None,) * x.ndim)
+        )
+        masked = lambda x: isinstance(
+            x, optax.MaskedNode
+        )  # where another group's transformation has the parameter
         opt_state = optax.tree.map_params(
-            self.optimizer, lambda x, p: x if masked(x) else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding),
+            self.optimizer, lambda x,
+            p: x if masked(x) else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding),
             state.opt_state, params, transform_non_params=scalar, is_leaf=masked,
         )  # fmt: skip
         return TrainState(scalar(state.step), params, place(router_axes, state.router), opt_state)
@@ -120,4 +141,6 @@ class Trainee:
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state(mesh))
         options = FAST_COMPILE if mesh.devices.flat[0].platform == "cpu" else None
         with jax.set_mesh(mesh):
-            return jax.jit(self.initial_state, out_shardings=shardings, compiler_options=options)(jax.random.key(seed))
+            return jax.jit(self.initial_state, out_shardings=shardings, compiler_options=options)(
+                jax.random.key(seed)
+            )

@@ -35,23 +35,30 @@ class Knobs:
         return cls(jnp.int32(point.microbatches), *floats)
 
 
-def loss_function(trainee: Trainee, params, router, batch, totals, knobs: Knobs, balance_weight: float):
-    """Loss of one microbatch [B, L], already divided by the totals of the whole step, and what it observed.
+def loss_function(
+    trainee: Trainee, params, router, batch, totals, knobs: Knobs, balance_weight: float
+):
+    """Loss of one microbatch [B, L], already divided by the totals of the whole step, and what it
+    observed.
 
-    Returns (loss, aux): aux holds `cross_entropy`, `mtp`, `balance` (each divided likewise, before weights) and
-    `expert_counts` int32 [routers, E], the MTP router last.
+    Returns (loss, aux): aux holds `cross_entropy`, `mtp`, `balance` (each divided likewise, before
+    weights) and `expert_counts` int32 [routers, E], the MTP router last.
     """
     model = build_model(trainee.config, params, router)
     segment_ids, positions = batch["segment_ids"], batch["positions"]
     out = model.trunk(batch["tokens"], segment_ids, positions)
     head = model.lm_head.weight[...]
-    total_cross_entropy = losses.chunked_cross_entropy(out.h, head, batch["targets"], batch["loss_weights"], LOSS_CHUNK)
+    total_cross_entropy = losses.chunked_cross_entropy(
+        out.h, head, batch["targets"], batch["loss_weights"], LOSS_CHUNK
+    )
     aux = {"cross_entropy": total_cross_entropy / totals["targets"]}
     loss, routers = aux["cross_entropy"], [] if out.routers is None else [out.routers]
     if model.mtp is not None:
         x, observation, _ = model.mtp_hidden(out.h, batch["targets"], segment_ids, positions)
         targets, weights = losses.mtp_targets(batch)
-        mtp = losses.chunked_cross_entropy(x, model.mtp_head.weight[...], targets, weights, LOSS_CHUNK)
+        mtp = losses.chunked_cross_entropy(
+            x, model.mtp_head.weight[...], targets, weights, LOSS_CHUNK
+        )
         aux["mtp"] = mtp / totals["mtp_targets"]
         loss += knobs.mtp_weight * aux["mtp"]
         routers.append(jax.tree.map(lambda leaf: leaf[None], observation))
@@ -64,9 +71,11 @@ def loss_function(trainee: Trainee, params, router, batch, totals, knobs: Knobs,
 
 
 def step_totals(batch, microbatches) -> dict[str, jax.Array]:
-    """Tokens, weighted targets and MTP targets of the step's first `microbatches` microbatches; batch arrays [A, B, L]."""
+    """Tokens, weighted targets and MTP targets of the step's first `microbatches` microbatches;
+    batch arrays [A, B, L].
+    """
     live = jnp.arange(batch["tokens"].shape[0])[:, None, None] < microbatches
-    count = lambda x: jnp.maximum(jnp.sum(jnp.where(live, x, 0).astype(jnp.float32)), 1.0)  # noqa: E731
+    count = lambda x: jnp.maximum(jnp.sum(jnp.where(live, x, 0).astype(jnp.float32)), 1.0)
     return {
         "tokens": count(batch["segment_ids"] > 0),
         "targets": count(batch["loss_weights"]),
@@ -75,15 +84,21 @@ def step_totals(batch, microbatches) -> dict[str, jax.Array]:
 
 
 def gradients(trainee: Trainee, state: TrainState, batch, knobs: Knobs, balance_weight: float):
-    """((loss, aux), gradients) summed over the microbatches of a step; batch arrays [A, B, L], the first `microbatches` count."""
+    """((loss, aux), gradients) summed over the microbatches of a step; batch arrays [A, B, L], the
+    first `microbatches` count.
+    """
     batch = {name: constrain(x, None, "batch", "length") for name, x in batch.items()}
     totals = step_totals(batch, knobs.microbatches)
-    loss = lambda params, part: loss_function(trainee, params, state.router, part, totals, knobs, balance_weight)  # noqa: E731
+    loss = lambda params, part: loss_function(
+        trainee, params, state.router, part, totals, knobs, balance_weight
+    )
     return accumulate(loss, state.params, batch, knobs.microbatches)
 
 
 def accumulate(loss, params, batch, microbatches):
-    """((loss, aux), gradients) of loss(params, microbatch) -> (loss, aux), summed over the first `microbatches` of the arrays [A, ...]."""
+    """((loss, aux), gradients) of loss(params, microbatch) -> (loss, aux), summed over the first
+    `microbatches` of the arrays [A, ...].
+    """
     grad_function = jax.value_and_grad(loss, has_aux=True)
 
     def one(index):
@@ -92,24 +107,35 @@ def accumulate(loss, params, batch, microbatches):
     if len(jax.tree.leaves(batch)[0]) == 1:
         return one(0)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, 0))
-    return jax.lax.fori_loop(0, microbatches, lambda i, total: jax.tree.map(jnp.add, total, one(i)), zeros)
+    return jax.lax.fori_loop(
+        0, microbatches, lambda i, total: jax.tree.map(jnp.add, total, one(i)), zeros
+    )
 
 
-def train_step(trainee: Trainee, balance_weight: float, state: TrainState, batch, knobs: Knobs) -> tuple[TrainState, dict]:
+def train_step(
+    trainee: Trainee, balance_weight: float, state: TrainState, batch, knobs: Knobs
+) -> tuple[TrainState, dict]:
     """Gradients, clipping, optimizer, router biases from global counts.
 
-    Returns the new state and metrics: `loss`, `cross_entropy`, `mtp`, `balance`, `expert_counts` [routers, E] and those of `update`.
+    Returns the new state and metrics: `loss`, `cross_entropy`, `mtp`, `balance`, `expert_counts`
+    [routers, E] and those of `update`.
     """
     (loss, aux), grads = gradients(trainee, state, batch, knobs, balance_weight)
-    state, metrics = update(trainee, state, grads, aux.get("expert_counts"), knobs.learning_rate, knobs.bias_rate)
+    state, metrics = update(
+        trainee, state, grads, aux.get("expert_counts"), knobs.learning_rate, knobs.bias_rate
+    )
     return state, {"loss": loss, **aux, **metrics}
 
 
-def update(trainee: Trainee, state: TrainState, grads, expert_counts_RE, learning_rate, bias_rate) -> tuple[TrainState, dict]:
-    """Clips and applies gradients, and moves the router biases (expert counts of None: a dense model).
+def update(
+    trainee: Trainee, state: TrainState, grads, expert_counts_RE, learning_rate, bias_rate
+) -> tuple[TrainState, dict]:
+    """Clips and applies gradients, and moves the router biases (expert counts of None: a dense
+    model).
 
-    Returns the new state and metrics: `grad_norm`, `grad_rms/<group>`, `update_rms/<group>` (learning rate included), and
-    `param_norm` of the new parameters and router biases. Where one of them is not finite, the new state must not be used.
+    Returns the new state and metrics: `grad_norm`, `grad_rms/<group>`, `update_rms/<group>`
+    (learning rate included), and `param_norm` of the new parameters and router biases. Where one of
+    them is not finite, the new state must not be used.
     """
     metrics = {"grad_norm": optax.tree.norm(grads)}
     metrics |= {f"grad_rms/{group}": rms for group, rms in group_rms(grads, trainee.groups).items()}
@@ -118,28 +144,39 @@ def update(trainee: Trainee, state: TrainState, grads, expert_counts_RE, learnin
         grads = jax.tree.map(lambda g: g * factor, grads)
     updates, opt_state = trainee.optimizer.update(grads, state.opt_state, state.params)
     updates = jax.tree.map(lambda u: -learning_rate * u, updates)
-    metrics |= {f"update_rms/{group}": rms for group, rms in group_rms(updates, trainee.groups).items()}
+    metrics |= {
+        f"update_rms/{group}": rms for group, rms in group_rms(updates, trainee.groups).items()
+    }
     router = state.router
     if expert_counts_RE is not None:
-        router = map_routers(lambda bias_RE: losses.update_router_bias(bias_RE, expert_counts_RE, bias_rate), router)
+        router = map_routers(
+            lambda bias_RE: losses.update_router_bias(bias_RE, expert_counts_RE, bias_rate), router
+        )
     params = optax.apply_updates(state.params, updates)
     metrics["param_norm"] = optax.tree.norm((params, router))
     return TrainState(state.step + 1, params, router, opt_state), metrics
 
 
 def map_routers(function, router):
-    """Applies a function of all biases [routers, E] (the registry: trunk layers in order, then MTP) to the tree of biases."""
+    """Applies a function of all biases [routers, E] (the registry: trunk layers in order, then MTP)
+    to the tree of biases.
+    """
     leaves, treedef = jax.tree.flatten(router)  # keys in order: moe_layers, mtp
     rows = [leaf.reshape(-1, leaf.shape[-1]) for leaf in leaves]
     table = function(jnp.concatenate(rows))
     sizes = [len(r) for r in rows]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    parts = [table[start : start + size].reshape(leaf.shape) for start, size, leaf in zip(starts, sizes, leaves, strict=True)]
+    parts = [
+        table[start : start + size].reshape(leaf.shape)
+        for start, size, leaf in zip(starts, sizes, leaves, strict=True)
+    ]
     return treedef.unflatten(parts)
 
 
 def compile_step(trainee: Trainee, balance_weight: float, mesh: Mesh):
-    """The jitted step; donates the state, and returns it placed as it came. Call it under jax.set_mesh."""
+    """The jitted step; donates the state, and returns it placed as it came. Call it under
+    jax.set_mesh.
+    """
     return jit_step(functools.partial(train_step, trainee, balance_weight), trainee, mesh)
 
 

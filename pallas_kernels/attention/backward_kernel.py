@@ -1,8 +1,11 @@
-"""Attention for TPU, backward: the five products of a tile in one pass, over the same tiles as the forward kernel.
+"""Attention for TPU, backward: the five products of a tile in one pass, over the same tiles as the
+forward kernel.
 
-A query block keeps the gradient of its queries while it walks over key blocks; the gradients of keys and values are summed in HBM in
-float32: a block is fetched, all heads that share it add to it, it goes back. Fetching the next one waits until the one before is back.
-Where they stand turned, head size x keys, their products fill a matrix unit of 256, of which head size x queries fill a half.
+A query block keeps the gradient of its queries while it walks over key blocks; the gradients of
+keys and values are summed in HBM in float32: a block is fetched, all heads that share it add to it,
+it goes back. Fetching the next one waits until the one before is back. Where they stand turned,
+head size x keys, their products fill a matrix unit of 256, of which head size x queries fill a
+half.
 """
 
 from __future__ import annotations
@@ -16,20 +19,32 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
-from pallas_kernels.attention.kernel import LN2, causal_macs, head, is_full, is_visited, key_copies, product, query_specs, write_bias
+from pallas_kernels.attention.kernel import (
+    LN2,
+    causal_macs,
+    head,
+    is_full,
+    is_visited,
+    key_copies,
+    product,
+    query_specs,
+    write_bias,
+)
 from pallas_kernels.attention.tiles import FIRST, NEXT, STOP, Tiles
 from pallas_kernels.cost import cost
 from pallas_kernels.once import once
 
-# The kernel's state: key blocks seen, the buffer of the sums, whether the next sums are on their way in, and for each buffer whether
-# it is on its way out.
+# The kernel's state: key blocks seen, the buffer of the sums, whether the next sums are on their
+# way in, and for each buffer whether it is on its way out.
 SEEN, SLOT, COMING, LEAVING = range(4)
 
 
 def _backward(
-    meta, queries, keys, q_ref, do_ref, lse_ref, delta_ref, q_ids_ref, k_hbm, v_hbm, kv_ids_hbm, _, __, dq_ref, dk_hbm, dv_hbm,
+    meta, queries, keys, q_ref, do_ref, lse_ref, delta_ref, q_ids_ref, k_hbm, v_hbm, kv_ids_hbm, _,
+    __, dq_ref, dk_hbm, dv_hbm,
     k_buf, v_buf, ids_buf, dk_buf, dv_buf, dq_acc, bias, state, in_sems, sum_sems, *,
-    kv_block: int, piece: int, kv_piece: int, unroll: int, ahead: int, turned: bool, force: str | None,
+    kv_block: int, piece: int, kv_piece: int, unroll: int, ahead: int, turned: bool,
+    force: str | None,
 ):  # fmt: skip
     b, g, i = (pl.program_id(axis) for axis in range(3))
     q_block, size = q_ref.shape[0], k_buf.shape[-1]
@@ -44,7 +59,9 @@ def _backward(
         return ref.at[b, columns, rows] if turned else ref.at[b, rows, columns]
 
     def inputs(j, slot):
-        return key_copies(b, g, j, slot, (k_hbm, v_hbm, kv_ids_hbm), (k_buf, v_buf, ids_buf), in_sems)
+        return key_copies(
+            b, g, j, slot, (k_hbm, v_hbm, kv_ids_hbm), (k_buf, v_buf, ids_buf), in_sems
+        )
 
     def sums(j, slot, *, out: bool):
         for ref, buf, n in ((dk_hbm, dk_buf, 0), (dv_hbm, dv_buf, 1)):
@@ -68,15 +85,24 @@ def _backward(
             state[LEAVING + slot] = 0
 
     def add_tile(slot, sum_slot, masked: bool, between):
-        """The tile's share of all three gradients; `between` runs once, after the first group of heads."""
+        """The tile's share of all three gradients; `between` runs once, after the first group of
+        heads.
+        """
         k, v = k_buf[slot], v_buf[slot]
         dk, dv = dk_buf.at[sum_slot], dv_buf.at[sum_slot]
 
         def group(number, _):
-            pieces = [(number * unroll + h, part, some) for h in range(unroll) for part in parts for some in key_parts]
+            pieces = [
+                (number * unroll + h, part, some)
+                for h in range(unroll)
+                for part in parts
+                for some in key_parts
+            ]
 
             def scores(h, part, some):
-                return product(k[some], head(q_ref, h, size)[part, :], 1, 1), product(v[some], head(do_ref, h, size)[part, :], 1, 1)
+                return product(k[some], head(q_ref, h, size)[part, :], 1, 1), product(
+                    v[some], head(do_ref, h, size)[part, :], 1, 1
+                )
 
             def add(h, part, some, probs, dscores):
                 q, do = head(q_ref, h, size)[part, :], head(do_ref, h, size)[part, :]
@@ -95,7 +121,8 @@ def _backward(
                 if behind is not None:
                     add(*behind)
                 shift = lse_ref[pl.ds(h, 1), part]
-                # The bias joins the row first: as a part of the scores it delays the unit (v6e: half the rate).
+                # The bias joins the row first: as a part of the scores it delays the unit (v6e:
+                # half the rate).
                 probs = jnp.exp2(s - (shift - bias[some, part] if masked else shift))
                 dscores = probs * (dprobs - delta_ref[pl.ds(h, 1), part])
                 behind = h, part, some, probs.astype(v.dtype), dscores.astype(k.dtype)
@@ -139,7 +166,9 @@ def _backward(
 
             @pl.when(seen & ~full)
             def _():
-                write_bias(bias, q_ids_ref, ids_buf.at[slot], meta[0] + i * q_block, meta[1] + j * kv_block)
+                write_bias(
+                    bias, q_ids_ref, ids_buf.at[slot], meta[0] + i * q_block, meta[1] + j * kv_block
+                )
                 add_tile(slot, sum_slot, True, fetch_next)
 
             pl.when(~seen)(fetch_next)
@@ -184,13 +213,15 @@ def _backward(
 
 @once("heads", "blocks", "vmem_bytes", "force")
 def backward(
-    q_BLX, do_BLX, lse_BGPL, delta_BGPL, q_ids_B1L, k_BMY, v_BMY, kv_ids_BJ1C, tiles: Tiles, heads: int, blocks, vmem_bytes: int,
+    q_BLX, do_BLX, lse_BGPL, delta_BGPL, q_ids_B1L, k_BMY, v_BMY, kv_ids_BJ1C, tiles: Tiles,
+    heads: int, blocks, vmem_bytes: int,
     force: str | None = None,
 ):  # fmt: skip
-    """Gradients of kernel.forward's q, k and v: [B, L, G x heads x H] in the type of q, and twice float32 [B, M, G x H].
+    """Gradients of kernel.forward's q, k and v: [B, L, G x heads x H] in the type of q, and twice
+    float32 [B, M, G x H].
 
-    lse_BGPL: log-sum-exp in units of log2. delta_BGPL: sum over a head of output x its gradient, less the gradient of the natural
-    log-sum-exp. Others as there.
+    lse_BGPL: log-sum-exp in units of log2. delta_BGPL: sum over a head of output x its gradient,
+    less the gradient of the natural log-sum-exp. Others as there.
     """
     batch, length, _ = q_BLX.shape
     groups = lse_BGPL.shape[1]
@@ -198,7 +229,7 @@ def backward(
     q_spec, row_spec, ids_spec = query_specs(blocks.q, heads, size)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     body = functools.partial(_backward, **blocks.of_kernel, turned=blocks.turned, force=force)
-    vmem = lambda *shape, dtype=jnp.float32: pltpu.VMEM(shape, dtype)  # noqa: E731
+    vmem = lambda *shape, dtype=jnp.float32: pltpu.VMEM(shape, dtype)
     sums, axes = ((size, blocks.kv), (0, 2, 1)) if blocks.turned else ((blocks.kv, size), (0, 1, 2))
     zeros = jnp.zeros([k_BMY.shape[axis] for axis in axes], jnp.float32)
     dq, dk, dv = pl.pallas_call(
@@ -209,19 +240,27 @@ def backward(
             in_specs=[q_spec, q_spec, row_spec, row_spec, ids_spec, *[anywhere] * 5],
             out_specs=[q_spec, anywhere, anywhere],
             scratch_shapes=[
-                vmem(2, blocks.kv, size, dtype=k_BMY.dtype), vmem(2, blocks.kv, size, dtype=v_BMY.dtype),
+                vmem(2, blocks.kv, size, dtype=k_BMY.dtype),
+                vmem(2, blocks.kv, size, dtype=v_BMY.dtype),
                 vmem(2, 1, blocks.kv, dtype=jnp.int32),
-                vmem(2, *sums), vmem(2, *sums), vmem(heads, size, blocks.q), vmem(blocks.kv, blocks.q),
-                pltpu.SMEM((LEAVING + 2,), jnp.int32), pltpu.SemaphoreType.DMA((2, 3)), pltpu.SemaphoreType.DMA((2, 2)),
+                vmem(2, *sums), vmem(2, *sums), vmem(heads, size, blocks.q),
+                vmem(blocks.kv, blocks.q),
+                pltpu.SMEM((LEAVING + 2,), jnp.int32), pltpu.SemaphoreType.DMA((2, 3)),
+                pltpu.SemaphoreType.DMA((2, 2)),
             ],
         ),
-        out_shape=[jax.ShapeDtypeStruct(q_BLX.shape, q_BLX.dtype), *[jax.ShapeDtypeStruct(zeros.shape, zeros.dtype)] * 2],
+        out_shape=[jax.ShapeDtypeStruct(q_BLX.shape, q_BLX.dtype),
+                   *[jax.ShapeDtypeStruct(zeros.shape, zeros.dtype)] * 2],
         input_output_aliases={11: 1, 12: 2},
-        cost_estimate=cost(q_BLX, q_BLX, q_BLX, k_BMY, v_BMY, zeros, zeros, macs=5 * causal_macs(q_BLX, k_BMY)),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes),
+        cost_estimate=cost(q_BLX, q_BLX, q_BLX, k_BMY, v_BMY, zeros, zeros,
+                           macs=5 * causal_macs(q_BLX, k_BMY)),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel",
+                                                                  "arbitrary"),
+                                                                  vmem_limit_bytes=vmem_bytes),
         interpret=interpret.params(),
         name="attention_backward",
     )(
-        tiles.offsets, tiles.queries, tiles.keys, q_BLX, do_BLX, lse_BGPL, delta_BGPL, q_ids_B1L, k_BMY, v_BMY, kv_ids_BJ1C, zeros, zeros
+        tiles.offsets, tiles.queries, tiles.keys, q_BLX, do_BLX, lse_BGPL, delta_BGPL, q_ids_B1L,
+        k_BMY, v_BMY, kv_ids_BJ1C, zeros, zeros
     )  # fmt: skip
     return dq, dk.transpose(axes) * LN2, dv.transpose(axes)

@@ -1,7 +1,8 @@
 """Attention for XLA without a kernel: query blocks against the keys up to their own end.
 
-The [L, M] scores are what attention costs outside its products, so they are not kept for the backward pass, which makes them again
-from the maxima of rows, and the division by the sums of rows happens on [L, H].
+The [L, M] scores are what attention costs outside its products, so they are not kept for the
+backward pass, which makes them again from the maxima of rows, and the division by the sums of rows
+happens on [L, H].
 """
 
 from __future__ import annotations
@@ -20,14 +21,26 @@ def attention(q_BLNH, k_BLGH, v_BLGH, segment_ids_BL, scale: float) -> jax.Array
     """As reference.attention without offsets; n blocks do (n + 1) / 2n of the square's work."""
     batch, length, heads, size = q_BLNH.shape
     groups = k_BLGH.shape[2]
-    q = (q_BLNH * scale).reshape(batch, length, groups, heads // groups, size).transpose(0, 2, 1, 3, 4)
+    q = (
+        (q_BLNH * scale)
+        .reshape(batch, length, groups, heads // groups, size)
+        .transpose(0, 2, 1, 3, 4)
+    )
     k, v = k_BLGH.transpose(0, 2, 1, 3), v_BLGH.transpose(0, 2, 1, 3)
     block = max(MIN_QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
     stops = [*range(block, length, block), length]
     out = []
-    # Whole parts by split and concatenate: their gradients are each other, where a slice's is a padded sum.
-    for start, stop, q_block in zip([0, *stops], stops, jnp.split(q, stops[:-1], axis=2), strict=False):
-        mask = allowed_pairs(segment_ids_BL[:, start:stop], segment_ids_BL[:, :stop], jnp.arange(start, stop), jnp.arange(stop))
+    # Whole parts by split and concatenate: their gradients are each other, where a slice's is a
+    # padded sum.
+    for start, stop, q_block in zip(
+        [0, *stops], stops, jnp.split(q, stops[:-1], axis=2), strict=False
+    ):
+        mask = allowed_pairs(
+            segment_ids_BL[:, start:stop],
+            segment_ids_BL[:, :stop],
+            jnp.arange(start, stop),
+            jnp.arange(stop),
+        )
         out.append(_block(q_block, k[:, :, :stop], v[:, :, :stop], mask))
     out = jnp.concatenate(out, axis=2).transpose(0, 2, 1, 3, 4).reshape(batch, length, heads, size)
     return jnp.where(segment_ids_BL[..., None, None] > 0, out, 0)  # padding sees nothing
@@ -49,7 +62,9 @@ def _block_forward(q, k, v, mask):
     exps = jnp.exp(scores - most).astype(v.dtype)
     out = jnp.einsum("bglpm,bgmh->bglph", exps, v, preferred_element_type=jnp.float32)
     total = jnp.sum(exps, axis=-1, keepdims=True, dtype=jnp.float32)
-    out, most, total = (checkpoint_name(x, "attention") for x in ((out / total).astype(v.dtype), most, total))
+    out, most, total = (
+        checkpoint_name(x, "attention") for x in ((out / total).astype(v.dtype), most, total)
+    )
     return out, (q, k, v, mask, most, total, out)
 
 

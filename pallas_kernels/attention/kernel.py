@@ -1,12 +1,16 @@
-"""Attention for TPU, forward: every query block walks over the key blocks that hold an allowed pair, and over no others.
+"""Attention for TPU, forward: every query block walks over the key blocks that hold an allowed
+pair, and over no others.
 
-Scores stand transposed, keys x queries, so that what belongs to a query is a row vector along lanes, and the second product fills
-units of 256. All query heads of a key-value head share its loads. The work of one head, some queries and some keys, a piece, is written
-so that the unit multiplies for the following and the previous pieces while exponentials of this one are computed.
+Scores stand transposed, keys x queries, so that what belongs to a query is a row vector along
+lanes, and the second product fills units of 256. All query heads of a key-value head share its
+loads. The work of one head, some queries and some keys, a piece, is written so that the unit
+multiplies for the following and the previous pieces while exponentials of this one are computed.
 
-There is no running maximum. Scores, in units of log2, are shifted by m = max(0, |q| max|k| - HEADROOM), which no score exceeds by more
-than HEADROOM (Cauchy-Schwarz), so nothing overflows; float32 and bfloat16 have the exponents to hold the rest. Where m is so large that
-all of a query's exponentials may vanish and they do, its block is computed again with the running maximum of online softmax.
+There is no running maximum. Scores, in units of log2, are shifted by m = max(0, |q| max|k| -
+HEADROOM), which no score exceeds by more than HEADROOM (Cauchy-Schwarz), so nothing overflows;
+float32 and bfloat16 have the exponents to hold the rest. Where m is so large that all of a query's
+exponentials may vanish and they do, its block is computed again with the running maximum of online
+softmax.
 """
 
 from __future__ import annotations
@@ -27,8 +31,11 @@ from pallas_kernels.cost import cost
 from pallas_kernels.once import once
 
 HEADROOM = 80.0  # log2; 2^80 x 2^17 keys x values up to 2^30 is a float32
-VANISHED = 2.0**-90  # a row sum below, at a shift above SURE, may have lost terms that matter: 2^17 of up to 2^-126
-SURE = 10.0  # scores are >= -|q| max|k|, so at shifts up to here the largest term of a row is >= 2^-(HEADROOM + SURE + SURE)
+# a row sum below, at a shift above SURE, may have lost terms that matter: 2^17 of up to 2^-126
+VANISHED = 2.0**-90
+# scores are >= -|q| max|k|, so at shifts up to here the largest term of a row is >= 2^-(HEADROOM +
+# SURE + SURE)
+SURE = 10.0
 MASKED = -1e38
 LN2 = math.log(2.0)
 LANES, SUBLANES = 128, 8
@@ -37,7 +44,13 @@ LANES, SUBLANES = 128, 8
 def product(a, b, a_axis: int, b_axis: int):
     """Contracts an axis of each; bfloat16 in one pass, float32 in as many as it takes."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        a,
+        b,
+        (((a_axis,), (b_axis,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def head(ref, index, size: int):
@@ -47,13 +60,17 @@ def head(ref, index, size: int):
 
 def is_visited(queries, keys, meta, b, i, j, q_block: int, kv_block: int):
     """Whether a tile may hold an allowed pair (as tiles.visits)."""
-    overlap = (keys[LEAST, b, j] <= queries[GREATEST, b, i]) & (keys[GREATEST, b, j] >= queries[LEAST, b, i])
+    overlap = (keys[LEAST, b, j] <= queries[GREATEST, b, i]) & (
+        keys[GREATEST, b, j] >= queries[LEAST, b, i]
+    )
     return overlap & (meta[1] + j * kv_block <= meta[0] + (i + 1) * q_block - 1)
 
 
 def is_full(queries, keys, meta, b, i, j, q_block: int, kv_block: int):
     """Whether every pair of a tile is allowed."""
-    return (queries[ONLY, b, i] == keys[ONLY, b, j]) & (meta[1] + (j + 1) * kv_block - 1 <= meta[0] + i * q_block)
+    return (queries[ONLY, b, i] == keys[ONLY, b, j]) & (
+        meta[1] + (j + 1) * kv_block - 1 <= meta[0] + i * q_block
+    )
 
 
 def write_bias(bias, q_ids_ref, kv_ids_ref, q_first, kv_first):
@@ -61,7 +78,9 @@ def write_bias(bias, q_ids_ref, kv_ids_ref, q_first, kv_first):
     shape = bias.shape
     kv_ids = jnp.broadcast_to(kv_ids_ref[...], (SUBLANES, shape[0])).T[:, :1]
     q_ids = q_ids_ref[...]
-    behind = (kv_first + lax.broadcasted_iota(jnp.int32, shape, 0)) <= (q_first + lax.broadcasted_iota(jnp.int32, shape, 1))
+    behind = (kv_first + lax.broadcasted_iota(jnp.int32, shape, 0)) <= (
+        q_first + lax.broadcasted_iota(jnp.int32, shape, 1)
+    )
     bias[...] = jnp.where((kv_ids == q_ids) & (q_ids > 0) & behind, 0.0, MASKED)
 
 
@@ -78,7 +97,9 @@ def key_copies(b, g, j, slot, hbm, buffers, sems):
 
 
 def query_specs(q_block: int, heads: int, size: int):
-    """What a grid of (batch, key-value heads, query blocks) reads of [B, L, G x heads x H], [B, G, heads, L] and [B, 1, L]."""
+    """What a grid of (batch, key-value heads, query blocks) reads of [B, L, G x heads x H], [B, G,
+    heads, L] and [B, 1, L].
+    """
     return (
         pl.BlockSpec((None, q_block, heads * size), lambda b, g, i, *_: (b, i, g)),
         pl.BlockSpec((None, None, heads, q_block), lambda b, g, i, *_: (b, g, 0, i)),
@@ -91,8 +112,9 @@ def _forward(
     k_buf, v_buf, ids_buf, acc, total, best, bias, state, sems, *,
     kv_block: int, piece: int, kv_piece: int, unroll: int, ahead: int, force: str | None,
 ):  # fmt: skip
-    """A query block's turn. state[0]: key blocks seen by this core, whose parity is the buffer. force: 'full' or 'masked' leaves only
-    that form of a tile in the program, for the compiler to judge.
+    """A query block's turn. state[0]: key blocks seen by this core, whose parity is the buffer.
+    force: 'full' or 'masked' leaves only that form of a tile in the program, for the compiler to
+    judge.
     """
     b, g, i = (pl.program_id(axis) for axis in range(3))
     q_block, size = q_ref.shape[0], k_buf.shape[-1]
@@ -117,7 +139,12 @@ def _forward(
         k, v = k_buf[slot], v_buf[slot]
 
         def group(number, _):
-            pieces = [(number * unroll + h, part, some) for h in range(unroll) for part in parts for some in key_parts]
+            pieces = [
+                (number * unroll + h, part, some)
+                for h in range(unroll)
+                for part in parts
+                for some in key_parts
+            ]
 
             def scores(h, part, some):
                 return product(k[some], head(q_ref, h, size)[part, :], 1, 1)
@@ -151,7 +178,9 @@ def _forward(
                 old = best[h, :1, part]
                 new = jnp.maximum(old, jnp.max(s, axis=0, keepdims=True))
                 exps, kept = jnp.exp2(s - new), jnp.exp2(old - new)
-                total[h, :, part] = total[h, :, part] * kept + jnp.sum(exps.reshape(-1, SUBLANES, piece), axis=0)
+                total[h, :, part] = total[h, :, part] * kept + jnp.sum(
+                    exps.reshape(-1, SUBLANES, piece), axis=0
+                )
                 acc[h, :, part] = acc[h, :, part] * kept + product(v, exps.astype(v.dtype), 0, 0)
                 best[h, :, part] = jnp.broadcast_to(new, (SUBLANES, piece))
             return 0
@@ -164,7 +193,9 @@ def _forward(
     def visit(j, count):
         slot = count % 2
         next_i = jnp.where(j + 1 < stop, i, queries[NEXT, b, i + 1])
-        next_j = jnp.where(j + 1 < stop, j + 1, queries[FIRST, b, jnp.minimum(next_i, pl.num_programs(2) - 1)])
+        next_j = jnp.where(
+            j + 1 < stop, j + 1, queries[FIRST, b, jnp.minimum(next_i, pl.num_programs(2) - 1)]
+        )
         wait(j, slot)
 
         @pl.when(next_i < pl.num_programs(2))
@@ -242,13 +273,24 @@ def causal_macs(q_BLX, k_BMY) -> int:
 
 @once("heads", "blocks", "vmem_bytes", "force")
 def forward(
-    q_BLX, shift_BGPL, q_ids_B1L, k_BMY, v_BMY, kv_ids_BJ1C, tiles: Tiles, heads: int, blocks, vmem_bytes: int, force: str | None = None
+    q_BLX,
+    shift_BGPL,
+    q_ids_B1L,
+    k_BMY,
+    v_BMY,
+    kv_ids_BJ1C,
+    tiles: Tiles,
+    heads: int,
+    blocks,
+    vmem_bytes: int,
+    force: str | None = None,
 ):
     """softmax(q k^T / log2 e) v of scaled queries, and its log-sum-exp.
 
     Args:
-      q_BLX: [B, L, G x heads x H], times scale x log2 e. shift_BGPL: float32 [B, G, heads, L]. q_ids_B1L, kv_ids_BJ1C: segment ids,
-      [B, 1, L] and [B, key blocks, 1, block]. k_BMY, v_BMY: [B, M, G x H]. tiles: of blocks.q and blocks.kv.
+      q_BLX: [B, L, G x heads x H], times scale x log2 e. shift_BGPL: float32 [B, G, heads, L].
+      q_ids_B1L, kv_ids_BJ1C: segment ids, [B, 1, L] and [B, key blocks, 1, block]. k_BMY, v_BMY:
+      [B, M, G x H]. tiles: of blocks.q and blocks.kv.
     Returns out [B, L, G x heads x H] and natural log-sum-exp, float32 [B, G, heads, L].
     """
     batch, length, _ = q_BLX.shape
@@ -257,7 +299,7 @@ def forward(
     q_spec, row_spec, ids_spec = query_specs(blocks.q, heads, size)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     body = functools.partial(_forward, **blocks.of_kernel, force=force)
-    vmem = lambda *shape, dtype=jnp.float32: pltpu.VMEM(shape, dtype)  # noqa: E731
+    vmem = lambda *shape, dtype=jnp.float32: pltpu.VMEM(shape, dtype)
     return pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -266,15 +308,21 @@ def forward(
             in_specs=[q_spec, row_spec, ids_spec, anywhere, anywhere, anywhere],
             out_specs=[q_spec, row_spec],
             scratch_shapes=[
-                vmem(3, blocks.kv, size, dtype=k_BMY.dtype), vmem(3, blocks.kv, size, dtype=v_BMY.dtype),
+                vmem(3, blocks.kv, size, dtype=k_BMY.dtype),
+                vmem(3, blocks.kv, size, dtype=v_BMY.dtype),
                 vmem(3, 1, blocks.kv, dtype=jnp.int32),
-                vmem(heads, size, blocks.q), vmem(heads, SUBLANES, blocks.q), vmem(heads, SUBLANES, blocks.q), vmem(blocks.kv, blocks.q),
+                vmem(heads, size, blocks.q), vmem(heads, SUBLANES, blocks.q),
+                vmem(heads, SUBLANES, blocks.q), vmem(blocks.kv, blocks.q),
                 pltpu.SMEM((1,), jnp.int32), pltpu.SemaphoreType.DMA((3, 3)),
             ],
         ),
-        out_shape=[jax.ShapeDtypeStruct(q_BLX.shape, v_BMY.dtype), jax.ShapeDtypeStruct(shift_BGPL.shape, jnp.float32)],
+        out_shape=[jax.ShapeDtypeStruct(q_BLX.shape, v_BMY.dtype),
+                   jax.ShapeDtypeStruct(shift_BGPL.shape, jnp.float32)],
         cost_estimate=cost(q_BLX, q_BLX, k_BMY, v_BMY, macs=2 * causal_macs(q_BLX, k_BMY)),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel",
+                                                                  "arbitrary"),
+                                                                  vmem_limit_bytes=vmem_bytes),
         interpret=interpret.params(),
         name="attention_forward",
-    )(tiles.offsets, tiles.queries, tiles.keys, q_BLX, shift_BGPL, q_ids_B1L, k_BMY, v_BMY, kv_ids_BJ1C)  # fmt: skip
+    )(tiles.offsets, tiles.queries, tiles.keys, q_BLX, shift_BGPL, q_ids_B1L, k_BMY, v_BMY,
+    kv_ids_BJ1C)  # fmt: skip

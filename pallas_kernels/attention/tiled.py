@@ -1,4 +1,6 @@
-"""Attention by the TPU kernels: what they take is made of what api.attention takes, and their gradients are joined."""
+"""Attention by the TPU kernels: what they take is made of what api.attention takes, and their
+gradients are joined.
+"""
 
 from __future__ import annotations
 
@@ -23,41 +25,92 @@ def attention(q_BLNH, k_BMGH, v_BMGH, q_ids_BL, kv_ids_BM, scale: float, q_offse
     """As api.attention with all arguments given: out [B, L, N, H] and log-sum-exp [B, L, N]."""
     size = q_BLNH.shape[-1]
     # A half-filled head costs the unit as much as a full one.
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -size % LANES)))  # noqa: E731
-    q_BLNH, k_BMGH, v_BMGH = pad((q_BLNH * (scale * LOG2_E)).astype(q_BLNH.dtype)), pad(k_BMGH), pad(v_BMGH)
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -size % LANES)))
+    q_BLNH = pad((q_BLNH * (scale * LOG2_E)).astype(q_BLNH.dtype))
+    k_BMGH = pad(k_BMGH)
+    v_BMGH = pad(v_BMGH)
     flat = (x.reshape(*x.shape[:2], -1) for x in (q_BLNH, k_BMGH, v_BMGH))
     norms = (_norms(x).swapaxes(1, 2) for x in (q_BLNH, k_BMGH))
     out_BLX, lse_BNL = attention_of_heads(*flat, *norms, q_ids_BL, kv_ids_BM, q_offset, kv_offset)
     return out_BLX.reshape(q_BLNH.shape)[..., :size], lse_BNL.swapaxes(1, 2)
 
 
-def attention_of_heads(q_BLX, k_BMY, v_BMY, q_norms_BNL, k_norms_BGM, q_ids_BL, kv_ids_BM, q_offset=0, kv_offset=0):
-    """The same of heads side by side whose queries have been multiplied by scale x log2 e, given bounds of the heads' lengths: out
-    [B, L, N x H] and log-sum-exp [B, N, L]."""
+def attention_of_heads(
+    q_BLX, k_BMY, v_BMY, q_norms_BNL, k_norms_BGM, q_ids_BL, kv_ids_BM, q_offset=0, kv_offset=0
+):
+    """The same of heads side by side whose queries have been multiplied by scale x log2 e, given
+    bounds of the heads' lengths: out [B, L, N x H] and log-sum-exp [B, N, L].
+    """
     length, heads, groups = q_BLX.shape[1], q_norms_BNL.shape[1], k_norms_BGM.shape[1]
     per_group = heads // groups
-    blocks = {pass_: blocks_for(length, k_BMY.shape[1], per_group, q_BLX.dtype, pass_) for pass_ in ("forward", "backward")}
+    blocks = {
+        pass_: blocks_for(length, k_BMY.shape[1], per_group, q_BLX.dtype, pass_)
+        for pass_ in ("forward", "backward")
+    }
     # Whole blocks; what is added sees nothing and is not seen.
-    q_block, kv_block = (math.lcm(*(getattr(b, name) for b in blocks.values())) for name in ("q", "kv"))
-    pad = lambda x, block, axis=1: jnp.pad(x, [(0, -n % block if a == axis else 0) for a, n in enumerate(x.shape)])  # noqa: E731
+    q_block, kv_block = (
+        math.lcm(*(getattr(b, name) for b in blocks.values())) for name in ("q", "kv")
+    )
+    pad = lambda x, block, axis=1: jnp.pad(
+        x, [(0, -n % block if a == axis else 0) for a, n in enumerate(x.shape)]
+    )
     offsets = jnp.asarray(q_offset, jnp.int32), jnp.asarray(kv_offset, jnp.int32)
-    bound_BNL = q_norms_BNL * jnp.repeat(jnp.max(k_norms_BGM, axis=-1), per_group, axis=1)[..., None] * 1.001  # for roundings of both
+    # for roundings of both
+    bound_BNL = (
+        q_norms_BNL
+        * jnp.repeat(jnp.max(k_norms_BGM, axis=-1), per_group, axis=1)[..., None]
+        * 1.001
+    )
     shift_BNL = jnp.maximum(pad(bound_BNL, q_block, 2) - kernel.HEADROOM, 0)
     shift_BGPL = jax.lax.stop_gradient(shift_BNL).reshape(len(shift_BNL), groups, per_group, -1)
     wide = pad(q_BLX, q_block), pad(k_BMY, kv_block), pad(v_BMY, kv_block)
     ids = pad(q_ids_BL, q_block), pad(kv_ids_BM, kv_block)
-    out_BLX, lse_BGPL = _attend(*wide, shift_BGPL, *ids, offsets, blocks["forward"], blocks["backward"])
+    out_BLX, lse_BGPL = _attend(
+        *wide, shift_BGPL, *ids, offsets, blocks["forward"], blocks["backward"]
+    )
     return out_BLX[:, :length], lse_BGPL.reshape(shift_BNL.shape)[..., :length]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _attend(q_BLX, k_BMY, v_BMY, shift_BGPL, q_ids_BL, kv_ids_BM, offsets, forward_blocks: Blocks, backward_blocks: Blocks):
-    return _attend_forward(q_BLX, k_BMY, v_BMY, shift_BGPL, q_ids_BL, kv_ids_BM, offsets, forward_blocks, backward_blocks)[0]
+def _attend(
+    q_BLX,
+    k_BMY,
+    v_BMY,
+    shift_BGPL,
+    q_ids_BL,
+    kv_ids_BM,
+    offsets,
+    forward_blocks: Blocks,
+    backward_blocks: Blocks,
+):
+    return _attend_forward(
+        q_BLX,
+        k_BMY,
+        v_BMY,
+        shift_BGPL,
+        q_ids_BL,
+        kv_ids_BM,
+        offsets,
+        forward_blocks,
+        backward_blocks,
+    )[0]
 
 
 def _attend_forward(q_BLX, k_BMY, v_BMY, shift_BGPL, q_ids_BL, kv_ids_BM, offsets, blocks, _):
-    ids, listed = _ids(q_ids_BL, kv_ids_BM, blocks), tiles(q_ids_BL, kv_ids_BM, *offsets, blocks.q, blocks.kv)
-    out, lse = forward(q_BLX, shift_BGPL, ids[0], k_BMY, v_BMY, ids[1], listed, shift_BGPL.shape[2], blocks, vmem_limit())
+    ids = _ids(q_ids_BL, kv_ids_BM, blocks)
+    listed = tiles(q_ids_BL, kv_ids_BM, *offsets, blocks.q, blocks.kv)
+    out, lse = forward(
+        q_BLX,
+        shift_BGPL,
+        ids[0],
+        k_BMY,
+        v_BMY,
+        ids[1],
+        listed,
+        shift_BGPL.shape[2],
+        blocks,
+        vmem_limit(),
+    )
     return (out, lse), (q_BLX, k_BMY, v_BMY, q_ids_BL, kv_ids_BM, offsets, out, lse)
 
 
@@ -65,8 +118,22 @@ def _attend_backward(_, blocks, residuals, cotangents):
     q_BLX, k_BMY, v_BMY, q_ids_BL, kv_ids_BM, offsets, out, lse = residuals
     dout, dlse = cotangents
     delta = head_products(out, dout).reshape(lse.shape) - dlse
-    ids, listed = _ids(q_ids_BL, kv_ids_BM, blocks), tiles(q_ids_BL, kv_ids_BM, *offsets, blocks.q, blocks.kv)
-    dq, dk, dv = backward(q_BLX, dout, lse * LOG2_E, delta, ids[0], k_BMY, v_BMY, ids[1], listed, lse.shape[2], blocks, vmem_limit())
+    ids = _ids(q_ids_BL, kv_ids_BM, blocks)
+    listed = tiles(q_ids_BL, kv_ids_BM, *offsets, blocks.q, blocks.kv)
+    dq, dk, dv = backward(
+        q_BLX,
+        dout,
+        lse * LOG2_E,
+        delta,
+        ids[0],
+        k_BMY,
+        v_BMY,
+        ids[1],
+        listed,
+        lse.shape[2],
+        blocks,
+        vmem_limit(),
+    )
     return dq, dk.astype(k_BMY.dtype), dv.astype(v_BMY.dtype), None, None, None, None
 
 

@@ -1,8 +1,10 @@
-"""The grouped product for CPUs: one batched product over slabs of rows, then tiles for what does not fit.
+"""The grouped product for CPUs: one batched product over slabs of rows, then tiles for what does
+not fit.
 
-XLA:CPU runs a batched product of [E, C, D] x [E, D, F] near its peak, and a product inside a loop at half of it or less. So
-the first C rows of each group go through one batched product, C a little above the mean group, and the rows past C, few
-under balanced routing, through a loop over tiles. Exact for any group sizes; the loop's trip count follows them.
+XLA:CPU runs a batched product of [E, C, D] x [E, D, F] near its peak, and a product inside a loop
+at half of it or less. So the first C rows of each group go through one batched product, C a little
+above the mean group, and the rows past C, few under balanced routing, through a loop over tiles.
+Exact for any group sizes; the loop's trip count follows them.
 """
 
 from __future__ import annotations
@@ -15,11 +17,15 @@ from pallas_kernels.grouped_matmul.reference import group_of_row
 
 SLACK = 1.125  # slab rows over mean group size
 TILE = 128  # rows of an overflow tile, or a slab's if that is less
-SPREAD = 1.5  # standard deviations of a group's size that slabs allow for, were rows dealt at random: counts where groups are small
+# standard deviations of a group's size that slabs allow for, were rows dealt at random: counts
+# where groups are small
+SPREAD = 1.5
 
 
 def grouped_matmul(x_RD, w_EDF, group_sizes_E):
-    """As api.grouped_matmul. Where rows are not more than groups, every row fetches its own matrix: the others are not read at all."""
+    """As api.grouped_matmul. Where rows are not more than groups, every row fetches its own matrix:
+    the others are not read at all.
+    """
     if len(x_RD) <= len(w_EDF):
         group_R = group_of_row(group_sizes_E, len(x_RD))
         y_RF = jnp.einsum("rd,rdf->rf", x_RD, w_EDF.at[group_R].get(mode="clip"))
@@ -38,7 +44,9 @@ def _slab_rows(num_rows: int, num_groups: int) -> int:
 
 
 def _layout(group_sizes_E, num_rows):
-    """Rows of slab slots [E, C] (R: none), slab slots of rows [R] (E * C: not in a slab), ends of the groups [E]."""
+    """Rows of slab slots [E, C] (R: none), slab slots of rows [R] (E * C: not in a slab), ends of
+    the groups [E].
+    """
     num_groups = group_sizes_E.shape[0]
     slab = _slab_rows(num_rows, num_groups)
     ends = jnp.cumsum(group_sizes_E)
@@ -54,7 +62,9 @@ def _layout(group_sizes_E, num_rows):
 
 
 def _tiles(group_sizes_E, num_rows):
-    """Overflow tiles: their rows, their number (dynamic), and group and first row of each (static bound)."""
+    """Overflow tiles: their rows, their number (dynamic), and group and first row of each (static
+    bound).
+    """
     num_groups = group_sizes_E.shape[0]
     slab = _slab_rows(num_rows, num_groups)
     size = min(TILE, slab)
@@ -68,7 +78,9 @@ def _tiles(group_sizes_E, num_rows):
 
 
 def _tile_rows(first, end, size, num_rows):
-    """Start of a tile within the rows, and which of its rows lie in [first, end): bool [size, 1]."""
+    """Start of a tile within the rows, and which of its rows lie in [first, end): bool [size,
+    1].
+    """
     start = jnp.minimum(first, num_rows - size)
     row = start + jnp.arange(size)[:, None]
     return start, (row >= first) & (row < end)
@@ -96,7 +108,9 @@ def _product(x_RD, w_EDF, layout, tiles, *, transposed=False):
         start, live = _tile_rows(firsts[i], ends[groups[i]], size, num_rows)
         w_DF = lax.dynamic_index_in_dim(w_EDF, groups[i], 0, keepdims=False)
         product = _rows(x_RD, start, size) @ (w_DF.T if transposed else w_DF)
-        return lax.dynamic_update_slice_in_dim(y, jnp.where(live, product, _rows(y, start, size)), start, 0)
+        return lax.dynamic_update_slice_in_dim(
+            y, jnp.where(live, product, _rows(y, start, size)), start, 0
+        )
 
     return lax.fori_loop(0, count, tile, y), slabs
 
@@ -118,7 +132,9 @@ def _backward(residuals, dy_RF):
 
     def tile(i, dw):
         start, live = _tile_rows(firsts[i], ends[groups[i]], size, num_rows)
-        return dw.at[groups[i]].add(jnp.where(live, _rows(x_RD, start, size), 0).T @ _rows(dy_RF, start, size))
+        return dw.at[groups[i]].add(
+            jnp.where(live, _rows(x_RD, start, size), 0).T @ _rows(dy_RF, start, size)
+        )
 
     return dx, lax.fori_loop(0, count, tile, dw), None
 

@@ -1,4 +1,6 @@
-"""The Pallas products as one differentiable function; whole MoE layers put the kernels together themselves."""
+"""The Pallas products as one differentiable function; whole MoE layers put the kernels together
+themselves.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,12 @@ from pallas_kernels.grouped_matmul.weight_gradient import weight_gradient
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, alignment: int) -> jax.Array:
-    """As api.grouped_matmul. Rows of no group are cleared outside of the kernels: in the result, and in what the gradient of w sums."""
+def grouped_matmul(
+    x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, alignment: int
+) -> jax.Array:
+    """As api.grouped_matmul. Rows of no group are cleared outside of the kernels: in the result,
+    and in what the gradient of w sums.
+    """
     return _forward(x_RD, w_EDF, group_sizes_E, alignment)[0]
 
 
@@ -37,8 +43,16 @@ def _backward(alignment, residuals, dy_RF):
     depth, width = w_EDF.shape[1:]
     tiles, live_R1 = _rows(group_sizes_E, len(x_RD), alignment)
     x_RD, dy_RF = jnp.where(live_R1, x_RD, 0), jnp.where(live_R1, dy_RF, 0)
-    dx_RD = kernel.matmul(dy_RF, w_EDF, tiles, transposed=True, blocks=blocks_for("transposed", width, depth, x_RD.dtype))
-    dw_EDF = weight_gradient(x_RD, dy_RF, tiles, blocks=blocks_for("weight_gradient", depth, width, x_RD.dtype))
+    dx_RD = kernel.matmul(
+        dy_RF,
+        w_EDF,
+        tiles,
+        transposed=True,
+        blocks=blocks_for("transposed", width, depth, x_RD.dtype),
+    )
+    dw_EDF = weight_gradient(
+        x_RD, dy_RF, tiles, blocks=blocks_for("weight_gradient", depth, width, x_RD.dtype)
+    )
     return jnp.where(live_R1, dx_RD, 0), dw_EDF, np.zeros(group_sizes_E.shape, jax.dtypes.float0)
 
 

@@ -1,4 +1,6 @@
-"""The grouped product for NVIDIA's Hopper GPUs, by the Mosaic GPU kernels that JAX ships: rows of no group are neither read nor written."""
+"""The grouped product for NVIDIA's Hopper GPUs, by the Mosaic GPU kernels that JAX ships: rows of
+no group are neither read nor written.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,14 @@ def _forward(x_RD, w_EDF, group_sizes_E):
 def _backward(residuals, dy_RF):
     x_RD, w_EDF, group_sizes_E = residuals
     live_R1 = _live(x_RD, group_sizes_E)
-    x_RD, dy_RF = jnp.where(live_R1, x_RD, 0), jnp.where(live_R1, dy_RF, 0)  # the last block of the last group reads past its end
+    # the last block of the last group reads past its end
+    x_RD, dy_RF = jnp.where(live_R1, x_RD, 0), jnp.where(live_R1, dy_RF, 0)
     dx_RD = jnp.where(live_R1, product(dy_RF, w_EDF, group_sizes_E, transposed=True), 0)
-    return dx_RD, weight_gradient(x_RD, dy_RF, group_sizes_E), np.zeros(group_sizes_E.shape, jax.dtypes.float0)
+    return (
+        dx_RD,
+        weight_gradient(x_RD, dy_RF, group_sizes_E),
+        np.zeros(group_sizes_E.shape, jax.dtypes.float0),
+    )
 
 
 grouped_matmul.defvjp(_forward, _backward)
@@ -42,11 +49,14 @@ def _live(x_RD, group_sizes_E):
 
 def product(x_RD, w_EDF, group_sizes_E, *, transposed: bool) -> jax.Array:
     """x w, or x w^T, of each row's group; rows of no group hold anything."""
-    from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot  # brings JAX's test machinery along
+    # brings JAX's test machinery along
+    from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
 
     rows, x_RD = len(x_RD), _at_least_a_block(x_RD)
     blocks = _blocks(w_EDF.shape[1 if transposed else 2])
-    return ragged_dot(x_RD, w_EDF, group_sizes=group_sizes_E.astype(jnp.int32), transpose_rhs=transposed, **blocks)[:rows]
+    return ragged_dot(
+        x_RD, w_EDF, group_sizes=group_sizes_E.astype(jnp.int32), transpose_rhs=transposed, **blocks
+    )[:rows]
 
 
 def weight_gradient(x_RD, dy_RF, group_sizes_E) -> jax.Array:
@@ -54,7 +64,9 @@ def weight_gradient(x_RD, dy_RF, group_sizes_E) -> jax.Array:
     from jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu import transposed_ragged_dot
 
     x_RD, dy_RF = _at_least_a_block(x_RD), _at_least_a_block(dy_RF)
-    return transposed_ragged_dot(x_RD, dy_RF, group_sizes=group_sizes_E.astype(jnp.int32), **_blocks(dy_RF.shape[1]))
+    return transposed_ragged_dot(
+        x_RD, dy_RF, group_sizes=group_sizes_E.astype(jnp.int32), **_blocks(dy_RF.shape[1])
+    )
 
 
 def _at_least_a_block(x_RD):
@@ -63,5 +75,12 @@ def _at_least_a_block(x_RD):
 
 def _blocks(width: int) -> dict[str, int]:
     columns = width // BLOCK
-    together = max(n for n in (1, 2, 4, 8) if columns % n == 0)  # columns that neighbouring blocks share while rows are in L2
-    return {"block_m": BLOCK, "block_n": BLOCK, "block_k": DEPTH, "max_concurrent_steps": STEPS, "grid_block_n": together}
+    # columns that neighbouring blocks share while rows are in L2
+    together = max(n for n in (1, 2, 4, 8) if columns % n == 0)
+    return {
+        "block_m": BLOCK,
+        "block_n": BLOCK,
+        "block_k": DEPTH,
+        "max_concurrent_steps": STEPS,
+        "grid_block_n": together,
+    }

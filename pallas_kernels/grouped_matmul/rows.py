@@ -1,11 +1,13 @@
-"""Rows that a kernel can fetch one by one: 32-bit words [R, 1, W], which lie one whole row after the other.
+"""Rows that a kernel can fetch one by one: 32-bit words [R, 1, W], which lie one whole row after
+the other.
 
-A row of a matrix [R, D] is spread over tiles of 8 or 16 rows, and a copy of one row of a 16-bit type does not exist. With a unit
-dimension before the last a row is one stretch of memory, and in VMEM the same bytes read as [R * W / 128, 128], of which a load with
-stride W / 128 takes 128 words of each of eight rows.
+A row of a matrix [R, D] is spread over tiles of 8 or 16 rows, and a copy of one row of a 16-bit
+type does not exist. With a unit dimension before the last a row is one stretch of memory, and in
+VMEM the same bytes read as [R * W / 128, 128], of which a load with stride W / 128 takes 128 words
+of each of eight rows.
 
-bfloat16 with D a multiple of 256: word 128 c + i holds column 256 c + i in its low half and column 256 c + 128 + i in its high
-half, W = D / 2. Else: float32, one column a word, W = D.
+bfloat16 with D a multiple of 256: word 128 c + i holds column 256 c + i in its low half and column
+256 c + 128 + i in its high half, W = D / 2. Else: float32, one column a word, W = D.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ def to_rows(x_RD: jax.Array) -> jax.Array:
     num_rows, width = x_RD.shape
     if not paired(width, x_RD.dtype):
         return x_RD.astype(jnp.float32).reshape(num_rows, 1, width)
-    halves = jax.lax.bitcast_convert_type(x_RD.reshape(num_rows, -1, 2, LANES), jnp.uint16).astype(jnp.uint32)
+    halves = jax.lax.bitcast_convert_type(x_RD.reshape(num_rows, -1, 2, LANES), jnp.uint16).astype(
+        jnp.uint32
+    )
     return (halves[:, :, 0] | (halves[:, :, 1] << 16)).reshape(num_rows, 1, width // 2)
 
 
@@ -57,7 +61,9 @@ def from_rows(words_R1W: jax.Array, dtype) -> jax.Array:
 
 @once("zeros")
 def pack(x_RD: jax.Array, *, zeros: int = 0) -> jax.Array:
-    """to_rows as a kernel that reads and writes once, where XLA goes over the array five times; `zeros` rows of zeros behind."""
+    """to_rows as a kernel that reads and writes once, where XLA goes over the array five times;
+    `zeros` rows of zeros behind.
+    """
     (num_rows, width), dtype = x_RD.shape, x_RD.dtype
     words = row_shape(num_rows + zeros, width, dtype)
     block = min(PACKED_ROWS, num_rows)
@@ -73,7 +79,9 @@ def pack(x_RD: jax.Array, *, zeros: int = 0) -> jax.Array:
         out_specs=pl.BlockSpec((block, 1, words.shape[2]), lambda step: (step, 0, 0)),
         out_shape=words,
         cost_estimate=cost(x_RD, words),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=16 * PACKED_ROWS * width + (4 << 20)),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=16 * PACKED_ROWS * width + (4 << 20)
+        ),
         interpret=interpret.params(),
         name="pack_rows",
     )(x_RD)
@@ -91,7 +99,9 @@ def unpack(words_R1W: jax.Array, *, width: int, dtype) -> jax.Array:
         out_specs=pl.BlockSpec((block, width), lambda step: (step, 0)),
         out_shape=values,
         cost_estimate=cost(words_R1W, values),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=16 * PACKED_ROWS * width + (4 << 20)),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=16 * PACKED_ROWS * width + (4 << 20)
+        ),
         interpret=interpret.params(),
         name="unpack_rows",
     )(words_R1W)
@@ -101,26 +111,37 @@ def unpack(words_R1W: jax.Array, *, width: int, dtype) -> jax.Array:
 
 
 def halves(words) -> list[jax.Array]:
-    """Float32 columns of words: of the low halves, then of the high ones; for float32 the words themselves."""
+    """Float32 columns of words: of the low halves, then of the high ones; for float32 the words
+    themselves.
+    """
     if words.dtype != jnp.uint32:
         return [words]
-    return [pltpu.bitcast(words << 16, jnp.float32), pltpu.bitcast(words & jnp.uint32(HIGH), jnp.float32)]
+    return [
+        pltpu.bitcast(words << 16, jnp.float32),
+        pltpu.bitcast(words & jnp.uint32(HIGH), jnp.float32),
+    ]
 
 
 def join(columns: list[jax.Array]) -> jax.Array:
     """Words of float32 columns, the opposite of `halves`; two columns are rounded to bfloat16."""
     if len(columns) == 1:
         return columns[0]
-    low, high = (pltpu.bitcast(c.astype(jnp.bfloat16).astype(jnp.float32), jnp.uint32) for c in columns)
+    low, high = (
+        pltpu.bitcast(c.astype(jnp.bfloat16).astype(jnp.float32), jnp.uint32) for c in columns
+    )
     return (low >> 16) | high
 
 
 def load_words(ref, first: int, count: int, line: int):
-    """128 words of each of the rows first, ..., from words [n, 1, W] in VMEM: [count, 128], words 128 * line and following."""
+    """128 words of each of the rows first, ..., from words [n, 1, W] in VMEM: [count, 128], words
+    128 * line and following.
+    """
     if interpret.params():  # which knows no reshaped refs
         return ref[pl.ds(first, count), 0, pl.ds(line * LANES, LANES)]
     per_row = ref.shape[2] // LANES
-    return ref.reshape(ref.shape[0] * per_row, LANES)[pl.ds(first * per_row + line, count, stride=per_row), :]
+    return ref.reshape(ref.shape[0] * per_row, LANES)[
+        pl.ds(first * per_row + line, count, stride=per_row), :
+    ]
 
 
 def store_words(ref, first: int, line: int, words):
@@ -129,7 +150,9 @@ def store_words(ref, first: int, line: int, words):
         ref[pl.ds(first, words.shape[0]), 0, pl.ds(line * LANES, LANES)] = words
         return
     per_row = ref.shape[2] // LANES
-    ref.reshape(ref.shape[0] * per_row, LANES)[pl.ds(first * per_row + line, words.shape[0], stride=per_row), :] = words
+    ref.reshape(ref.shape[0] * per_row, LANES)[
+        pl.ds(first * per_row + line, words.shape[0], stride=per_row), :
+    ] = words
 
 
 def unpack_rows(words_ref, out_ref):
@@ -146,7 +169,9 @@ def pack_rows(values_ref, words_ref, live=None):
         size = LANES * per_word(words_ref)
         values = values_ref[:, line * size : (line + 1) * size].astype(jnp.float32)
         if live is not None:
-            values = jnp.where(jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) < live, values, 0.0)
+            values = jnp.where(
+                jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) < live, values, 0.0
+            )
         store_columns(words_ref, line * size, values)
 
 
@@ -156,7 +181,9 @@ def per_word(words_ref) -> int:
 
 
 def store_columns(ref, start: int, values):
-    """Float32 columns [n, C] to columns start, ... of rows in VMEM: values [n, D], or words [n, 1, W], there whole lines of them."""
+    """Float32 columns [n, C] to columns start, ... of rows in VMEM: values [n, D], or words [n, 1,
+    W], there whole lines of them.
+    """
     if len(ref.shape) == 2:
         ref[:, start : start + values.shape[1]] = values.astype(ref.dtype)
         return
@@ -169,5 +196,8 @@ def store_columns(ref, start: int, values):
 def load_columns(words_ref, first, count: int, columns: slice, dtype) -> jax.Array:
     """Columns (whole lines) of the rows first, ... of words [n, 1, W] in VMEM: [count, C]."""
     size = LANES * per_word(words_ref)
-    parts = [halves(load_words(words_ref, first, count, line)) for line in range(columns.start // size, columns.stop // size)]
+    parts = [
+        halves(load_words(words_ref, first, count, line))
+        for line in range(columns.start // size, columns.stop // size)
+    ]
     return jnp.concatenate([part.astype(dtype) for line in parts for part in line], axis=1)

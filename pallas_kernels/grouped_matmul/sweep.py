@@ -1,6 +1,7 @@
-"""The loop that the products over rows share: for each block of columns, all steps of rows, an expert's matrices staying while
-its rows pass. Every load and store is a copy of its own, in flight while a step multiplies: rows come one step early, matrices a
-whole expert early, so that they arrive at an even rate and not in the last step before they are needed.
+"""The loop that the products over rows share: for each block of columns, all steps of rows, an
+expert's matrices staying while its rows pass. Every load and store is a copy of its own, in flight
+while a step multiplies: rows come one step early, matrices a whole expert early, so that they
+arrive at an even rate and not in the last step before they are needed.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from pallas_kernels.grouped_matmul.tiles import RowTiles, Steps, row_steps
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """An operand [R, W] that passes by step; split: a column block takes its own part of the W columns, else all. number: one number
-    a row in lanes, [1, R / tile, 1, tile].
+    """An operand [R, W] that passes by step; split: a column block takes its own part of the W
+    columns, else all. number: one number a row in lanes, [1, R / tile, 1, tile].
     """
 
     array: jax.Array
@@ -36,7 +37,9 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Matrices:
-    """An operand [E, A, B] of which a step holds its expert's matrix, the columns of axis 1 or 2 split in blocks."""
+    """An operand [E, A, B] of which a step holds its expert's matrix, the columns of axis 1 or 2
+    split in blocks.
+    """
 
     array: jax.Array
     axis: int
@@ -44,8 +47,8 @@ class Matrices:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """[R, W], a block of columns at a time; words: as rows.row_shape has them; number: by column blocks, one number a row in lanes,
-    float32 [blocks, R / tile, 1, tile].
+    """[R, W], a block of columns at a time; words: as rows.row_shape has them; number: by column
+    blocks, one number a row in lanes, float32 [blocks, R / tile, 1, tile].
     """
 
     width: int
@@ -55,10 +58,11 @@ class Result:
 
 
 def sweep(compute, tiles: RowTiles, rows, matrices, results, *, blocks: Blocks, name: str):
-    """Runs compute(rows, matrices, results, beside) for every step: refs of what is in VMEM, rows [n * tile, W or a block of it],
-    matrices [A, B] with one axis divided by blocks.columns. It calls beside(part, parts) for each of the parts of its work, which
-    starts copies while that runs. What it computes for rows of tiles that the step does not have goes nowhere. rows: Rows or Gathered.
-    Rows of results in tiles past the used ones are not written.
+    """Runs compute(rows, matrices, results, beside) for every step: refs of what is in VMEM, rows
+    [n * tile, W or a block of it], matrices [A, B] with one axis divided by blocks.columns. It
+    calls beside(part, parts) for each of the parts of its work, which starts copies while that
+    runs. What it computes for rows of tiles that the step does not have goes nowhere. rows: Rows or
+    Gathered. Rows of results in tiles past the used ones are not written.
     """
     steps, num_steps = row_steps(tiles, blocks.size, join=blocks.join, visit_empty=False)
     bodies = blocks.bodies
@@ -78,10 +82,19 @@ def sweep(compute, tiles: RowTiles, rows, matrices, results, *, blocks: Blocks, 
         specs.append(operand_specs)
         scratch.append(buffers)
     for operand in matrices:
-        height, width = (n // columns if axis == operand.axis else n for axis, n in enumerate(operand.array.shape) if axis)
+        height, width = (
+            n // columns if axis == operand.axis else n
+            for axis, n in enumerate(operand.array.shape)
+            if axis
+        )
         inputs.append([operand.array])
         specs.append([pl.BlockSpec(memory_space=pl.ANY)])
-        scratch.append([pltpu.VMEM((2, height, width + blocks.gap), operand.array.dtype), pltpu.SemaphoreType.DMA((2,))])
+        scratch.append(
+            [
+                pltpu.VMEM((2, height, width + blocks.gap), operand.array.dtype),
+                pltpu.SemaphoreType.DMA((2,)),
+            ]
+        )
     shapes = []
     for result in results:
         if result.words:
@@ -95,8 +108,21 @@ def sweep(compute, tiles: RowTiles, rows, matrices, results, *, blocks: Blocks, 
             part = most * tile, result.width // columns
         shapes.append(whole)
         scratch.append([pltpu.VMEM((2, *part), whole.dtype), pltpu.SemaphoreType.DMA((2,))])
-    moved = [operand if isinstance(operand, Gathered) else operand.array for operand in (*rows, *matrices)]
-    kernel = functools.partial(_kernel, compute, rows, matrices, results, bodies, tile, blocks.gap, [len(i) for i in inputs])
+    moved = [
+        operand if isinstance(operand, Gathered) else operand.array
+        for operand in (*rows, *matrices)
+    ]
+    kernel = functools.partial(
+        _kernel,
+        compute,
+        rows,
+        matrices,
+        results,
+        bodies,
+        tile,
+        blocks.gap,
+        [len(i) for i in inputs],
+    )
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -107,11 +133,14 @@ def sweep(compute, tiles: RowTiles, rows, matrices, results, *, blocks: Blocks, 
             scratch_shapes=scratch,
         ),
         out_shape=shapes,
-        cost_estimate=cost(*moved, *shapes, macs=sum(tiles.rows * math.prod(w.array.shape[1:]) for w in matrices)),
+        cost_estimate=cost(
+            *moved, *shapes, macs=sum(tiles.rows * math.prod(w.array.shape[1:]) for w in matrices)
+        ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=blocks.vmem_bytes,
-            disable_bounds_checks=True,  # of copies: a check after every row's keeps the products from running meanwhile
+            # of copies: a check after every row's keeps the products from running meanwhile
+            disable_bounds_checks=True,
         ),
         interpret=interpret.params(),
         name=name,
@@ -119,7 +148,9 @@ def sweep(compute, tiles: RowTiles, rows, matrices, results, *, blocks: Blocks, 
 
 
 def _kernel(compute, rows, matrices, results, bodies, tile, gap, num_refs, *refs):
-    steps, num_steps, refs = Steps(*refs[: len(Steps._fields)]), refs[len(Steps._fields)], list(refs[len(Steps._fields) + 1 :])
+    steps = Steps(*refs[: len(Steps._fields)])
+    num_steps = refs[len(Steps._fields)]
+    refs = list(refs[len(Steps._fields) + 1 :])
     inputs = [[refs.pop(0) for _ in range(n)] for n in num_refs]
     outputs = [refs.pop(0) for _ in results]
     block = pl.program_id(1)
@@ -130,14 +161,20 @@ def _kernel(compute, rows, matrices, results, bodies, tile, gap, num_refs, *refs
         else:
             stream = NumberStream if operand.number else RowStream
             loads.append(stream(hbm[0], *scratch, steps, block if operand.split else 0, tile))
-    for operand, hbm, scratch in zip(matrices, inputs[len(rows) :], refs[len(rows) :], strict=False):
+    for operand, hbm, scratch in zip(
+        matrices, inputs[len(rows) :], refs[len(rows) :], strict=False
+    ):
         fetches.append(MatrixStream(hbm[0], *scratch, block, operand.axis, gap))
-    for result, hbm, scratch in zip(results, outputs, refs[len(rows) + len(matrices) :], strict=True):
+    for result, hbm, scratch in zip(
+        results, outputs, refs[len(rows) + len(matrices) :], strict=True
+    ):
         stream = NumberStream if result.number else WordStream if result.words else RowStream
         stores.append(stream(hbm, *scratch, steps, block, tile))
     step = pl.program_id(0) * pl.num_programs(2) + pl.program_id(2)
     end = jnp.minimum((pl.program_id(0) + 1) * pl.num_programs(2), num_steps[0])
-    pl.when(step < end)(functools.partial(_step, compute, steps, bodies, loads, fetches, stores, step, end))
+    pl.when(step < end)(
+        functools.partial(_step, compute, steps, bodies, loads, fetches, stores, step, end)
+    )
 
 
 def _step(compute, steps: Steps, bodies, loads, fetches, stores, step, end):
@@ -187,16 +224,28 @@ def _step(compute, steps: Steps, bodies, loads, fetches, stores, step, end):
                 load.ahead(step, step % 2, body, part, parts)
 
         compute(
-            [load.unpack(step, body) if isinstance(load, GatherStream) else load.view(step % 2, body[-1]) for load in loads],
+            [
+                load.unpack(step, body)
+                if isinstance(load, GatherStream)
+                else load.view(step % 2, body[-1])
+                for load in loads
+            ],
             [fetch.view(run % 2) for fetch in fetches],
             [store.view(step % 2, body[-1]) for store in stores],
             beside,
         )
 
     for body in bodies:
-        pl.when((steps.count[step] >= body[0]) & (steps.count[step] <= body[-1]))(functools.partial(multiply, body))
+        pl.when((steps.count[step] >= body[0]) & (steps.count[step] <= body[-1]))(
+            functools.partial(multiply, body)
+        )
     for store in stores:
-        for_count(steps, step, counts, lambda count, store=store: store.copy(step, count, store=True).start())
+        for_count(
+            steps,
+            step,
+            counts,
+            lambda count, store=store: store.copy(step, count, store=True).start(),
+        )
 
     @pl.when(step == end - 1)
     def _():
@@ -215,7 +264,9 @@ def for_count(steps: Steps, step, counts, do):
 
 @dataclasses.dataclass(frozen=True)
 class RowStream:
-    """Rows of a step between HBM [R, W] and two buffers [2, n * tile, W or a block of it], whose rows may be `gap` longer."""
+    """Rows of a step between HBM [R, W] and two buffers [2, n * tile, W or a block of it], whose
+    rows may be `gap` longer.
+    """
 
     hbm: jax.Ref
     buffer: jax.Ref
@@ -227,22 +278,31 @@ class RowStream:
 
     def copy(self, step, count: int, *, store: bool):
         width = self.buffer.shape[2] - self.gap
-        there = self.hbm.at[pl.ds(self.steps.tile[step] * self.tile, count * self.tile), pl.ds(self.block * width, width)]
+        there = self.hbm.at[
+            pl.ds(self.steps.tile[step] * self.tile, count * self.tile),
+            pl.ds(self.block * width, width),
+        ]
         here = self.view(step % 2, count)
         source, target = (here, there) if store else (there, here)
         return pltpu.make_async_copy(source, target, self.semaphore.at[step % 2])
 
     def start(self, step, counts):
-        for_count(self.steps, step, counts, lambda count: self.copy(step, count, store=False).start())
+        for_count(
+            self.steps, step, counts, lambda count: self.copy(step, count, store=False).start()
+        )
 
     def wait(self, step, counts):
-        for_count(self.steps, step, counts, lambda count: self.copy(step, count, store=False).wait())
+        for_count(
+            self.steps, step, counts, lambda count: self.copy(step, count, store=False).wait()
+        )
 
     def wait_store(self, step, counts):
         for_count(self.steps, step, counts, lambda count: self.copy(step, count, store=True).wait())
 
     def view(self, slot, count: int):
-        return self.buffer.at[slot, pl.ds(0, count * self.tile), pl.ds(0, self.buffer.shape[2] - self.gap)]
+        return self.buffer.at[
+            slot, pl.ds(0, count * self.tile), pl.ds(0, self.buffer.shape[2] - self.gap)
+        ]
 
     def clear(self, slot, n: int):
         """Makes zeros of the n-th tile of a step."""
@@ -255,7 +315,11 @@ class WordStream(RowStream):
 
     def copy(self, step, count: int, *, store: bool):
         width = self.buffer.shape[3]
-        there = self.hbm.at[pl.ds(self.steps.tile[step] * self.tile, count * self.tile), :, pl.ds(self.block * width, width)]
+        there = self.hbm.at[
+            pl.ds(self.steps.tile[step] * self.tile, count * self.tile),
+            :,
+            pl.ds(self.block * width, width),
+        ]
         return pltpu.make_async_copy(self.view(step % 2, count), there, self.semaphore.at[step % 2])
 
     def view(self, slot, count: int):
@@ -278,7 +342,9 @@ class NumberStream(RowStream):
 
 @dataclasses.dataclass(frozen=True)
 class MatrixStream:
-    """An expert's matrix or a block of its columns, from HBM [E, A, B] into two buffers whose rows may be `gap` longer."""
+    """An expert's matrix or a block of its columns, from HBM [E, A, B] into two buffers whose rows
+    may be `gap` longer.
+    """
 
     hbm: jax.Ref
     buffer: jax.Ref

@@ -20,11 +20,19 @@ from pallas_kernels.once import once
 
 
 @once("blocks")
-def weight_gradient(x_RK: jax.Array | Gathered, dy_RN: jax.Array | Gathered, tiles: RowTiles, *, blocks: GradientBlocks) -> jax.Array:
-    """dw_e = sum over the rows r of expert e of x_r^T dy_r, [E, K, N]; zeros for an expert without rows. Summed in float32.
+def weight_gradient(
+    x_RK: jax.Array | Gathered,
+    dy_RN: jax.Array | Gathered,
+    tiles: RowTiles,
+    *,
+    blocks: GradientBlocks,
+) -> jax.Array:
+    """dw_e = sum over the rows r of expert e of x_r^T dy_r, [E, K, N]; zeros for an expert without
+    rows. Summed in float32.
 
-    Rows between experts inside the used tiles must be zeros in both; tiles past them are not read. A unit is filled by as many rows at
-    a time as it is wide, so an expert's last rows, up to blocks.granule tiles, cost what those cost.
+    Rows between experts inside the used tiles must be zeros in both; tiles past them are not read.
+    A unit is filled by as many rows at a time as it is wide, so an expert's last rows, up to
+    blocks.granule tiles, cost what those cost.
     """
     operands, tile = [x_RK, dy_RN], tiles.tile
     dtype, num_experts, most = x_RK.dtype, len(tiles.sizes), blocks.size
@@ -39,15 +47,24 @@ def weight_gradient(x_RK: jax.Array | Gathered, dy_RN: jax.Array | Gathered, til
                 buffers.append(pltpu.VMEM((most * tile, width + blocks.gap), dtype))
         else:
             arrays, operand_specs = [operand], [pl.BlockSpec(memory_space=pl.ANY)]
-            buffers = [pltpu.VMEM((2, most * tile, width + blocks.gap), dtype), pltpu.SemaphoreType.DMA((2,))]
+            buffers = [
+                pltpu.VMEM((2, most * tile, width + blocks.gap), dtype),
+                pltpu.SemaphoreType.DMA((2,)),
+            ]
         inputs.append(arrays)
         specs.append(operand_specs)
         scratch.append(buffers)
-    sums = [pltpu.VMEM(tuple(widths), jnp.float32), pltpu.VMEM(tuple(widths), dtype), pltpu.SemaphoreType.DMA(())]
+    sums = [
+        pltpu.VMEM(tuple(widths), jnp.float32),
+        pltpu.VMEM(tuple(widths), dtype),
+        pltpu.SemaphoreType.DMA(()),
+    ]
     (num_rows, height), width = x_RK.shape, dy_RN.shape[1]
     result = jax.ShapeDtypeStruct((num_experts, height, width), dtype)
     return pl.pallas_call(
-        functools.partial(_kernel, blocks, operands, tile, [len(i) for i in inputs], [len(s) for s in scratch]),
+        functools.partial(
+            _kernel, blocks, operands, tile, [len(i) for i in inputs], [len(s) for s in scratch]
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(Steps._fields),
             grid=(blocks.rows * blocks.columns, num_steps),
@@ -58,7 +75,9 @@ def weight_gradient(x_RK: jax.Array | Gathered, dy_RN: jax.Array | Gathered, til
         out_shape=result,
         cost_estimate=cost(*operands, result, macs=num_rows * height * width),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=blocks.vmem_bytes, disable_bounds_checks=True
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=blocks.vmem_bytes,
+            disable_bounds_checks=True,
         ),
         interpret=interpret.params(),
         name="grouped_weight_gradient",
@@ -67,7 +86,7 @@ def weight_gradient(x_RK: jax.Array | Gathered, dy_RN: jax.Array | Gathered, til
 
 def _kernel(blocks, operands, tile, num_inputs, num_scratch, *refs):
     refs = list(refs)
-    take = lambda n: [refs.pop(0) for _ in range(n)]  # noqa: E731
+    take = lambda n: [refs.pop(0) for _ in range(n)]
     steps = Steps(*take(len(Steps._fields)))
     inputs, (dw_hbm,) = [take(n) for n in num_inputs], take(1)
     scratch, (sums, out, out_semaphore) = [take(n) for n in num_scratch], take(3)
@@ -76,14 +95,23 @@ def _kernel(blocks, operands, tile, num_inputs, num_scratch, *refs):
     num_steps = pl.num_programs(1)
     bodies = blocks.bodies
     counts = [count for body in bodies for count in body]
-    parts = zip(operands, inputs, scratch, (row_block, column_block), (blocks.rows, blocks.columns), strict=True)
+    parts = zip(
+        operands,
+        inputs,
+        scratch,
+        (row_block, column_block),
+        (blocks.rows, blocks.columns),
+        strict=True,
+    )
     loads = [_stream(*part, steps, tile, blocks.gap) for part in parts]
     moving = [load for load in loads if isinstance(load, RowStream)]
     gathered = [load for load in loads if isinstance(load, GatherStream)]
     height, width = sums.shape
 
     def store(expert):
-        there = dw_hbm.at[expert, pl.ds(row_block * height, height), pl.ds(column_block * width, width)]
+        there = dw_hbm.at[
+            expert, pl.ds(row_block * height, height), pl.ds(column_block * width, width)
+        ]
         return pltpu.make_async_copy(out, there, out_semaphore)
 
     @pl.when(step == 0)
@@ -119,13 +147,19 @@ def _kernel(blocks, operands, tile, num_inputs, num_scratch, *refs):
                 load.ahead(step, step % 2, body, n, len(parts))
             xt = _columns(x, step, body, down).T
             for across in chunks(width, CHUNK):
-                partial = product(xt, _columns(dy, step, body, across, again=n > 0), transposed=False)
-                target[down, across] = (jnp.where(first, 0.0, sums[down, across]) + partial).astype(target.dtype)
+                partial = product(
+                    xt, _columns(dy, step, body, across, again=n > 0), transposed=False
+                )
+                target[down, across] = (jnp.where(first, 0.0, sums[down, across]) + partial).astype(
+                    target.dtype
+                )
 
     for body in bodies:
         pl.when(last & (count >= body[0]) & (count <= body[-1]))(functools.partial(add, body, out))
     if blocks.only is None:
-        pl.when(jnp.logical_not(last))(functools.partial(add, range(blocks.size, blocks.size + 1), sums))
+        pl.when(jnp.logical_not(last))(
+            functools.partial(add, range(blocks.size, blocks.size + 1), sums)
+        )
 
     @pl.when(count == 0)
     def _():
@@ -140,14 +174,18 @@ def _kernel(blocks, operands, tile, num_inputs, num_scratch, *refs):
             load.wait_last(step)
 
 
-def _stream(operand, hbm, buffers, block, cut: int, steps: Steps, tile: int, gap: int) -> RowStream | GatherStream:
+def _stream(
+    operand, hbm, buffers, block, cut: int, steps: Steps, tile: int, gap: int
+) -> RowStream | GatherStream:
     """Rows of the block-th of `cut` parts of an operand's columns."""
     if isinstance(operand, Gathered):
         return operand.stream(hbm, buffers, steps, tile, block=block, blocks=cut)
     return RowStream(*hbm, *buffers, steps, block, tile, gap)
 
 
-def _columns(load: RowStream | GatherStream, step, body: range, part: slice, *, again: bool = False):
+def _columns(
+    load: RowStream | GatherStream, step, body: range, part: slice, *, again: bool = False
+):
     """Columns of a step's rows, [body[-1] * tile, C]; again: they were asked for before."""
     if isinstance(load, RowStream):
         return load.view(step % 2, body[-1])[:, part]

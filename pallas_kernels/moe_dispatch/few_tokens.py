@@ -1,5 +1,6 @@
-"""Dispatch and combine of few tokens, for TPU, as a kernel each: rows are gathered and summed by products with one-hot matrices. The
-matrix unit is idle while decoding, and XLA takes some thirty operations to sort so few numbers and to look them up. No gradient.
+"""Dispatch and combine of few tokens, for TPU, as a kernel each: rows are gathered and summed by
+products with one-hot matrices. The matrix unit is idle while decoding, and XLA takes some thirty
+operations to sort so few numbers and to look them up. No gradient.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ from pallas_kernels.grouped_matmul import rows
 from pallas_kernels.grouped_matmul.shapes import LANES
 from pallas_kernels.once import once
 
-CELLS = 2**19  # of a one-hot matrix, whose product with tokens of 5,120 takes a v5p some 0.1 ms (estimated), less than reading an expert
+# of a one-hot matrix, whose product with tokens of 5,120 takes a v5p some 0.1 ms (estimated), less
+# than reading an expert
+CELLS = 2**19
 COLUMNS = 512  # of a product
 CORES = 2  # of a v5p chip, of which the kernels use one
 
 
 class Dispatched(NamedTuple):
-    """rows: [R, D] or as words, zeros where no pair is. slot_TK: row of each pair, int32, -1: none. sizes_G: pairs of each group, int32."""
+    """rows: [R, D] or as words, zeros where no pair is. slot_TK: row of each pair, int32, -1: none.
+    sizes_G: pairs of each group, int32.
+    """
 
     rows: jax.Array
     slot_TK: jax.Array
@@ -32,17 +37,21 @@ class Dispatched(NamedTuple):
 
 
 def takes(num_tokens: int, num_rows: int, width: int, dtype) -> bool:
-    """Whether `dispatch` and `combine` are worth it in the current trace, and hold tokens and rows in vector memory."""
+    """Whether `dispatch` and `combine` are worth it in the current trace, and hold tokens and rows
+    in vector memory.
+    """
     held = (num_tokens + num_rows) * width * jnp.dtype(dtype).itemsize + 16 * num_tokens * num_rows
     return num_tokens * num_rows <= CELLS and 2 * held <= tuning.vmem_limit()
 
 
 @once("num_groups", "num_rows", "alignment", "words")
-def dispatch(x_TD, group_TK, *, num_groups: int, num_rows: int, alignment: int = 1, words: bool) -> Dispatched:
+def dispatch(
+    x_TD, group_TK, *, num_groups: int, num_rows: int, alignment: int = 1, words: bool
+) -> Dispatched:
     """Rows of tokens, sorted by the group of each (token, choice) pair, stably.
 
-    group_TK: int32; outside of 0..num_groups-1: no row. Every group's rows start at a multiple of alignment, one group behind the
-    other. words: give rows as words (grouped_matmul/rows.py).
+    group_TK: int32; outside of 0..num_groups-1: no row. Every group's rows start at a multiple of
+    alignment, one group behind the other. words: give rows as words (grouped_matmul/rows.py).
     """
     (num_tokens, per_token), (width, dtype) = group_TK.shape, (x_TD.shape[1], x_TD.dtype)
 
@@ -50,20 +59,32 @@ def dispatch(x_TD, group_TK, *, num_groups: int, num_rows: int, alignment: int =
         lane, row = _iota((num_tokens, num_groups), 1), _iota((num_tokens, num_rows), 1)
         of_group = [_ones(group[:, k : k + 1] == lane) for k in range(per_token)]
         sizes = _sum(sum(of_group), axis=0)
-        # For each pair's group: where it starts, its pairs in earlier tokens, and then those in earlier choices.
-        before = _before(_aligned(sizes, alignment)) + _dot(_ones(_iota((num_tokens,) * 2, 1) < _iota((num_tokens,) * 2, 0)), sum(of_group))
+        # For each pair's group: where it starts, its pairs in earlier tokens, and then those in
+        # earlier choices.
+        before = _before(_aligned(sizes, alignment)) + _dot(
+            _ones(_iota((num_tokens,) * 2, 1) < _iota((num_tokens,) * 2, 0)), sum(of_group)
+        )
         slots = []
         for own in of_group:
-            slots.append(jnp.where(_sum(own, axis=1) > 0, _sum(own * before, axis=1).astype(jnp.int32), -1))
+            slots.append(
+                jnp.where(_sum(own, axis=1) > 0, _sum(own * before, axis=1).astype(jnp.int32), -1)
+            )
             before += own
         cells = sum(_ones(slot == row) for slot in slots)
-        onehot_RT = _over_tokens(cells, _eye(num_tokens)).astype(dtype)  # turned once, not for each product
+        # turned once, not for each product
+        onehot_RT = _over_tokens(cells, _eye(num_tokens)).astype(dtype)
         for at in _chunks(width):
             rows.store_columns(rows_ref, at.start, _dot(onehot_RT, x_ref[:, at]))
         slot_ref[...], sizes_ref[...] = jnp.concatenate(slots, axis=1), sizes.astype(jnp.int32)
 
-    out = rows.row_shape(num_rows, width, dtype) if words else jax.ShapeDtypeStruct((num_rows, width), dtype)
-    numbers = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in (group_TK.shape, (1, num_groups)))
+    out = (
+        rows.row_shape(num_rows, width, dtype)
+        if words
+        else jax.ShapeDtypeStruct((num_rows, width), dtype)
+    )
+    numbers = (
+        jax.ShapeDtypeStruct(shape, jnp.int32) for shape in (group_TK.shape, (1, num_groups))
+    )
     costs = cost(x_TD, out, macs=CORES * num_rows * num_tokens * width)
     *found, sizes = _call(kernel, "dispatch_few", (group_TK, x_TD), [out, *numbers], costs)
     return Dispatched(*found, sizes[0])
@@ -73,7 +94,8 @@ def dispatch(x_TD, group_TK, *, num_groups: int, num_rows: int, alignment: int =
 def combine(y, slot_TK, weights_TK, came=1, *, width: int, dtype) -> jax.Array:
     """y_t = sum_k weights_tk row(slot_tk), added in float32: [T, width] in dtype.
 
-    y: rows, [R, width] in dtype or as words; of those that no pair has anything. slot_TK: int32, -1: nothing to add. weights_TK: None: 1.
+    y: rows, [R, width] in dtype or as words; of those that no pair has anything. slot_TK: int32,
+    -1: nothing to add. weights_TK: None: 1.
     came: int32; 0: no row has come, and all of y is zeros.
     """
     (num_tokens, per_token), num_rows = slot_TK.shape, len(y)
@@ -85,21 +107,35 @@ def combine(y, slot_TK, weights_TK, came=1, *, width: int, dtype) -> jax.Array:
         live = _over_tokens(sum(cells), jnp.ones((num_tokens, LANES), jnp.float32))[:, :1] > 0
         parts = [sum(cells).astype(dtype)]
         if weights:
-            parts = _parts(sum(weights[0][:, k : k + 1] * cell for k, cell in enumerate(cells)), dtype)
+            parts = _parts(
+                sum(weights[0][:, k : k + 1] * cell for k, cell in enumerate(cells)), dtype
+            )
         for at in _chunks(width):
-            values = rows.load_columns(y_ref, 0, num_rows, at, dtype) if len(y_ref.shape) == 3 else y_ref[:, at]
+            values = (
+                rows.load_columns(y_ref, 0, num_rows, at, dtype)
+                if len(y_ref.shape) == 3
+                else y_ref[:, at]
+            )
             values = jnp.where(live, values, jnp.zeros_like(values))  # others may hold NaN
             out_ref[:, at] = sum(_dot(part, values) for part in parts).astype(dtype)
 
     weights = () if weights_TK is None else (weights_TK.astype(jnp.float32),)
     out = jax.ShapeDtypeStruct((num_tokens, width), dtype)
     costs = cost(y, out, macs=3 * CORES * num_rows * num_tokens * width)
-    return _call(kernel, "combine_few", (slot_TK, *weights, y), out, costs, scalars=(jnp.asarray(came, jnp.int32).reshape(1),))
+    return _call(
+        kernel,
+        "combine_few",
+        (slot_TK, *weights, y),
+        out,
+        costs,
+        scalars=(jnp.asarray(came, jnp.int32).reshape(1),),
+    )
 
 
 class Chunks(NamedTuple):
-    """What ragged_all_to_all takes, int32 [E]: of one chunk for each expert of all devices, or for each device and expert here. Where its
-    rows lie, how many go, where they are to lie, and how many come.
+    """What ragged_all_to_all takes, int32 [E]: of one chunk for each expert of all devices, or for
+    each device and expert here. Where its rows lie, how many go, where they are to lie, and how
+    many come.
     """
 
     offsets: jax.Array
@@ -109,8 +145,9 @@ class Chunks(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """there, back: of rows on their way to their experts, from where `dispatch` with all experts as groups has them, and back. steps_4e:
-    of few_rows.steps_of for the experts here. fits: 1 where all devices have room for their rows, else 0 and all sizes are zeros.
+    """there, back: of rows on their way to their experts, from where `dispatch` with all experts as
+    groups has them, and back. steps_4e: of few_rows.steps_of for the experts here. fits: 1 where
+    all devices have room for their rows, else 0 and all sizes are zeros.
     """
 
     there: Chunks
@@ -123,14 +160,26 @@ class Plan(NamedTuple):
 def plan(counts_NE, device, group, *, devices: int, num_rows: int, alignment: int) -> Plan:
     """Where rows go that are sorted by expert and then by the device that they come from.
 
-    counts_NE: int32, how many rows each device has for each expert, of all groups of `devices` devices, one group behind the other. A
-    device has E / devices of its group's experts. device, group: int32, this one. num_rows: that a device has room for; each expert's
-    start at a multiple of alignment.
+    counts_NE: int32, how many rows each device has for each expert, of all groups of `devices`
+    devices, one group behind the other. A device has E / devices of its group's experts. device,
+    group: int32, this one. num_rows: that a device has room for; each expert's start at a multiple
+    of alignment.
     """
     num_all, num_experts = counts_NE.shape
     local, groups = num_experts // devices, num_all // devices
 
-    def kernel(place, counts_ref, own_ref, size_ref, there_ref, come_ref, come_at_ref, come_from_ref, steps_ref, fits_ref):
+    def kernel(
+        place,
+        counts_ref,
+        own_ref,
+        size_ref,
+        there_ref,
+        come_ref,
+        come_at_ref,
+        come_from_ref,
+        steps_ref,
+        fits_ref,
+    ):
         device, first = place[0], place[1] * devices
         counts_NE = counts_ref[...].astype(jnp.float32)
         expert, sender = _iota((devices, num_experts), 1), _iota((devices, num_experts), 0)
@@ -139,12 +188,19 @@ def plan(counts_NE, device, group, *, devices: int, num_rows: int, alignment: in
         members = _ones(_over(_iota((groups, num_all), 1), devices) == _iota((groups, num_all), 0))
         taken_Gn = _over_lanes(_aligned(_dot(members, counts_NE), alignment), of_device)
         fits = _ones(jnp.max(taken_Gn, axis=(0, 1), keepdims=True) <= num_rows)
-        c_nE = _dot(_ones(_iota((devices, num_all), 1) == _iota((devices, num_all), 0) + first), counts_NE) * fits
+        c_nE = (
+            _dot(
+                _ones(_iota((devices, num_all), 1) == _iota((devices, num_all), 0) + first),
+                counts_NE,
+            )
+            * fits
+        )
         aligned_E = _aligned(_sum(c_nE, axis=0), alignment)
         starts_E = _before(aligned_E) - _dot(_before(_over_lanes(aligned_E, of_device)), of_device)
         there_nE = starts_E + _dot(_ones(_iota((devices,) * 2, 1) < _iota((devices,) * 2, 0)), c_nE)
         here_nE, mine = _before(c_nE), _ones(sender == device)
-        # [1, E] in the order of devices and, of each, of the experts here: these columns over and over, of which each device has its own.
+        # [1, E] in the order of devices and, of each, of the experts here: these columns over and
+        # over, of which each device has its own.
         here_E = expert[:1] - owner[:1] * local + device * local
         columns = _ones(_iota((num_experts,) * 2, 0) == here_E)
         outs = own_ref, size_ref, there_ref, come_ref, come_at_ref, come_from_ref
@@ -153,25 +209,43 @@ def plan(counts_NE, device, group, *, devices: int, num_rows: int, alignment: in
         ]
         for ref, x_nE in zip(outs, numbers, strict=True):
             ref[...] = _sum(x_nE, axis=0).astype(jnp.int32)
-        own_experts = _ones(_iota((num_experts, local), 0) == _iota((num_experts, local), 1) + device * local)
+        own_experts = _ones(
+            _iota((num_experts, local), 0) == _iota((num_experts, local), 1) + device * local
+        )
         tiles_e = _dot(aligned_E, own_experts) * (1 / alignment)
         used_e = _ones(tiles_e > 0)
-        place_ee = _ones(_before(used_e).astype(jnp.int32) == _iota((local, local), 0)) * used_e  # which group stands in each place
-        of_places = [_over_lanes(x_e, place_ee) for x_e in (_iota((1, local), 1).astype(jnp.float32), _before(tiles_e), tiles_e)]
-        steps_ref[...] = jnp.concatenate([*of_places, _sum(used_e, axis=1) + jnp.zeros_like(used_e)], axis=0).astype(jnp.int32)
+        # which group stands in each place
+        place_ee = _ones(_before(used_e).astype(jnp.int32) == _iota((local, local), 0)) * used_e
+        of_places = [
+            _over_lanes(x_e, place_ee)
+            for x_e in (_iota((1, local), 1).astype(jnp.float32), _before(tiles_e), tiles_e)
+        ]
+        steps_ref[...] = jnp.concatenate(
+            [*of_places, _sum(used_e, axis=1) + jnp.zeros_like(used_e)], axis=0
+        ).astype(jnp.int32)
         fits_ref[...] = fits.astype(jnp.int32)
 
     place = jnp.stack([jnp.asarray(device, jnp.int32), jnp.asarray(group, jnp.int32)])
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in (*[(1, num_experts)] * 6, (4, local), (1, 1))]
-    *numbers, steps_4e, fits = _call(kernel, "plan_few", (counts_NE,), shapes, cost(counts_NE), scalars=(place,))
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.int32)
+        for shape in (*[(1, num_experts)] * 6, (4, local), (1, 1))
+    ]
+    *numbers, steps_4e, fits = _call(
+        kernel, "plan_few", (counts_NE,), shapes, cost(counts_NE), scalars=(place,)
+    )
     own, size, there, come, come_at, come_from = (x[0] for x in numbers)
-    return Plan(Chunks(own, size, there, come), Chunks(come_at, come, come_from, size), steps_4e, fits[0, 0])
+    return Plan(
+        Chunks(own, size, there, come), Chunks(come_at, come, come_from, size), steps_4e, fits[0, 0]
+    )
 
 
 def _call(kernel, name: str, arrays, out_shape, cost_estimate, scalars=()):
     return pl.pallas_call(
         kernel,
-        in_specs=[*[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(scalars), *[pl.BlockSpec(memory_space=pltpu.VMEM)] * len(arrays)],
+        in_specs=[
+            *[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(scalars),
+            *[pl.BlockSpec(memory_space=pltpu.VMEM)] * len(arrays),
+        ],
         out_specs=jax.tree.map(lambda _: pl.BlockSpec(memory_space=pltpu.VMEM), out_shape),
         out_shape=out_shape,
         cost_estimate=cost_estimate,
@@ -235,7 +309,9 @@ def _product(a, b, a_axis: int, b_axis: int):
         a = jnp.concatenate([a] * 8, axis=0)
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dimensions = (((a_axis,), (b_axis,)), ((), ()))
-    product = lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+    product = lax.dot_general(
+        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
     return product[:rows] if a_axis == 1 else product
 
 

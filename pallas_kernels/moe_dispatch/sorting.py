@@ -15,15 +15,22 @@ from pallas_kernels.moe_dispatch.shapes import blocks_for
 from pallas_kernels.target import target_platform
 
 RANK_BLOCK = 128  # rows that are compared with each other
-FEW = {"tpu": 512}  # numbers that are compared with as many others faster than XLA looks them up; RANK_BLOCK elsewhere
+# numbers that are compared with as many others faster than XLA looks them up; RANK_BLOCK elsewhere
+FEW = {"tpu": 512}
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("source_R", "slot_TK", "group_sizes_E"), meta_fields=("whole", "pallas"))
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("source_R", "slot_TK", "group_sizes_E"),
+    meta_fields=("whole", "pallas"),
+)
 @dataclasses.dataclass
 class Dispatch:
-    """Which of the T * K (token, choice) pairs stands in each row, and in which row each pair stands.
+    """Which of the T * K (token, choice) pairs stands in each row, and in which row each pair
+    stands.
 
-    source_R: pair (t * K + k) of each row, -1: none. slot_TK: row of each pair, -1: none. group_sizes_E: rows of each expert.
+    source_R: pair (t * K + k) of each row, -1: none. slot_TK: row of each pair, -1: none.
+    group_sizes_E: rows of each expert.
     whole: there is no -1. pallas: rows are summed by the TPU kernel.
     """
 
@@ -35,7 +42,8 @@ class Dispatch:
 
 
 def sort_by_expert(expert_TK: jax.Array, num_experts: int, alignment: int = 1) -> Dispatch:
-    """Stable counting sort: histogram, prefix sums, ranks. Every expert's rows start at a multiple of alignment.
+    """Stable counting sort: histogram, prefix sums, ranks. Every expert's rows start at a multiple
+    of alignment.
 
     Any index outside 0..E-1 means: no expert here; such pairs stand behind all groups.
     """
@@ -46,9 +54,15 @@ def sort_by_expert(expert_TK: jax.Array, num_experts: int, alignment: int = 1) -
     if few(num_pairs):
         before = jnp.tril(pairs[:, None] == pairs, k=-1)
         sizes = jnp.sum(pairs[:, None] == jnp.arange(num_experts + 1), axis=0, dtype=jnp.int32)
-        slot = jnp.sum(before, axis=1, dtype=jnp.int32) + starts(-(-sizes // alignment) * alignment, pairs)
-        return Dispatch(pair_in(slot, num_rows), slot.reshape(expert_TK.shape), sizes[:-1], whole=alignment == 1)
-    padded = jnp.pad(pairs, (0, -num_pairs % RANK_BLOCK), constant_values=num_experts).reshape(-1, RANK_BLOCK)
+        slot = jnp.sum(before, axis=1, dtype=jnp.int32) + starts(
+            -(-sizes // alignment) * alignment, pairs
+        )
+        return Dispatch(
+            pair_in(slot, num_rows), slot.reshape(expert_TK.shape), sizes[:-1], whole=alignment == 1
+        )
+    padded = jnp.pad(pairs, (0, -num_pairs % RANK_BLOCK), constant_values=num_experts).reshape(
+        -1, RANK_BLOCK
+    )
     before = jnp.tril(jnp.ones((RANK_BLOCK, RANK_BLOCK), bool), k=-1)
     rank_in_block = jnp.sum((padded[:, :, None] == padded[:, None, :]) & before, axis=-1)
     block_counts = jnp.sum(padded[..., None] == jnp.arange(num_experts + 1), axis=1)
@@ -56,7 +70,9 @@ def sort_by_expert(expert_TK: jax.Array, num_experts: int, alignment: int = 1) -
     taken = sizes if alignment == 1 else -(-sizes // alignment) * alignment
     first_row = jnp.cumsum(taken) - taken
     rows_before = jnp.cumsum(block_counts, axis=0) - block_counts + first_row
-    slot = (rank_in_block + jnp.take_along_axis(rows_before, padded, axis=1)).reshape(-1)[:num_pairs]
+    slot = (rank_in_block + jnp.take_along_axis(rows_before, padded, axis=1)).reshape(-1)[
+        :num_pairs
+    ]
     source = jnp.full(num_rows, 0 if alignment == 1 else -1, jnp.int32)
     source = source.at[slot].set(jnp.arange(num_pairs, dtype=jnp.int32), unique_indices=True)
     return Dispatch(source, slot.reshape(expert_TK.shape), sizes[:-1], whole=alignment == 1)
@@ -87,8 +103,8 @@ def source_tokens(dispatch: Dispatch) -> jax.Array:
 
 @jax.custom_vjp
 def gather_rows(x_TD: jax.Array, dispatch: Dispatch) -> jax.Array:
-    """The token of every row, [R, D]; any token where there is none, as a mask over all rows is not free. The gradient is a gather,
-    too, and no scatter: a sum over each token's rows.
+    """The token of every row, [R, D]; any token where there is none, as a mask over all rows is not
+    free. The gradient is a gather, too, and no scatter: a sum over each token's rows.
     """
     return _gather_rows(x_TD, dispatch)[0]
 
@@ -106,7 +122,9 @@ gather_rows.defvjp(_gather_rows, _gather_rows_backward)
 
 @jax.custom_vjp
 def gather_weights(weights_TK: jax.Array, dispatch: Dispatch) -> jax.Array:
-    """The weight of every row's pair, [R]; any weight where there is none. The gradient is a gather, too."""
+    """The weight of every row's pair, [R]; any weight where there is none. The gradient is a
+    gather, too.
+    """
     return _take_any(weights_TK.reshape(-1), dispatch.source_R)
 
 
@@ -132,7 +150,9 @@ def _combine_rows_backward(residuals, dout_TD):
     if weights_TK is None:
         return dout_RD, None, None
     dweights_R = jnp.sum(y_RD.astype(jnp.float32) * dout_RD.astype(jnp.float32), axis=-1)
-    dy_RD = dout_RD * _take_any(weights_TK.reshape(-1), dispatch.source_R)[:, None].astype(y_RD.dtype)
+    dy_RD = dout_RD * _take_any(weights_TK.reshape(-1), dispatch.source_R)[:, None].astype(
+        y_RD.dtype
+    )
     return dy_RD, _take(dweights_R, dispatch.slot_TK, dispatch).astype(weights_TK.dtype), None
 
 
@@ -150,9 +170,13 @@ def sum_rows(y_RD, weights_TK, dispatch: Dispatch) -> jax.Array:
 
 
 def sum_words(words_R1W, weights_TK, dispatch: Dispatch, *, width: int, dtype) -> jax.Array:
-    """sum_rows of rows [R, width] in dtype that come as words (grouped_matmul/rows.py), by the TPU kernel."""
+    """sum_rows of rows [R, width] in dtype that come as words (grouped_matmul/rows.py), by the TPU
+    kernel.
+    """
     blocks = blocks_for(dispatch.slot_TK.shape[1], width, dtype)
-    return kernel.combine(words_R1W, dispatch.slot_TK, weights_TK, width=width, dtype=dtype, blocks=blocks)
+    return kernel.combine(
+        words_R1W, dispatch.slot_TK, weights_TK, width=width, dtype=dtype, blocks=blocks
+    )
 
 
 def take(x, index):
@@ -168,4 +192,8 @@ def _take(x, index, dispatch: Dispatch):
 
 def _take_any(x, index):
     """x at the indices along its first axis; something of it, or zeros, at -1."""
-    return take(x, index) if x.ndim == 1 and few(len(x), index.size) else jnp.asarray(x).at[jnp.maximum(index, 0)].get(mode="clip")
+    return (
+        take(x, index)
+        if x.ndim == 1 and few(len(x), index.size)
+        else jnp.asarray(x).at[jnp.maximum(index, 0)].get(mode="clip")
+    )

@@ -1,4 +1,6 @@
-"""A tiny corpus, curated once: 60 Python files and 12 text files, some longer than a row, some not ASCII."""
+"""A tiny corpus, curated once: 60 Python files and 12 text files, some longer than a row, some not
+ASCII.
+"""
 
 import numpy as np
 import pytest
@@ -38,12 +40,31 @@ DATA = dict(
 
 def write_corpus(root, seed, most_lines):
     rng = np.random.default_rng(seed)
-    words = ["def", "return", "self.x", "größe", "変数", "😀", "<|user|>", "/nothink", "a + b", "    ", "\r\n", "[1]", "\t# ok"]
+    words = [
+        "def",
+        "return",
+        "self.x",
+        "größe",
+        "変数",
+        "😀",
+        "<|user|>",
+        "/nothink",
+        "a + b",
+        "    ",
+        "\r\n",
+        "[1]",
+        "\t# ok",
+    ]
     (root / "pkg").mkdir(parents=True)
     for number in range(72):
-        lines = [" ".join(rng.choice(words, rng.integers(1, 7))) for _ in range(rng.integers(1, most_lines))]
+        lines = [
+            " ".join(rng.choice(words, rng.integers(1, 7)))
+            for _ in range(rng.integers(1, most_lines))
+        ]
         suffix = "py" if number < 60 else "txt"
-        (root / "pkg" / f"file{number}.{suffix}").write_bytes(("\n".join(lines) + f"\n# {number}").encode())
+        (root / "pkg" / f"file{number}.{suffix}").write_bytes(
+            ("\n".join(lines) + f"\n# {number}").encode()
+        )
     (root / "empty.py").write_bytes(b"")
     (root / "latin.py").write_bytes(b"# \xe9t\xe9\n")
 

@@ -1,6 +1,7 @@
 """Rendered conversations, character for character.
 
-golden/NAME.json holds arguments of `render`, golden/NAME.txt what the released chat_template.jinja makes of them.
+golden/NAME.json holds arguments of `render`, golden/NAME.txt what the released chat_template.jinja
+makes of them.
 """
 
 import json
@@ -29,5 +30,9 @@ def test_a_rendered_conversation_is_the_golden_text(tokenizer, name):
 
 def test_every_golden_text_is_compared():
     names = {path.stem for path in GOLDEN.iterdir()}
-    assert names == {path.stem for path in GOLDEN.glob("*.json")} == {path.stem for path in GOLDEN.glob("*.txt")}
+    assert (
+        names
+        == {path.stem for path in GOLDEN.glob("*.json")}
+        == {path.stem for path in GOLDEN.glob("*.txt")}
+    )
     assert len(names) == 8

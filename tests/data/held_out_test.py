@@ -20,17 +20,23 @@ def texts(dataset):
 
 @pytest.mark.parametrize("packing", ["concat_then_split", "best_fit"])
 def test_pass_is_every_document_in_order_once_with_its_end(data_config, texts, packing):
-    batches = held_out_batches(dataclasses.replace(data_config, packing=packing, fim_rate=1.0), 0, 1, None)
+    batches = held_out_batches(
+        dataclasses.replace(data_config, packing=packing, fim_rate=1.0), 0, 1, None
+    )
     counted = np.concatenate([b["targets"][b["loss_weights"] > 0] for b in batches])
     eos = batches.tokenizer.eos_id
-    np.testing.assert_array_equal(counted, np.concatenate([[*document.ids, eos] for document in texts]))
+    np.testing.assert_array_equal(
+        counted, np.concatenate([[*document.ids, eos] for document in texts])
+    )
     assert len(list(batches)) == len(batches)
 
 
 def test_bytes_are_those_of_the_files_on_disk(data_config, corpus, texts):
     batches = held_out_batches(data_config, 0, 1, None)
     expected = sum((corpus / document.path).stat().st_size for document in texts)
-    assert sum(int(batch["target_bytes"].sum()) for batch in batches) == batches.num_bytes == expected
+    assert (
+        sum(int(batch["target_bytes"].sum()) for batch in batches) == batches.num_bytes == expected
+    )
     for batch in batches:
         assert not batch["target_bytes"][batch["loss_weights"] == 0].any()
 
@@ -39,7 +45,9 @@ def test_partial_pass_counts_the_bytes_of_its_own_text(data_config, corpus, text
     batches = held_out_batches(data_config, 0, 1, 2)
     assert len(batches) == 2
     targets = [b["targets"][b["loss_weights"] > 0] for b in batches]
-    text = batches.tokenizer.decode([i for i in np.concatenate(targets) if i != batches.tokenizer.eos_id])
+    text = batches.tokenizer.decode(
+        [i for i in np.concatenate(targets) if i != batches.tokenizer.eos_id]
+    )
     num_bytes = sum(int(batch["target_bytes"].sum()) for batch in batches)
     whole = b"".join((corpus / document.path).read_bytes() for document in texts)
     # The last character may be cut in half: compare up to there.

@@ -1,4 +1,6 @@
-"""Batches against a brute-force reading of the shards: right next tokens, everything once, any process count, any restart."""
+"""Batches against a brute-force reading of the shards: right next tokens, everything once, any
+process count, any restart.
+"""
 
 import collections
 import dataclasses
@@ -31,7 +33,10 @@ def documents(dataset):
 
 def sequences_of(documents, tokenizer):
     start = [tokenizer.special("[gMASK]"), tokenizer.special("<sop>")]
-    return [[*start, *document.ids.tolist(), tokenizer.special("<|endoftext|>")] for document in documents]
+    return [
+        [*start, *document.ids.tolist(), tokenizer.special("<|endoftext|>")]
+        for document in documents
+    ]
 
 
 def one_epoch(config, **changes):
@@ -44,7 +49,11 @@ def segments_of(batch):
         ids = batch["segment_ids"][row]
         for segment in range(1, ids.max() + 1):
             where = ids == segment
-            yield batch["tokens"][row][where], batch["targets"][row][where], batch["positions"][row][where]
+            yield (
+                batch["tokens"][row][where],
+                batch["targets"][row][where],
+                batch["positions"][row][where],
+            )
 
 
 def assert_same(batch, other):
@@ -58,7 +67,9 @@ def test_batch_has_the_contract_of_the_design_page(data_config, tokenizer, packi
     batch = next(BatchIterator(dataclasses.replace(data_config, packing=packing), 0, 1))
     assert set(batch) == {"tokens", "targets", "segment_ids", "positions", "loss_weights"}
     for name, x in batch.items():
-        assert x.shape == (8, 32) and x.dtype == (np.float32 if name == "loss_weights" else np.int32), name
+        assert x.shape == (8, 32) and x.dtype == (
+            np.float32 if name == "loss_weights" else np.int32
+        ), name
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -70,23 +81,35 @@ def test_rows_are_whole_segments_then_padding(data_config, tokenizer, packing):
             length = int((ids > 0).sum())
             num_padded += 32 - length
             # Ascending without gaps from 1, then zeros; positions count from 0 inside each.
-            assert not ids[length:].any() and (length == 0 or ids[0] == 1) and set(np.diff(ids[:length])) <= {0, 1}
+            assert (
+                not ids[length:].any()
+                and (length == 0 or ids[0] == 1)
+                and set(np.diff(ids[:length])) <= {0, 1}
+            )
             for name in ("tokens", "targets", "positions", "loss_weights"):
                 assert not batch[name][row][length:].any(), name
         for _, _, positions in segments_of(batch):
             np.testing.assert_array_equal(positions, np.arange(len(positions)))
         is_sop = batch["targets"] == tokenizer.special("<sop>")
-        np.testing.assert_array_equal(batch["loss_weights"], ((batch["segment_ids"] > 0) & ~is_sop).astype(np.float32))
+        np.testing.assert_array_equal(
+            batch["loss_weights"], ((batch["segment_ids"] > 0) & ~is_sop).astype(np.float32)
+        )
     assert num_padded > 0
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("sequence_length", [32, 7])
-def test_every_token_is_input_once_and_target_once_an_epoch(data_config, documents, tokenizer, packing, sequence_length):
+def test_every_token_is_input_once_and_target_once_an_epoch(
+    data_config, documents, tokenizer, packing, sequence_length
+):
     """Exactly once, by counting the segments that a brute-force cut of each document must give."""
     sequences = sequences_of(documents, tokenizer)
     batches = one_epoch(data_config, packing=packing, sequence_length=sequence_length, fim_rate=0.0)
-    found = [(tokens.tolist(), targets.tolist()) for batch in batches for tokens, targets, _ in segments_of(batch)]
+    found = [
+        (tokens.tolist(), targets.tolist())
+        for batch in batches
+        for tokens, targets, _ in segments_of(batch)
+    ]
     if packing == "best_fit":
         pieces = collections.Counter()
         for sequence in sequences:
@@ -98,10 +121,16 @@ def test_every_token_is_input_once_and_target_once_an_epoch(data_config, documen
         # Rows of one shard in order, glued together, are whole documents one after another.
         glued = []
         for shard in range(4):
-            stream = [s for batch in batches for s in segments_of({k: v[shard::4] for k, v in batch.items()})]
+            stream = [
+                s
+                for batch in batches
+                for s in segments_of({k: v[shard::4] for k, v in batch.items()})
+            ]
             sequence = []
             for tokens, targets, _ in stream:
-                assert not sequence or sequence[-1] == tokens[0], "a continued document goes on where it was cut"
+                assert not sequence or sequence[-1] == tokens[0], (
+                    "a continued document goes on where it was cut"
+                )
                 sequence += tokens.tolist() if not sequence else tokens.tolist()[1:]
                 sequence.append(int(targets[-1]))
                 np.testing.assert_array_equal(sequence[-len(targets) :], targets)
@@ -120,7 +149,9 @@ def test_a_document_longer_than_a_row_is_there_to_be_cut(documents, packing):
 
 
 def test_fim_rearranges_code_only_and_differently_in_every_epoch(data_config, documents, tokenizer):
-    config = dataclasses.replace(data_config, epochs=2, fim_rate=1.0, sequence_length=4096, batch_size=1, virtual_shards=1)
+    config = dataclasses.replace(
+        data_config, epochs=2, fim_rate=1.0, sequence_length=4096, batch_size=1, virtual_shards=1
+    )
     config = dataclasses.replace(config, packing="best_fit", num_packing_bins=1)
     texts = {tuple(document.ids.tolist()): document for document in documents}
     by_path = collections.defaultdict(list)
@@ -132,22 +163,38 @@ def test_fim_rearranges_code_only_and_differently_in_every_epoch(data_config, do
                 assert not texts[tuple(ids)].is_code
             else:
                 assert ids[0] == tokenizer.fim_ids[0]
-                text = "".join(sorted(tokenizer.decode(i for i in ids if i not in tokenizer.fim_ids)))
-                path = next(d.path for d in documents if "".join(sorted(tokenizer.decode(d.ids))) == text)
+                text = "".join(
+                    sorted(tokenizer.decode(i for i in ids if i not in tokenizer.fim_ids))
+                )
+                path = next(
+                    d.path for d in documents if "".join(sorted(tokenizer.decode(d.ids))) == text
+                )
                 by_path[path].append(ids)
     assert len(by_path) == len(documents) and all(len(found) == 2 for found in by_path.values())
     code = {document.path for document in documents if document.is_code}
     same = [path for path in code if by_path[path][0] == by_path[path][1]]
     assert len(same) < len(code) / 10
-    assert all(by_path[d.path][0] == by_path[d.path][1] == d.ids.tolist() for d in documents if not d.is_code)
+    assert all(
+        by_path[d.path][0] == by_path[d.path][1] == d.ids.tolist()
+        for d in documents
+        if not d.is_code
+    )
 
 
 def test_epochs_have_different_orders_and_the_seed_decides_them(data_config, documents):
-    config = dataclasses.replace(data_config, fim_rate=0.0, epochs=2, batch_size=1, virtual_shards=1)
-    config = dataclasses.replace(config, packing="best_fit", sequence_length=4096, num_packing_bins=1)
+    config = dataclasses.replace(
+        data_config, fim_rate=0.0, epochs=2, batch_size=1, virtual_shards=1
+    )
+    config = dataclasses.replace(
+        config, packing="best_fit", sequence_length=4096, num_packing_bins=1
+    )
 
     def order(config):
-        return [tuple(targets) for batch in BatchIterator(config, 0, 1) for _, targets, _ in segments_of(batch)]
+        return [
+            tuple(targets)
+            for batch in BatchIterator(config, 0, 1)
+            for _, targets, _ in segments_of(batch)
+        ]
 
     both = order(config)
     first, second = both[: len(documents)], both[len(documents) :]
@@ -161,7 +208,9 @@ def test_global_rows_are_the_same_on_any_number_of_processes(data_config, packin
     config = dataclasses.replace(data_config, packing=packing)
     whole = BatchIterator(config, 0, 1)
     parts = [BatchIterator(config, index, process_count) for index in range(process_count)]
-    np.testing.assert_array_equal(np.sort(np.concatenate([part.row_indices for part in parts])), np.arange(8))
+    np.testing.assert_array_equal(
+        np.sort(np.concatenate([part.row_indices for part in parts])), np.arange(8)
+    )
     for _ in range(12):
         expected = next(whole)
         for part in parts:
@@ -237,7 +286,12 @@ def test_state_stays_small(data_config):
 def test_state_of_another_stream_or_incomplete_is_refused(data_config):
     iterator = BatchIterator(data_config, 0, 1)
     state = iterator.get_state()
-    for name, value in (("seed", 9), ("sequence_length", 16), ("packing", "best_fit"), ("fim_rate", 0.1)):
+    for name, value in (
+        ("seed", 9),
+        ("sequence_length", 16),
+        ("packing", "best_fit"),
+        ("fim_rate", 0.1),
+    ):
         other = BatchIterator(dataclasses.replace(data_config, **{name: value}), 0, 1)
         with pytest.raises(ValueError, match=name):
             other.set_state(state)
@@ -251,14 +305,24 @@ def test_state_of_another_stream_or_incomplete_is_refused(data_config):
         merge_states([state, state])
 
 
-def test_mixture_draws_tokens_by_weight_and_resumes(data_config, curate_config, dataset, make_corpus, tmp_path):
+def test_mixture_draws_tokens_by_weight_and_resumes(
+    data_config, curate_config, dataset, make_corpus, tmp_path
+):
     make_corpus(tmp_path / "other", seed=1, most_lines=100)  # documents four times as long
-    changes = {"tokenizer_path": str(dataset), "held_out_fraction": 0.5, "files_root": str(tmp_path / "other")}
+    changes = {
+        "tokenizer_path": str(dataset),
+        "held_out_fraction": 0.5,
+        "files_root": str(tmp_path / "other"),
+    }
     curate(dataclasses.replace(curate_config, **changes), tmp_path / "second", progress=False)
     source = ShardSource(tmp_path / "second", load_manifest(tmp_path / "second", True), "train")
     second = {tuple(source[i].ids.tolist()) for i in range(len(source))}
     config = dataclasses.replace(
-        data_config, paths=(*data_config.paths, str(tmp_path / "second")), weights=(3.0, 1.0), fim_rate=0.0, packing="best_fit"
+        data_config,
+        paths=(*data_config.paths, str(tmp_path / "second")),
+        weights=(3.0, 1.0),
+        fim_rate=0.0,
+        packing="best_fit",
     )
     config = dataclasses.replace(config, sequence_length=2048, batch_size=4)
     iterator = BatchIterator(config, 0, 1)
@@ -293,8 +357,16 @@ def test_config_errors_name_the_value_and_the_valid_ones(data_config, changes, m
 def test_start_up_errors(data_config, documents):
     with pytest.raises(ValueError, match="fewer than one batch of 8 x 100000 = 800000"):
         BatchIterator(dataclasses.replace(data_config, sequence_length=100_000), 0, 1)
-    with pytest.raises(ValueError, match=f"{len(documents)} documents, fewer than virtual_shards=1024"):
-        BatchIterator(dataclasses.replace(data_config, virtual_shards=1024, batch_size=1024, sequence_length=1), 0, 1)
+    with pytest.raises(
+        ValueError, match=f"{len(documents)} documents, fewer than virtual_shards=1024"
+    ):
+        BatchIterator(
+            dataclasses.replace(
+                data_config, virtual_shards=1024, batch_size=1024, sequence_length=1
+            ),
+            0,
+            1,
+        )
     for index, count in ((0, 3), (2, 2), (-1, 2)):
         with pytest.raises(ValueError, match=f"process {index} of {count}.*virtual_shards=4"):
             BatchIterator(data_config, index, count)
@@ -304,7 +376,9 @@ def test_start_up_errors(data_config, documents):
 
 def test_datasets_of_different_tokenizers_do_not_mix(data_config, curate_config, tmp_path):
     curate(dataclasses.replace(curate_config, vocab_size=400), tmp_path / "second", progress=False)
-    config = dataclasses.replace(data_config, paths=(*data_config.paths, str(tmp_path / "second")), weights=(1.0, 1.0))
+    config = dataclasses.replace(
+        data_config, paths=(*data_config.paths, str(tmp_path / "second")), weights=(1.0, 1.0)
+    )
     with pytest.raises(ValueError, match="second.*another tokenizer"):
         BatchIterator(config, 0, 1)
 

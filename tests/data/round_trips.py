@@ -29,7 +29,8 @@ def main(argv: list[str]):
 
     @seed(SEED.value)
     @settings(
-        max_examples=COUNT.value, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck),
+        max_examples=COUNT.value, deadline=None, database=None, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(conversations())
     def there_and_back(conversation):

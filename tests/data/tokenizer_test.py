@@ -10,12 +10,17 @@ from hypothesis import strategies as st
 
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
 
-# Written out a second time, from FACTS section 5: id offsets behind the 151,329 tokens of GLM's base vocabulary.
+# Written out a second time, from FACTS section 5: id offsets behind the 151,329 tokens of GLM's
+# base vocabulary.
 PUBLISHED_OFFSETS = {
-    "<|endoftext|>": 0, "[gMASK]": 2, "<sop>": 4, "<|system|>": 6, "<|user|>": 7, "<|assistant|>": 8, "<|observation|>": 9,
-    "<|begin_of_image|>": 10, "<|end_of_video|>": 13, "<|begin_of_audio|>": 14, "<|end_of_transcription|>": 17,
-    "<|code_prefix|>": 18, "<|code_middle|>": 19, "<|code_suffix|>": 20, "<think>": 21, "</think>": 22, "<tool_call>": 23,
-    "</tool_response>": 26, "<arg_key>": 27, "</arg_value>": 30, "/nothink": 31, "<|end_of_box|>": 33, "<|video|>": 35,
+    "<|endoftext|>": 0, "[gMASK]": 2, "<sop>": 4, "<|system|>": 6, "<|user|>": 7,
+    "<|assistant|>": 8, "<|observation|>": 9,
+    "<|begin_of_image|>": 10, "<|end_of_video|>": 13, "<|begin_of_audio|>": 14,
+    "<|end_of_transcription|>": 17,
+    "<|code_prefix|>": 18, "<|code_middle|>": 19, "<|code_suffix|>": 20, "<think>": 21,
+    "</think>": 22, "<tool_call>": 23,
+    "</tool_response>": 26, "<arg_key>": 27, "</arg_value>": 30, "/nothink": 31,
+    "<|end_of_box|>": 33, "<|video|>": 35,
 }  # fmt: skip
 
 

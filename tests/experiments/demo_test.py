@@ -1,4 +1,6 @@
-"""The demo: its cold start shows work that is right, fits the lengths of its reinforcement learning, and the report counts rightly."""
+"""The demo: its cold start shows work that is right, fits the lengths of its reinforcement
+learning, and the report counts rightly.
+"""
 
 import json
 import pathlib
@@ -27,7 +29,11 @@ def test_work_is_right_and_guesses_are_guesses(generator):
         question = asked["content"].partition("\n\n")[0]
         assert puzzles.split_of(question) == "train"
         terms = re.search(r": ([-+ \d]+) =", question)
-        right = eval(terms[1]) if terms else 1 + int(re.search(r"(\d+) (sisters|female friends)", question)[1])
+        right = (
+            eval(terms[1])
+            if terms
+            else 1 + int(re.search(r"(\d+) (sisters|female friends)", question)[1])
+        )
         if "reasoning_content" not in answer:
             guesses.append(answer["content"] == f"\\boxed{{{right}}}")
             continue
@@ -35,10 +41,13 @@ def test_work_is_right_and_guesses_are_guesses(generator):
         lines = [line.rpartition(": ")[2] for line in answer["reasoning_content"].splitlines()]
         for before, line in zip([None, *lines], lines, strict=False):
             left, _, result = line.rpartition(" = ")
-            assert eval(left) == int(result) and (before is None or left.startswith(before.rpartition(" = ")[2] + " "))
+            assert eval(left) == int(result) and (
+                before is None or left.startswith(before.rpartition(" = ")[2] + " ")
+            )
         assert lines[-1].endswith(f" = {right}")
     assert 160 < len(guesses) < 240  # half of them
-    assert 0 < np.mean(guesses) < 0.2  # by chance: one in nine of aiw's answers, fewer of chain_sum's
+    # by chance: one in nine of aiw's answers, fewer of chain_sum's
+    assert 0 < np.mean(guesses) < 0.2
 
 
 def test_a_generator_whose_work_is_not_known_is_refused():
@@ -50,7 +59,9 @@ def test_a_generator_whose_work_is_not_known_is_refused():
 def tokenizer():
     """As the demo's: 4,096 tokens, of the standard library's text."""
     folder = pathlib.Path(sysconfig.get_path("stdlib"))
-    return train_tokenizer([file.read_text("utf-8") for file in sorted(folder.glob("[a-d]*.py"))], 4096)
+    return train_tokenizer(
+        [file.read_text("utf-8") for file in sorted(folder.glob("[a-d]*.py"))], 4096
+    )
 
 
 def test_the_cold_start_fits_the_demos_reinforcement_learning(tokenizer, tmp_path):
@@ -63,7 +74,9 @@ def test_the_cold_start_fits_the_demos_reinforcement_learning(tokenizer, tmp_pat
     assert generators == set(cold_start.GENERATORS.default)
     for conversation in found:
         prompt = chat_template.encode(tokenizer, conversation["messages"][:1], thinking=True)
-        whole, _ = chat_template.encode_for_training(tokenizer, conversation["messages"], thinking=True)
+        whole, _ = chat_template.encode_for_training(
+            tokenizer, conversation["messages"], thinking=True
+        )
         assert len(whole) - len(prompt) < longest and len(prompt) + longest <= config.engine.context
 
 
@@ -71,7 +84,13 @@ def test_the_cold_start_fits_the_demos_reinforcement_learning(tokenizer, tmp_pat
 
 
 def answer(task, output, reward):
-    return {"task": task, "prompt": f"Q{task}", "output": output, "reward": reward, "length": len(output)}
+    return {
+        "task": task,
+        "prompt": f"Q{task}",
+        "output": output,
+        "reward": reward,
+        "length": len(output),
+    }
 
 
 @pytest.fixture
@@ -84,8 +103,13 @@ def workdir(tmp_path):
     }
     (tmp_path / "held_out").mkdir()
     for steps, lines in answers.items():
-        (tmp_path / "held_out" / f"{steps:07d}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    records = [{"step": 0, "reward": 0.3, "held_out": 1 / 3}, {"step": 1, "reward": 0.5, "held_out_after": 2 / 3}]
+        (tmp_path / "held_out" / f"{steps:07d}.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines)
+        )
+    records = [
+        {"step": 0, "reward": 0.3, "held_out": 1 / 3},
+        {"step": 1, "reward": 0.5, "held_out_after": 2 / 3},
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return tmp_path
 
@@ -102,7 +126,10 @@ def test_the_report_counts_reasoning(workdir, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "Q1\n\nAfter 0 steps of reinforcement learning (wrong):\n<think></think>" in printed
     assert "After 2 steps of reinforcement learning (right):\n<think>2 + 1 = 3</think>" in printed
-    assert "33.3% solved; 33.3% of the answers show their work" in printed and "66.7% solved; 100.0% of" in printed
+    assert (
+        "33.3% solved; 33.3% of the answers show their work" in printed
+        and "66.7% solved; 100.0% of" in printed
+    )
     assert (workdir / "rl.png").stat().st_size > 10_000
 
 

@@ -1,4 +1,6 @@
-"""experiments.evaluate: held-out numbers against logits of our own, puzzles answered by hand, the results file, errors in a line."""
+"""experiments.evaluate: held-out numbers against logits of our own, puzzles answered by hand, the
+results file, errors in a line.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ from tests.model.oracle import RUNTIME, random_state, tiny_config
 from tests.sandboxes import needs_sandbox
 
 SETTINGS = evaluating.Settings(
-    limit=2, context=None, num_rows=1, batch_tokens=256, draft_tokens=0, max_new_tokens=4, temperature=0.0, seed=0, num_examples=0,
+    limit=2, context=None, num_rows=1, batch_tokens=256, draft_tokens=0, max_new_tokens=4,
+    temperature=0.0, seed=0, num_examples=0,
     chat=False, thinking=True,
 )  # fmt: skip
 
@@ -35,7 +38,13 @@ def folder(corpus_folder, tmp_path_factory):
     """A Hugging Face folder with random weights and the tokenizer of the corpus."""
     config = tiny_config(vocab_size=320, max_length=256)
     target = tmp_path_factory.mktemp("export") / "hf"
-    return hf.export_checkpoint(target, config, random_state(config), dtype="float32", tokenizer=corpus_folder / "tokenizer.json")
+    return hf.export_checkpoint(
+        target,
+        config,
+        random_state(config),
+        dtype="float32",
+        tokenizer=corpus_folder / "tokenizer.json",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,19 +76,33 @@ def nats(logits_BLV, targets_BL, weights_BL) -> float:
     logits = np.asarray(logits_BLV, np.float64)
     top = logits.max(-1, keepdims=True)
     logprobs = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
-    return -float((np.take_along_axis(logprobs, np.asarray(targets_BL)[..., None], -1)[..., 0] * weights_BL).sum())
+    return -float(
+        (
+            np.take_along_axis(logprobs, np.asarray(targets_BL)[..., None], -1)[..., 0] * weights_BL
+        ).sum()
+    )
 
 
 def test_held_out_numbers_are_those_of_the_logits(subject, corpus_folder):
-    batches = evaluating.held_out_batches(subject.path, [str(corpus_folder)], subject.tokenizer, dataclasses.replace(SETTINGS, context=50))
+    batches = evaluating.held_out_batches(
+        subject.path,
+        [str(corpus_folder)],
+        subject.tokenizer,
+        dataclasses.replace(SETTINGS, context=50),
+    )
     metrics = evaluating.run_held_out(batches, subject)["held_out"]["metrics"]
     model, sums = subject.model, np.zeros(6)
     both = jax.jit(lambda tokens, **rows: (model(tokens, **rows), model.mtp_logits(tokens, **rows)))
     for batch in batches:
-        logits, second = both(batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"])
+        logits, second = both(
+            batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"]
+        )
         weights = batch["loss_weights"]
-        # The second head's target at i is the first head's at i + 1, where that is still the same document.
-        second_weights = weights[:, 1:] * (batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1])
+        # The second head's target at i is the first head's at i + 1, where that is still the same
+        # document.
+        second_weights = weights[:, 1:] * (
+            batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1]
+        )
         sums += [
             nats(logits, batch["targets"], weights), weights.sum(), batch["target_bytes"].sum(),
             nats(second, batch["targets"][:, 1:], second_weights), second_weights.sum(),
@@ -104,7 +127,9 @@ def test_data_of_another_tokenizer_is_refused(workdir, corpus_folder, tokenizer)
     other.to_json = lambda: "{}"
     with pytest.raises(ValueError, match="was made with another tokenizer than that of"):
         evaluating.held_out_batches(workdir, [str(corpus_folder)], other, SETTINGS)
-    with pytest.raises(ValueError, match=r"does not say what data it was trained on; give --data=DIR"):
+    with pytest.raises(
+        ValueError, match=r"does not say what data it was trained on; give --data=DIR"
+    ):
         evaluating.held_out_batches(workdir, [], tokenizer, SETTINGS)
 
 
@@ -112,15 +137,26 @@ def test_data_of_another_tokenizer_is_refused(workdir, corpus_folder, tokenizer)
 
 
 def chosen() -> dict[str, list[puzzles.Puzzle]]:
-    return {generator: puzzles.distinct(generator, "held_out", 3) for generator in ("gcd", "products")}
+    return {
+        generator: puzzles.distinct(generator, "held_out", 3) for generator in ("gcd", "products")
+    }
 
 
 def test_puzzles_are_scored_by_what_the_model_wrote(subject, monkeypatch):
     asked = [puzzle for some in chosen().values() for puzzle in some]
-    written = [f" {asked[0].answer}\n", " 1000000\n", "\n", f" {asked[3].answer} is it", " -7\n", ""]
+    written = [
+        f" {asked[0].answer}\n",
+        " 1000000\n",
+        "\n",
+        f" {asked[3].answer} is it",
+        " -7\n",
+        "",
+    ]
 
     def answer(engine, prompts, params, label):
-        assert [subject.tokenizer.decode(p) for p in prompts] == [f"[gMASK]<sop>Question: {puzzle.question}\nAnswer:" for puzzle in asked]
+        assert [subject.tokenizer.decode(p) for p in prompts] == [
+            f"[gMASK]<sop>Question: {puzzle.question}\nAnswer:" for puzzle in asked
+        ]
         return [
             Request(i, p, params[i], tokens=subject.tokenizer.encode(text))
             for i, (p, text) in enumerate(zip(prompts, written, strict=True))
@@ -129,14 +165,23 @@ def test_puzzles_are_scored_by_what_the_model_wrote(subject, monkeypatch):
     monkeypatch.setattr(evaluating, "continue_all", answer)
     found = evaluating.run_puzzles("arithmetic", chosen(), changed(subject, context=200))
     whole = {name: pair["value"] for name, pair in found["arithmetic"]["metrics"].items()}
-    scores = [puzzles.score(puzzle, puzzles.completion_answer(text)) for puzzle, text in zip(asked, written, strict=True)]
+    scores = [
+        puzzles.score(puzzle, puzzles.completion_answer(text))
+        for puzzle, text in zip(asked, written, strict=True)
+    ]
     assert scores[0] == 1 and scores[2] == scores[5] == 0
     assert whole["score"] == pytest.approx(np.mean(scores))
-    assert found["arithmetic"]["metrics"]["score"]["stderr"] == pytest.approx(np.std(scores, ddof=1) / math.sqrt(6))
+    assert found["arithmetic"]["metrics"]["score"]["stderr"] == pytest.approx(
+        np.std(scores, ddof=1) / math.sqrt(6)
+    )
     assert whole["solved"] == pytest.approx(sum(s == 1 for s in scores) / 6)
     assert whole["not_extracted"] == pytest.approx(2 / 6) and whole["did_not_fit"] == 0
-    assert whole["tokens_per_answer"] == pytest.approx(np.mean([len(subject.tokenizer.encode(text)) for text in written]))
-    assert found["arithmetic/gcd"]["metrics"]["score"]["value"] == pytest.approx(np.mean(scores[:3]))
+    assert whole["tokens_per_answer"] == pytest.approx(
+        np.mean([len(subject.tokenizer.encode(text)) for text in written])
+    )
+    assert found["arithmetic/gcd"]["metrics"]["score"]["value"] == pytest.approx(
+        np.mean(scores[:3])
+    )
     assert found["arithmetic/products"]["count"] == 3
 
 
@@ -150,7 +195,11 @@ def test_the_engine_is_as_large_as_the_settings_say(subject):
 def test_what_does_not_fit_is_not_asked_and_scores_nothing(subject, monkeypatch):
     asked = [puzzle for some in chosen().values() for puzzle in some]
     lengths = [len(evaluating.puzzle_prompt(puzzle, subject)) for puzzle in asked]
-    right = [puzzle.answer for puzzle, length in zip(asked, lengths, strict=True) if length < max(lengths)]
+    right = [
+        puzzle.answer
+        for puzzle, length in zip(asked, lengths, strict=True)
+        if length < max(lengths)
+    ]
 
     def answer(engine, prompts, params, label):
         return [
@@ -163,15 +212,26 @@ def test_what_does_not_fit_is_not_asked_and_scores_nothing(subject, monkeypatch)
     metrics = evaluating.run_puzzles("arithmetic", chosen(), cut)["arithmetic"]["metrics"]
     assert 0 < len(right) < len(asked)
     assert metrics["did_not_fit"]["value"] == pytest.approx(1 - len(right) / len(asked))
-    assert metrics["solved"]["value"] == pytest.approx(len(right) / len(asked)) and metrics["not_extracted"]["value"] == 0
+    assert (
+        metrics["solved"]["value"] == pytest.approx(len(right) / len(asked))
+        and metrics["not_extracted"]["value"] == 0
+    )
     right.clear()
-    none = evaluating.run_puzzles("arithmetic", chosen(), changed(subject, context=8))["arithmetic"]["metrics"]
-    assert none["did_not_fit"]["value"] == 1 and none["score"]["value"] == 0 and "tokens_per_answer" not in none
+    none = evaluating.run_puzzles("arithmetic", chosen(), changed(subject, context=8))[
+        "arithmetic"
+    ]["metrics"]
+    assert (
+        none["did_not_fit"]["value"] == 1
+        and none["score"]["value"] == 0
+        and "tokens_per_answer" not in none
+    )
 
 
 def test_examples_come_from_training_puzzles(subject):
     puzzle = puzzles.distinct("gcd", "held_out", 1)[0]
-    text = subject.tokenizer.decode(evaluating.puzzle_prompt(puzzle, changed(subject, num_examples=3)))
+    text = subject.tokenizer.decode(
+        evaluating.puzzle_prompt(puzzle, changed(subject, num_examples=3))
+    )
     train = list(itertools.islice(puzzles.puzzles("gcd", "train"), 3))
     solved = [f"Question: {example.question}\nAnswer: {example.answer}" for example in train]
     assert text == "[gMASK]<sop>" + "\n\n".join([*solved, f"Question: {puzzle.question}\nAnswer:"])
@@ -181,10 +241,19 @@ def test_chat_asks_for_a_box_and_stops_at_the_turn(subject):
     asking = changed(subject, chat=True, thinking=False)
     puzzle = puzzles.distinct("gcd", "held_out", 1)[0]
     text = subject.tokenizer.decode(evaluating.puzzle_prompt(puzzle, asking))
-    assert text.startswith(f"[gMASK]<sop><|user|>\n{puzzle.question}") and text.endswith("<think></think>")
+    assert text.startswith(f"[gMASK]<sop><|user|>\n{puzzle.question}") and text.endswith(
+        "<think></think>"
+    )
     params = evaluating.answer_sampling(0, asking)
-    assert set(params.stop_tokens) == {subject.tokenizer.special(n) for n in ("<|endoftext|>", "<|user|>", "<|observation|>")}
-    request = Request(0, [], SamplingParams(max_new_tokens=9), tokens=subject.tokenizer.encode(rf"\boxed{{{puzzle.answer}}}"))
+    assert set(params.stop_tokens) == {
+        subject.tokenizer.special(n) for n in ("<|endoftext|>", "<|user|>", "<|observation|>")
+    }
+    request = Request(
+        0,
+        [],
+        SamplingParams(max_new_tokens=9),
+        tokens=subject.tokenizer.encode(rf"\boxed{{{puzzle.answer}}}"),
+    )
     assert evaluating.puzzle_record(puzzle, request, asking)["score"] == 1
     assert evaluating.puzzle_record(puzzle, request, subject)["score"] < 1
 
@@ -194,48 +263,82 @@ def test_chat_asks_for_a_box_and_stops_at_the_turn(subject):
 
 @needs_sandbox
 def test_human_eval_runs_what_the_model_wrote(subject, monkeypatch):
-    """A right continuation that runs on into something else, a wrong one, and a prompt that leaves no room for an answer."""
-    problems = sorted(evaluating_code.human_eval_tasks(), key=lambda task: len(task.answer["prompt"]))
+    """A right continuation that runs on into something else, a wrong one, and a prompt that leaves
+    no room for an answer.
+    """
+    problems = sorted(
+        evaluating_code.human_eval_tasks(), key=lambda task: len(task.answer["prompt"])
+    )
     tasks, solutions = [*problems[:2], problems[-1]], reference_solutions()
-    written = [solutions[tasks[0].id] + "\ndef other():\n    1 / 0\n\nother()\n", "    return None\n"]
+    written = [
+        solutions[tasks[0].id] + "\ndef other():\n    1 / 0\n\nother()\n",
+        "    return None\n",
+    ]
 
     def answer(engine, prompts, params, label):
-        assert [subject.tokenizer.decode(p) for p in prompts] == [f"[gMASK]<sop>{task.answer['prompt']}" for task in tasks[:2]]
-        return [Request(0, p, q, tokens=subject.tokenizer.encode(t)) for p, q, t in zip(prompts, params, written, strict=True)]
+        assert [subject.tokenizer.decode(p) for p in prompts] == [
+            f"[gMASK]<sop>{task.answer['prompt']}" for task in tasks[:2]
+        ]
+        return [
+            Request(0, p, q, tokens=subject.tokenizer.encode(t))
+            for p, q, t in zip(prompts, params, written, strict=True)
+        ]
 
     monkeypatch.setattr(evaluating_code, "continue_all", answer)
     found = evaluating_code.run_human_eval(tasks, CodeVerifier(workers=2), subject)["human_eval"]
     assert found["count"] == 3 and found["metrics"]["pass@1"]["value"] == pytest.approx(1 / 3)
-    assert found["metrics"]["did_not_fit"]["value"] == pytest.approx(1 / 3) and found["metrics"]["environment_error"]["value"] == 0
+    assert (
+        found["metrics"]["did_not_fit"]["value"] == pytest.approx(1 / 3)
+        and found["metrics"]["environment_error"]["value"] == 0
+    )
 
 
 # --- names, results ---
 
 
 def test_unknown_names_are_found_out_before_weights_are_read(workdir, tokenizer, monkeypatch):
-    prepare = lambda *names: evaluating.prepare(names, workdir, [], tokenizer, SETTINGS)  # noqa: E731
+    prepare = lambda *names: evaluating.prepare(names, workdir, [], tokenizer, SETTINGS)
     assert list(prepare("logic", "arithmetic")) == ["logic", "arithmetic"]
-    with pytest.raises(ValueError, match="tasks: none given; valid are held_out, arithmetic, logic"):
+    with pytest.raises(
+        ValueError, match="tasks: none given; valid are held_out, arithmetic, logic"
+    ):
         prepare()
     monkeypatch.setattr(evaluating.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"hellaswag not among held_out, .*: pip install -r requirements-dev.txt"):
+    with pytest.raises(
+        ValueError, match=r"hellaswag not among held_out, .*: pip install -r requirements-dev.txt"
+    ):
         prepare("logic", "hellaswag")
 
 
 def test_results_keep_what_was_measured_before(subject, workdir, tmp_path):
     output, known = evaluating.find_output(workdir, None, None)
     assert output == workdir / "evaluation" / "0.json" and known == {}
-    measure = lambda value: {"a": lambda _: {"a": evaluating.result({"x": (value, 0.5), "y": 1}, 3, "things")}}  # noqa: E731
+    measure = lambda value: {
+        "a": lambda _: {"a": evaluating.result({"x": (value, 0.5), "y": 1}, 3, "things")}
+    }
     evaluating.run(measure(1.0), subject, output, {})
     first = json.loads(output.read_text())
     assert first["model"]["step"] == 0 and first["model"]["config"]["vocab_size"] == 320
     assert first["model"]["parameters"] == hf.parameter_count(subject.model.config)["total"]
-    assert first["results"]["a"]["metrics"] == {"x": {"value": 1.0, "stderr": 0.5}, "y": {"value": 1.0, "stderr": None}}
-    assert first["results"]["a"]["settings"] == dataclasses.asdict(SETTINGS) and first["results"]["a"]["seconds"] >= 0
-    evaluating.run({"b": lambda _: {"b": evaluating.result({"z": 2}, 1, "thing")}}, subject, *evaluating.find_output(workdir, None, None))
+    assert first["results"]["a"]["metrics"] == {
+        "x": {"value": 1.0, "stderr": 0.5},
+        "y": {"value": 1.0, "stderr": None},
+    }
+    assert (
+        first["results"]["a"]["settings"] == dataclasses.asdict(SETTINGS)
+        and first["results"]["a"]["seconds"] >= 0
+    )
+    evaluating.run(
+        {"b": lambda _: {"b": evaluating.result({"z": 2}, 1, "thing")}},
+        subject,
+        *evaluating.find_output(workdir, None, None),
+    )
     assert json.loads(output.read_text())["results"].keys() == {"a", "b"}
     assert [f.name for f in output.parent.iterdir()] == ["0.json"]
-    assert evaluating.find_output(workdir, None, str(tmp_path / "new.json")) == (tmp_path / "new.json", {})
+    assert evaluating.find_output(workdir, None, str(tmp_path / "new.json")) == (
+        tmp_path / "new.json",
+        {},
+    )
     output.write_text("{}")
     with pytest.raises(ValueError, match="holds no results of an evaluation"):
         evaluating.find_output(workdir, None, None)
@@ -252,7 +355,9 @@ def test_a_hugging_face_folder_is_measured_as_well(folder, subject, tokenizer):
     np.testing.assert_array_equal(other.model(tokens), subject.model(tokens))
     assert other.identity["step"] is None
     with pytest.raises(ValueError, match=r"engine.context=9999 exceeds the model's max_length=256"):
-        evaluating.run({"logic": lambda _: {}}, changed(subject, context=9999), folder / "never", {})
+        evaluating.run(
+            {"logic": lambda _: {}}, changed(subject, context=9999), folder / "never", {}
+        )
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
@@ -274,11 +379,24 @@ def test_the_command_prints_a_table_and_writes_the_file(workdir, corpus_folder, 
     assert done.returncode == 0, done.stderr
     results = json.loads(output.read_text())["results"]
     assert {"held_out", "arithmetic", "arithmetic/gcd"} <= results.keys()
-    rows = {tuple(line.split()[:2]): line.split()[2] for line in done.stdout.splitlines() if line.startswith(("held_out", "arithmetic"))}
-    assert float(rows["held_out", "loss"]) == pytest.approx(results["held_out"]["metrics"]["loss"]["value"], abs=1e-4)
-    assert ("arithmetic", "solved") in rows and ("arithmetic/gcd", "score") in rows and ("arithmetic/gcd", "solved") not in rows
+    rows = {
+        tuple(line.split()[:2]): line.split()[2]
+        for line in done.stdout.splitlines()
+        if line.startswith(("held_out", "arithmetic"))
+    }
+    assert float(rows["held_out", "loss"]) == pytest.approx(
+        results["held_out"]["metrics"]["loss"]["value"], abs=1e-4
+    )
+    assert (
+        ("arithmetic", "solved") in rows
+        and ("arithmetic/gcd", "score") in rows
+        and ("arithmetic/gcd", "solved") not in rows
+    )
     assert 1 <= results["arithmetic"]["metrics"]["tokens_per_answer"]["value"] <= 2
-    assert results["arithmetic"]["metrics"]["did_not_fit"]["value"] == 0 and results["arithmetic"]["count"] == 8
+    assert (
+        results["arithmetic"]["metrics"]["did_not_fit"]["value"] == 0
+        and results["arithmetic"]["count"] == 8
+    )
     assert str(output) in done.stdout
 
 

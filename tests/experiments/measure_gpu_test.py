@@ -1,4 +1,6 @@
-"""The GPU command: its sections at toy size on the CPU, and how it deals with those that fail, hang or come too late."""
+"""The GPU command: its sections at toy size on the CPU, and how it deals with those that fail, hang
+or come too late.
+"""
 
 import json
 import sys
@@ -11,7 +13,9 @@ from experiments.gpu import correctness, results, sections
 
 def fake(scripts):
     """Starts `python -c` in place of each section."""
-    return lambda name, output, rehearse: sections.logged([sys.executable, "-c", scripts[name]], output / f"{name}.log")
+    return lambda name, output, rehearse: sections.logged(
+        [sys.executable, "-c", scripts[name]], output / f"{name}.log"
+    )
 
 
 def test_a_section_that_fails_or_hangs_ends_no_other(tmp_path):
@@ -26,13 +30,19 @@ def test_a_section_that_fails_or_hangs_ends_no_other(tmp_path):
     assert statuses["training"].startswith("out of time after 1 s")
     assert statuses["grouped"] == "done"
     text = (tmp_path / "gpu.md").read_text()
-    assert "| forward \\| backward | 123.4 |" in text and "no such device" in text and "out of time after 1 s" in text
+    assert (
+        "| forward \\| backward | 123.4 |" in text
+        and "no such device" in text
+        and "out of time after 1 s" in text
+    )
     assert [r["section"] for r in results.read(tmp_path) if "status" in r] == list(scripts)
 
 
 def test_what_does_not_begin_in_time_is_recorded(tmp_path):
     scripts = dict.fromkeys(("reference", "correctness", "training"), "import time; time.sleep(60)")
-    statuses = sections.run_all(["correctness", "training"], tmp_path, 0.5, True, begin=fake(scripts))
+    statuses = sections.run_all(
+        ["correctness", "training"], tmp_path, 0.5, True, begin=fake(scripts)
+    )
     assert statuses["correctness"].startswith("no numbers from the CPU: out of time")
     assert statuses["training"] == "not run: out of time"
     assert "not run: out of time" in (tmp_path / "gpu.md").read_text()
@@ -45,7 +55,9 @@ def test_kernel_sections_measure_here_or_say_what_they_need(name, tmp_path):
     assert {r["section"] for r in records} == {name}
     assert all("tflops" in r or name == "device" for r in records if "error" not in r)
     errors = [r["error"] for r in records if "error" in r]
-    assert errors == ["needs a GPU, this is a cpu"] * {"device": 0, "grouped": 1, "attention": 2}[name]
+    assert (
+        errors == ["needs a GPU, this is a cpu"] * {"device": 0, "grouped": 1, "attention": 2}[name]
+    )
     assert max(r.get("largest_difference", 0) for r in records) < 0.02
 
 
@@ -70,4 +82,7 @@ def test_the_verdict_is_of_the_numbers():
         assert verdict == f"FAIL: {name.split('/')[0]}"
     other = found | {"tokens": np.array([[1, 1, 1], [1, 0, 1]])}
     assert correctness.compare(other, expected, "float32")["verdict"] == "FAIL: greedy tokens"
-    assert correctness.compare(found | {"loss": np.nan}, expected, "bfloat16")["verdict"] == "FAIL: loss"
+    assert (
+        correctness.compare(found | {"loss": np.nan}, expected, "bfloat16")["verdict"]
+        == "FAIL: loss"
+    )

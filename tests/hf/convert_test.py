@@ -1,4 +1,6 @@
-"""experiments.convert: a folder through a work directory and back has the same bytes; errors are one line."""
+"""experiments.convert: a folder through a work directory and back has the same bytes; errors are
+one line.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,20 @@ def folder(tmp_path, request):
     tokenizer.add_special_tokens([hf.END_OF_TEXT])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     return hf.export_checkpoint(
-        tmp_path / "theirs", CONFIG, random_state(CONFIG), dtype=request.param, tokenizer=tmp_path / "tokenizer.json"
+        tmp_path / "theirs",
+        CONFIG,
+        random_state(CONFIG),
+        dtype=request.param,
+        tokenizer=tmp_path / "tokenizer.json",
     )
 
 
 def test_folder_through_a_work_directory_comes_back_byte_for_byte(folder, tmp_path):
     convert.from_hf(folder, tmp_path / "run", RUNTIME)
     assert load_weights(tmp_path / "run")[0] == CONFIG
-    convert.to_hf(tmp_path / "run", tmp_path / "again", step=None, dtype="stored", max_shard_bytes=10**9)
+    convert.to_hf(
+        tmp_path / "run", tmp_path / "again", step=None, dtype="stored", max_shard_bytes=10**9
+    )
     files = sorted(f.name for f in folder.iterdir())
     assert files == sorted(f.name for f in (tmp_path / "again").iterdir())
     for name in files:
@@ -44,7 +52,12 @@ def test_weights_are_read_as_float32_and_converted_where_asked(folder, tmp_path)
     convert.from_hf(folder, tmp_path / "run", RUNTIME)
     types = {x.dtype for x in jax.tree.leaves(load_weights(tmp_path / "run")[1:])}
     assert types == {jax.numpy.dtype("float32")}
-    assert convert.to_hf(tmp_path / "run", tmp_path / "again", step=None, dtype="bfloat16", max_shard_bytes=10**9) == "bfloat16"
+    assert (
+        convert.to_hf(
+            tmp_path / "run", tmp_path / "again", step=None, dtype="bfloat16", max_shard_bytes=10**9
+        )
+        == "bfloat16"
+    )
     model = transformers.Glm4MoeForCausalLM.from_pretrained(tmp_path / "again")
     assert model.dtype == torch.bfloat16
 
@@ -69,7 +82,13 @@ def test_flags_cover_the_fields_that_no_folder_knows():
 
 
 def test_a_bad_folder_is_one_line_and_exit_code_1(tmp_path):
-    command = [sys.executable, "-m", "experiments.convert", f"--from_hf={tmp_path}", f"--workdir={tmp_path / 'run'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.convert",
+        f"--from_hf={tmp_path}",
+        f"--workdir={tmp_path / 'run'}",
+    ]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 1 and len(lines) == 1 and "no config.json in" in lines[0], done.stderr

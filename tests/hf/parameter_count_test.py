@@ -1,4 +1,6 @@
-"""Parameter counts of the released models, from the abstract model: FACTS 1, without allocating them."""
+"""Parameter counts of the released models, from the abstract model: FACTS 1, without allocating
+them.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from configs import glm45, glm45_air
 from glm_jax import hf
 from glm_jax.config import ModelConfig, from_mapping
 
-GLM45, AIR = (from_mapping(ModelConfig, c.get_config().model.to_dict(), "model") for c in (glm45, glm45_air))
+GLM45, AIR = (
+    from_mapping(ModelConfig, c.get_config().model.to_dict(), "model") for c in (glm45, glm45_air)
+)
 
 
 def billions(count: int) -> float:
@@ -19,7 +23,11 @@ def billions(count: int) -> float:
 
 def test_counts_of_the_355b_model():
     counts = {name: billions(n) for name, n in hf.parameter_count(GLM45).items()}
-    assert (counts["layers"], counts["layers_with_mtp"], counts["stored"]) == (351.246, 355.234, 358.338)
+    assert (counts["layers"], counts["layers_with_mtp"], counts["stored"]) == (
+        351.246,
+        355.234,
+        358.338,
+    )
     assert round(counts["active"], 2) == 32.08
     assert counts["total"] == pytest.approx(355.234 + 2 * 151552 * 5120 / 1e9, abs=0.001)
 
@@ -35,7 +43,9 @@ def test_every_tensor_on_disk_is_named_once_and_covers_its_array(config):
     table = hf.name_table(config)
     assert len({t.name for t in table}) == len(table)
     assert len({(t.path, t.index) for t in table if not t.copy}) == sum(not t.copy for t in table)
-    arrays = {path: math.prod(v.get_value().shape) for path, v in hf.abstract_parameters(config).items()}
+    arrays = {
+        path: math.prod(v.get_value().shape) for path, v in hf.abstract_parameters(config).items()
+    }
     on_disk = dict.fromkeys(arrays, 0)
     for t in table:
         on_disk[t.path] += 0 if t.copy else math.prod(t.shape)

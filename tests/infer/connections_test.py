@@ -1,4 +1,6 @@
-"""Connections that say nothing, or little; clients that stop sending; web pages; and what common clients send."""
+"""Connections that say nothing, or little; clients that stop sending; web pages; and what common
+clients send.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,10 @@ from tests.infer.serving import (
     tiny_tokenizer,
 )  # fmt: skip
 
-# ruff: noqa: E501  (a request a line)
-HEAD = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
+HEAD = (
+    "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    "Content-Length: {}\r\n\r\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +59,9 @@ def closed_within(connection: socket.socket, seconds: float) -> bool:
         return True
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET /hea", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-A: "])
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET /hea", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-A: "]
+)
 def test_a_head_has_a_deadline(running, sent):
     running.server.connections.head_seconds = 0.4
     try:
@@ -118,7 +124,11 @@ def test_few_descriptors_are_enough_however_many_connect():
             sys.stdin.readline()
     """
     server = subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     host, port = server.stdout.readline().split()
     silent = [socket.create_connection((host, int(port))) for _ in range(230)]
@@ -133,7 +143,9 @@ def test_few_descriptors_are_enough_however_many_connect():
 
 def test_the_limit_of_connections_leaves_files_for_everything_else(monkeypatch):
     for files in (100, 200, 1024, 65536):
-        monkeypatch.setattr(connections.resource, "getrlimit", lambda _, files=files: (files, files))
+        monkeypatch.setattr(
+            connections.resource, "getrlimit", lambda _, files=files: (files, files)
+        )
         most, backlog = connections.connection_limits()
         assert most >= 8 and most + backlog + 20 <= files
 
@@ -173,7 +185,9 @@ def test_a_client_that_is_gone_frees_its_row():
 
 def post(running, headers=None, content=None):
     given = {"Content-Type": "application/json"} | (headers or {})
-    return httpx.post(f"{running.url}/v1/completions", content=content or json.dumps(TEXT).encode(), headers=given)
+    return httpx.post(
+        f"{running.url}/v1/completions", content=content or json.dumps(TEXT).encode(), headers=given
+    )
 
 
 @pytest.mark.parametrize(
@@ -212,18 +226,33 @@ def test_its_own_page_is_no_stranger(running):
 
 
 def test_cors_is_off_unless_configured_and_then_right(running):
-    asked = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    asked = {
+        "Origin": "https://app.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "content-type",
+    }
     refused = httpx.options(f"{running.url}/v1/completions", headers=asked)
-    assert refused.status_code in (403, 405) and not any(h.startswith("access-control") for h in refused.headers)
+    assert refused.status_code in (403, 405) and not any(
+        h.startswith("access-control") for h in refused.headers
+    )
     with serving(ScriptedEngine(), cors_origins=("https://app.example",)) as open_one:
         say(open_one, "ok")
         allowed = httpx.options(f"{open_one.url}/v1/completions", headers=asked)
-        assert allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == "https://app.example"
+        assert (
+            allowed.status_code == 200
+            and allowed.headers["access-control-allow-origin"] == "https://app.example"
+        )
         answer = post(open_one, {"Origin": "https://app.example"})
-        assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "https://app.example"
+        assert (
+            answer.status_code == 200
+            and answer.headers["access-control-allow-origin"] == "https://app.example"
+        )
         assert "origin" in answer.headers["vary"].lower()
         wrong = post(open_one, {"Origin": "https://app.example"}, b"{")
-        assert wrong.status_code == 400 and wrong.headers["access-control-allow-origin"] == "https://app.example"
+        assert (
+            wrong.status_code == 400
+            and wrong.headers["access-control-allow-origin"] == "https://app.example"
+        )
         stranger = post(open_one, {"Origin": "https://evil.example"})
         assert stranger.status_code == 403 and "access-control-allow-origin" not in stranger.headers
 
@@ -240,7 +269,10 @@ def test_a_key_makes_the_name_of_the_server_its_own_affair():
 # --- what clients send ---
 
 CALL = {"id": "a", "type": "function", "function": {"name": "now"}}
-TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "now", "parameters": {"type": "object", "properties": {}}},
+}
 
 
 @pytest.mark.parametrize(
@@ -248,10 +280,20 @@ TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "
     [
         {"messages": [{"role": "developer", "content": "Be brief."}, USER]},
         {"messages": [USER, {"role": "assistant", "content": "a", "reasoning": "why"}, USER]},
-        {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "x"}]},
-        {"messages": [USER, {"role": "assistant", "tool_calls": [CALL | {"function": {"name": "now", "arguments": ""}}]}, {"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "x"}]}]},
-        {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [CALL | {"function": {"name": "now", "arguments": None}}]}, {"role": "tool", "content": "x"}]},
-        {"messages": [USER | {"name": "ann"}, {"role": "assistant", "content": "a", "refusal": None, "annotations": [], "audio": None, "function_call": None}, USER]},
+        {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                      {"role": "tool", "content": "x"}]},
+        {"messages": [USER,
+                      {"role": "assistant",
+                       "tool_calls": [CALL | {"function": {"name": "now", "arguments": ""}}]},
+                       {"role": "tool", "tool_call_id": "a",
+                        "content": [{"type": "text", "text": "x"}]}]},
+        {"messages": [USER,
+                      {"role": "assistant", "content": "",
+                       "tool_calls": [CALL | {"function": {"name": "now", "arguments": None}}]},
+                       {"role": "tool", "content": "x"}]},
+        {"messages": [USER | {"name": "ann"},
+                      {"role": "assistant", "content": "a", "refusal": None, "annotations": [],
+                       "audio": None, "function_call": None}, USER]},
         {"stream": True, "stream_options": {"include_obfuscation": False, "include_usage": True}},
         {"reasoning_effort": "low"},
         {"top_k": -1, "min_p": 0, "top_p": 0, "repetition_penalty": 1.0},
@@ -260,9 +302,11 @@ TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "
         {"seed": -1},
         {"seed": 1764190000123},
         {"tools": [TOOL], "tool_choice": "auto", "parallel_tool_calls": False},
-        {"n": 1, "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0, "user": "u", "store": False, "metadata": {}},
+        {"n": 1, "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0, "user": "u",
+         "store": False, "metadata": {}},
         {"skip_special_tokens": True, "spaces_between_special_tokens": True, "ignore_eos": False},
-        {"response_format": {"type": "text"}, "modalities": ["text"], "service_tier": "auto", "prompt_cache_key": "k"},
+        {"response_format": {"type": "text"}, "modalities": ["text"], "service_tier": "auto",
+         "prompt_cache_key": "k"},
     ],
 )  # fmt: skip
 def test_what_common_clients_send_is_taken(running, fields):
@@ -284,10 +328,19 @@ def test_a_model_is_found_by_its_name(running):
 
 
 def test_an_ill_typed_argument_reaches_the_client_as_its_text(running):
-    parameters = {"properties": {"a": {"type": "boolean"}, "b": {"type": "integer"}, "c": {"type": "object"}, "d": {"type": "number"}}}
+    parameters = {
+        "properties": {
+            "a": {"type": "boolean"},
+            "b": {"type": "integer"},
+            "c": {"type": "object"},
+            "d": {"type": "number"},
+        }
+    }
     tool = {"type": "function", "function": {"name": "w", "parameters": parameters}}
     given = {"a": "True", "b": "1,000", "c": "{'a': 1}", "d": ""}
-    arguments = "".join(f"<arg_key>{k}</arg_key>\n<arg_value>{v}</arg_value>\n" for k, v in given.items())
+    arguments = "".join(
+        f"<arg_key>{k}</arg_key>\n<arg_value>{v}</arg_value>\n" for k, v in given.items()
+    )
     say(running, f"<think></think><tool_call>w\n{arguments}</tool_call><|observation|>")
     try:
         choice = chat(running, tools=[tool]).choices[0]
@@ -305,7 +358,11 @@ def test_bytes_of_tokens_make_the_output_even_of_broken_characters(running):
         choice = chat(running, logprobs=True).choices[0]
     finally:
         say(running, "ok")
-    assert len(ids) > 4 and b"".join(bytes(entry.bytes) for entry in choice.logprobs.content) == "é変😀ö".encode()[:-1]
+    assert (
+        len(ids) > 4
+        and b"".join(bytes(entry.bytes) for entry in choice.logprobs.content)
+        == "é変😀ö".encode()[:-1]
+    )
 
 
 # --- what the engine does for them ---
@@ -320,7 +377,13 @@ def test_a_schema_is_kept(tiny):
     }
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
     for seed in range(3):
-        choice = chat(tiny, response_format=wanted, seed=seed, max_tokens=90, extra_body={"thinking": {"type": "disabled"}}).choices[0]
+        choice = chat(
+            tiny,
+            response_format=wanted,
+            seed=seed,
+            max_tokens=90,
+            extra_body={"thinking": {"type": "disabled"}},
+        ).choices[0]
         if choice.finish_reason == "stop":
             found = json.loads(choice.message.content)
             assert found.keys() == {"n", "ok"} and isinstance(found["ok"], bool)
@@ -328,15 +391,31 @@ def test_a_schema_is_kept(tiny):
             assert choice.message.content.startswith("{")
 
 
-@pytest.mark.parametrize(("choice", "names"), [("required", ("f", "g")), ({"type": "function", "function": {"name": "g"}}, ("g",))])
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [("required", ("f", "g")), ({"type": "function", "function": {"name": "g"}}, ("g",))],
+)
 @pytest.mark.parametrize("thinking", ["enabled", "disabled"])
 def test_a_required_tool_can_only_be_called(running, choice, names, thinking, monkeypatch):
     """What the engine is asked for lets through the calls of the tools, and nothing else."""
     parameters = {"type": "object", "properties": {"x": {"enum": ["a", "b"]}}, "required": ["x"]}
-    tools = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in ("f", "g")]
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": parameters}}
+        for name in ("f", "g")
+    ]
     asked, submit = [], running.engine.submit
-    monkeypatch.setattr(running.engine, "submit", lambda prompt, params: asked.append(params) or submit(prompt, params))
-    chat(running, tools=tools, tool_choice=choice, parallel_tool_calls=False, extra_body={"thinking": {"type": thinking}})
+    monkeypatch.setattr(
+        running.engine,
+        "submit",
+        lambda prompt, params: asked.append(params) or submit(prompt, params),
+    )
+    chat(
+        running,
+        tools=tools,
+        tool_choice=choice,
+        parallel_tool_calls=False,
+        extra_body={"thinking": {"type": thinking}},
+    )
     opening = "<think>why</think>" if thinking == "enabled" else ""
 
     def is_let_through(text: str) -> bool:
@@ -345,10 +424,14 @@ def test_a_required_tool_can_only_be_called(running, choice, names, thinking, mo
             if not state.mask()[token // 32] >> (token % 32) & 1:
                 return False
             state.accept(token)
-        return state.finished or bool(state.mask()[tiny_tokenizer().eos_id // 32] >> (tiny_tokenizer().eos_id % 32) & 1)
+        return state.finished or bool(
+            state.mask()[tiny_tokenizer().eos_id // 32] >> (tiny_tokenizer().eos_id % 32) & 1
+        )
 
     call = "<tool_call>{}\n<arg_key>x</arg_key>\n<arg_value>{}</arg_value>\n</tool_call>"
-    assert [name for name in ("f", "g", "h") if is_let_through(opening + call.format(name, "a"))] == list(names)
+    assert [
+        name for name in ("f", "g", "h") if is_let_through(opening + call.format(name, "a"))
+    ] == list(names)
     for text in (
         "no",
         opening + call.format("g", "c"),
@@ -360,33 +443,63 @@ def test_a_required_tool_can_only_be_called(running, choice, names, thinking, mo
 
 
 def test_log_probabilities_of_alternatives_and_of_the_prompt(tiny):
-    entries = chat(tiny, logprobs=True, top_logprobs=3, max_tokens=4, temperature=0).choices[0].logprobs.content
-    assert all(len(e.top_logprobs) == 3 and e.top_logprobs[0].logprob == pytest.approx(e.logprob, abs=1e-4) for e in entries)
+    entries = (
+        chat(tiny, logprobs=True, top_logprobs=3, max_tokens=4, temperature=0)
+        .choices[0]
+        .logprobs.content
+    )
+    assert all(
+        len(e.top_logprobs) == 3 and e.top_logprobs[0].logprob == pytest.approx(e.logprob, abs=1e-4)
+        for e in entries
+    )
     whole = complete(tiny, prompt="def add(a, b)", echo=True, logprobs=2, max_tokens=0).choices[0]
     assert whole.text == "def add(a, b)" and "".join(whole.logprobs.tokens) == whole.text
-    assert all(isinstance(x, float) for x in whole.logprobs.token_logprobs) and len(whole.logprobs.top_logprobs[1]) == 2
+    assert (
+        all(isinstance(x, float) for x in whole.logprobs.token_logprobs)
+        and len(whole.logprobs.top_logprobs[1]) == 2
+    )
     ids = tiny_tokenizer().encode("def add(a, b)")
-    by_ids = complete(tiny, prompt=ids, echo=True, logprobs=1, max_tokens=1, temperature=0).choices[0]
+    by_ids = complete(tiny, prompt=ids, echo=True, logprobs=1, max_tokens=1, temperature=0).choices[
+        0
+    ]
     assert by_ids.logprobs.token_logprobs[0] is None and len(by_ids.logprobs.tokens) == len(ids) + 1
-    assert by_ids.text.startswith("def add(a, b)") and whole.logprobs.text_offset[:2] == [0, len(whole.logprobs.tokens[0])]
+    assert by_ids.text.startswith("def add(a, b)") and whole.logprobs.text_offset[:2] == [
+        0,
+        len(whole.logprobs.tokens[0]),
+    ]
 
 
 def test_a_stop_token_is_an_entry_beside_an_echoed_prompt(tiny):
     """lm-eval takes the entries of a prompt to be all but the last."""
     ends = {str(tiny_tokenizer().eos_id): 100}
-    found = complete(tiny, prompt="def add", echo=True, logprobs=1, max_tokens=1, temperature=0, logit_bias=ends).choices[0]
+    found = complete(
+        tiny, prompt="def add", echo=True, logprobs=1, max_tokens=1, temperature=0, logit_bias=ends
+    ).choices[0]
     assert found.finish_reason == "stop"
-    assert found.text == "def add" and len(found.logprobs.tokens) == len(tiny_tokenizer().encode("def add")) + 1
+    assert (
+        found.text == "def add"
+        and len(found.logprobs.tokens) == len(tiny_tokenizer().encode("def add")) + 1
+    )
 
 
 def test_a_begun_answer_is_continued(tiny):
     messages = [USER, {"role": "assistant", "content": "def add("}]
-    body = {"continue_final_message": True, "add_generation_prompt": False, "thinking": {"type": "disabled"}}
+    body = {
+        "continue_final_message": True,
+        "add_generation_prompt": False,
+        "thinking": {"type": "disabled"},
+    }
     continued = chat(tiny, messages=messages, max_tokens=1, extra_body=body).usage.prompt_tokens
-    begun = chat(tiny, messages=[USER], max_tokens=1, extra_body={"thinking": {"type": "disabled"}}).usage.prompt_tokens
+    begun = chat(
+        tiny, messages=[USER], max_tokens=1, extra_body={"thinking": {"type": "disabled"}}
+    ).usage.prompt_tokens
     assert continued == begun + len(tiny_tokenizer().encode("\ndef add("))
     thinking = [USER, {"role": "assistant", "content": "", "reasoning_content": "def add("}]
-    found = chat(tiny, messages=thinking, max_tokens=8, extra_body={"continue_final_message": True}).choices[0].message
+    found = (
+        chat(tiny, messages=thinking, max_tokens=8, extra_body={"continue_final_message": True})
+        .choices[0]
+        .message
+    )
     assert found.reasoning_content and not found.content
 
 
@@ -395,6 +508,15 @@ def test_penalties_and_bias_change_what_is_sampled(tiny):
     only = complete(tiny, max_tokens=6, temperature=0, logit_bias={str(token): 100}).choices[0].text
     assert only == "a" * 6
     other = (
-        complete(tiny, max_tokens=6, temperature=0, logit_bias={str(token): 1}, frequency_penalty=2.0, presence_penalty=2.0).choices[0].text
+        complete(
+            tiny,
+            max_tokens=6,
+            temperature=0,
+            logit_bias={str(token): 1},
+            frequency_penalty=2.0,
+            presence_penalty=2.0,
+        )
+        .choices[0]
+        .text
     )
     assert other.count("a") < 6

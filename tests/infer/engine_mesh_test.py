@@ -20,8 +20,13 @@ def alone(model):  # noqa: F811
     ((1, 2, 2), {"num_rows": 8, "num_pages": 32, "weights": "compute"}),
 ])  # fmt: skip
 def test_a_mesh_draws_the_same_tokens(model, alone, sizes, changes):  # noqa: F811
-    ours = Engine(model, EngineConfig(**SIZES | {"keep_experts": True} | changes), mesh=mesh_of(sizes))
-    assert ours.pages[0].sharding.shard_shape(ours.pages[0].shape)[1] == ours.config.num_pages // ours.shards
+    ours = Engine(
+        model, EngineConfig(**SIZES | {"keep_experts": True} | changes), mesh=mesh_of(sizes)
+    )
+    assert (
+        ours.pages[0].sharding.shard_shape(ours.pages[0].shape)[1]
+        == ours.config.num_pages // ours.shards
+    )
     answers = ours.generate(prompts(12), PARAMS)
     assert [a.tokens for a in answers] == [a.tokens for a in alone]
     for answer, other in zip(answers, alone, strict=True):
@@ -37,7 +42,10 @@ def test_quantised_weights_are_placed_like_the_matrices(model):  # noqa: F811
     experts = model.config.num_experts
     assert gate.values.sharding.shard_shape(gate.values.shape)[1] == experts // 4
     assert gate.scale.sharding.shard_shape(gate.scale.shape)[1] == experts // 4
-    assert engine(model, weights="fp8").generate(prompts(2), PARAMS[:2])[0].tokens == ours.generate(prompts(2), PARAMS[:2])[0].tokens
+    assert (
+        engine(model, weights="fp8").generate(prompts(2), PARAMS[:2])[0].tokens
+        == ours.generate(prompts(2), PARAMS[:2])[0].tokens
+    )
 
 
 def test_rows_and_pages_must_divide_over_the_shards(model):  # noqa: F811

@@ -10,7 +10,12 @@ from data.chat_template import encode
 from glm_jax.infer import grammar
 from tests.infer.serving import tiny_tokenizer
 
-STRICT = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+STRICT = {
+    "type": "object",
+    "properties": {"a": {"type": "integer"}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
 TOOL = {
     "type": "object",
     "properties": {
@@ -41,7 +46,9 @@ def allowed(state) -> list[int]:
 
 
 def follows(constraint, text: str, *, ends: bool = True) -> bool:
-    """Whether the constraint lets the text through and, with `ends`, lets it end there; special tokens where they are spelled."""
+    """Whether the constraint lets the text through and, with `ends`, lets it end there; special
+    tokens where they are spelled.
+    """
     state = constraint.start()
     for token in tiny_tokenizer().encode(text, allow_special=True):
         if state.finished or token not in allowed(state):
@@ -71,8 +78,10 @@ WEATHER = (("city", 'a\n"b" </arg'), ("unit", "C"), ("level", "null"))
 
 
 @pytest.mark.parametrize(("text", "right"), [
-    ('{"a": 1}', True), ('{"a":-12}', True), ('\n{ "a": 1\n}', True), ('{"a": 1.5}', False), ("{}", False), ('{"b": 1}', False),
-    ('{"a": 1} x', False), ("<think>x</think>\n" '{"a": 1}', False), (f'{{"a":{" " * 40}1}}', False),
+    ('{"a": 1}', True), ('{"a":-12}', True), ('\n{ "a": 1\n}', True), ('{"a": 1.5}', False),
+    ("{}", False), ('{"b": 1}', False),
+    ('{"a": 1} x', False), ("<think>x</think>\n" '{"a": 1}', False),
+    (f'{{"a":{" " * 40}1}}', False),
 ])  # fmt: skip
 def test_json_of_a_schema(text, right):
     assert follows(grammar.json_schema(tiny_tokenizer(), STRICT), text) == right
@@ -90,7 +99,8 @@ def test_reasoning_is_free_and_must_be_closed():
     assert follows(constraint, '<think></think>{"a": 1}')
     assert not follows(constraint, '{"a": 1}', ends=False)
     assert not follows(constraint, "<think>x<|user|>", ends=False)
-    rest = grammar.json_schema(tiny_tokenizer(), STRICT, reasoning="rest")  # the prompt has begun it
+    # the prompt has begun it
+    rest = grammar.json_schema(tiny_tokenizer(), STRICT, reasoning="rest")
     assert follows(rest, ' and so</think>{"a": 1}')
     assert not follows(rest, '<think></think>{"a": 1}', ends=False)
 
@@ -99,7 +109,8 @@ def test_reasoning_is_free_and_must_be_closed():
     (call("weather", *WEATHER), True),
     (call("weather", *WEATHER) + call("now"), True),
     (call("now"), True),
-    (call("weather", ("city", ""), ("days", "12"), ("unit", "3"), ("zip", "01234"), ("where", "[15, 2]"), ("kind", "10"),
+    (call("weather", ("city", ""), ("days", "12"), ("unit", "3"), ("zip", "01234"),
+          ("where", "[15, 2]"), ("kind", "10"),
           ("level", "7"), ("note", "ü変")), True),
     (call("weather", *WEATHER[:2]), False),  # a required one is missing
     (call("weather", *WEATHER, ("other", "1")), False),
@@ -109,7 +120,8 @@ def test_reasoning_is_free_and_must_be_closed():
     (call("weather", ("city", "x"), ("unit", "C"), ("where", "[1]"), ("level", "1")), False),
     (call("weather", ("city", "x"), ("unit", "C"), ("level", '"1"')), False),
     (call("weather", *WEATHER, ("note", "four")), False),
-    (call("other"), False), ("text" + call("now"), False), (call("now") + "text", False), ("", False),
+    (call("other"), False), ("text" + call("now"), False), (call("now") + "text", False),
+    ("", False),
 ])  # fmt: skip
 def test_tool_calls_follow_their_schemas(text, right):
     assert follows(grammar.tool_call(tiny_tokenizer(), TOOLS), text) == right
@@ -126,9 +138,15 @@ def test_what_the_template_writes_is_allowed_and_what_is_sampled_is_read_back():
     tokenizer = tiny_tokenizer()
     constraint = grammar.tool_call(tokenizer, TOOLS, "weather", reasoning="whole")
     arguments = {"city": "größer", "days": 2, "unit": "F", "where": [1, -2], "level": None}
-    message = {"role": "assistant", "reasoning_content": "so", "tool_calls": [{"function": {"name": "weather", "arguments": arguments}}]}
+    message = {
+        "role": "assistant",
+        "reasoning_content": "so",
+        "tool_calls": [{"function": {"name": "weather", "arguments": arguments}}],
+    }
     messages = [{"role": "user", "content": "?"}]
-    written = encode(tokenizer, [*messages, message], TOOLS, generation_prompt=False)[len(encode(tokenizer, messages, TOOLS)) :]
+    written = encode(tokenizer, [*messages, message], TOOLS, generation_prompt=False)[
+        len(encode(tokenizer, messages, TOOLS)) :
+    ]
     assert follows(constraint, tokenizer.decode(written))
     for seed in range(20):
         for one in parse_tokens(tokenizer, sampled(constraint, seed), TOOLS)["tool_calls"]:
@@ -156,13 +174,20 @@ def test_regexes_and_grammars_and_samples_that_share_them():
     (lambda t: grammar.json_schema(t, [1]), "must be an object, not list"),
     (lambda t: grammar.regex(t, "["), "unclosed character class"),
     (lambda t: grammar.lark(t, "start: other"), "other"),
-    (lambda t: grammar.tool_call(t, TOOLS, "nobody"), "'nobody' is none of the tools: weather, now"),
+    (lambda t: grammar.tool_call(t, TOOLS, "nobody"),
+     "'nobody' is none of the tools: weather, now"),
     (lambda t: grammar.tool_call(t, [], None), "there are none"),
     (lambda t: grammar.tool_call(t, [{"type": "x"}]), r"tools\[0\].type"),
-    (lambda t: grammar.tool_call(t, [tool("f", {"properties": {"a": {"$ref": "#/$defs/b"}}})]), "leads nowhere"),
-    (lambda t: grammar.tool_call(t, [tool("f", {"properties": {"a": {"$ref": "#/properties/a"}}})]), "circle"),
-    (lambda t: grammar.tool_call(t, [tool("f", {"properties": {"a": {"type": "text"}}})]), "type .*text"),
-    (lambda t: grammar.tool_call(t, [tool("f", {"properties": {"a": {"type": "string", "enum": [1]}}})]), "no value fits"),
+    (lambda t: grammar.tool_call(t, [tool("f", {"properties": {"a": {"$ref": "#/$defs/b"}}})]),
+     "leads nowhere"),
+    (lambda t: grammar.tool_call(t, [tool("f", {"properties": {"a": {"$ref": "#/properties/a"}}})]),
+     "circle"),
+    (lambda t: grammar.tool_call(t, [tool("f", {"properties": {"a": {"type": "text"}}})]),
+     "type .*text"),
+    (lambda t: grammar.tool_call(t,
+                                 [tool("f",
+                                       {"properties": {"a": {"type": "string", "enum": [1]}}})]),
+                                       "no value fits"),
 ])  # fmt: skip
 def test_what_cannot_be_a_grammar_is_named(make, message):
     with pytest.raises(ValueError, match=message):

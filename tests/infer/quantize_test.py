@@ -1,4 +1,6 @@
-"""Quantised weights and caches against float64 arithmetic and qwix; what the engine then draws; router replay."""
+"""Quantised weights and caches against float64 arithmetic and qwix; what the engine then draws;
+router replay.
+"""
 
 import dataclasses
 
@@ -19,7 +21,8 @@ from tests.infer.engine_test import assert_all_returned, engine, model  # noqa: 
 from tests.model.oracle import tiny_config
 
 SAMPLED = SamplingParams(max_new_tokens=12, seed=3)
-ONE_SHAPE = {"context": 32, "num_rows": 4, "num_pages": 16, "prefill_chunk": 16}  # one program to prefill four prompts, one to decode
+# one program to prefill four prompts, one to decode
+ONE_SHAPE = {"context": 32, "num_rows": 4, "num_pages": 16, "prefill_chunk": 16}
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -28,7 +31,9 @@ def prompts(count: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("shape", [(128, 256), (3, 200, 130), (2, 2, 5, 7)])
 def test_fp8_blocks_are_rounded_to_their_own_scale(shape):
-    w = np.random.default_rng(0).normal(size=shape).astype(np.float32) * np.logspace(-3, 3, shape[-1], dtype=np.float32)
+    w = np.random.default_rng(0).normal(size=shape).astype(np.float32) * np.logspace(
+        -3, 3, shape[-1], dtype=np.float32
+    )
     q = quantize.quantize(jnp.asarray(w), "fp8")
     rows, columns = -(-shape[-2] // 128), -(-shape[-1] // 128)
     assert q.scale.shape == (*shape[:-2], rows, columns)
@@ -39,9 +44,12 @@ def test_fp8_blocks_are_rounded_to_their_own_scale(shape):
             scale = np.abs(block).max(axis=(-2, -1), keepdims=True) / 448
             rounded = (block / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * scale
             ours = np.asarray(q.astype(jnp.float32), np.float64)[at]
-            # A value that lies between two float8 numbers up to the last float32 bit may go to either.
+            # A value that lies between two float8 numbers up to the last float32 bit may go to
+            # either.
             assert (np.abs(ours - rounded) > 1e-6 * np.abs(block).max()).mean() < 1e-3
-            assert (np.abs(ours - block) <= np.maximum(np.abs(block) / 16, scale * 2.0**-10) * 1.001).all()
+            assert (
+                np.abs(ours - block) <= np.maximum(np.abs(block) / 16, scale * 2.0**-10) * 1.001
+            ).all()
 
 
 def test_formats_equal_qwix_and_float64():
@@ -64,9 +72,15 @@ def test_zeros_that_fill_blocks_change_no_product(format):
     prepared = quantize.prepare(state, format, "float32", None)
     x = jax.random.normal(jax.random.key(1), (2, 3, tiny_config().hidden_size))
     ours = nnx.merge(graphdef, prepared)
-    assert ours.gate_proj.weight.get_value().shape[1] == ours.down_proj.weight.get_value().shape[0] == 256
+    assert (
+        ours.gate_proj.weight.get_value().shape[1]
+        == ours.down_proj.weight.get_value().shape[0]
+        == 256
+    )
     for projection in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-        projection.weight.set_value(quantize.quantize(projection.weight.get_value(), format).astype(jnp.float32))
+        projection.weight.set_value(
+            quantize.quantize(projection.weight.get_value(), format).astype(jnp.float32)
+        )
     np.testing.assert_allclose(ours(x), mlp(x), rtol=1e-5, atol=1e-7)
 
 
@@ -87,7 +101,15 @@ def test_what_is_quantised_is_what_the_format_says(model):  # noqa: F811
             quantised.add(path[-2] if path[-1] == "weight" else path[-1])
         else:
             assert value.dtype == (jnp.float32 if "gate" in path else jnp.bfloat16), path
-    assert quantised == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert quantised == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
 
 
 @pytest.mark.parametrize("format", ["fp8", "int8"])
@@ -102,7 +124,9 @@ def test_the_engine_draws_from_the_quantised_model(model, format):  # noqa: F811
     apart = agreement(model, answers, replay=False)
     assert 1e-4 < apart["logprob_difference_max"] < 1
     quantised.set_weights(nnx.state(model), recompute=True)  # on line, at a swap
-    assert [r.tokens for r in quantised.generate(prompts(4), SAMPLED)] == [r.tokens for r in answers]
+    assert [r.tokens for r in quantised.generate(prompts(4), SAMPLED)] == [
+        r.tokens for r in answers
+    ]
     assert_all_returned(quantised)
 
 
@@ -112,11 +136,16 @@ def test_an_fp8_cache_stays_close(model):  # noqa: F811
 
 
 def test_kept_experts_are_those_of_the_training_forward(model):  # noqa: F811
-    ours = engine(model, **ONE_SHAPE | {"num_pages": 10}, keep_experts=True)  # few pages: some are shared, some requests sent back
+    # few pages: some are shared, some requests sent back
+    ours = engine(model, **ONE_SHAPE | {"num_pages": 10}, keep_experts=True)
     asked = [[*range(8), *prompt[:8]] for prompt in prompts(6)]
     answers = ours.generate(asked, SAMPLED)
     for request in answers:
-        assert request.experts.shape == (len(request.sequence) - 1, model.config.num_moe_layers, model.config.num_experts_per_token)
+        assert request.experts.shape == (
+            len(request.sequence) - 1,
+            model.config.num_moe_layers,
+            model.config.num_experts_per_token,
+        )
     metrics = agreement(model, answers, replay=False)
     assert metrics["experts_differ"] == 0
     assert metrics["logprob_difference_max"] < 1e-4
@@ -127,8 +156,13 @@ def test_kept_experts_are_those_of_the_training_forward(model):  # noqa: F811
 
 
 def test_replay_routes_the_training_forward(model):  # noqa: F811
-    """With other weights the choice differs; replayed, it is the engine's, and weights are the scores of those experts."""
-    shaken = jax.tree.map(lambda x: x + 0.02 * jnp.sin(jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape)), nnx.state(model))
+    """With other weights the choice differs; replayed, it is the engine's, and weights are the
+    scores of those experts.
+    """
+    shaken = jax.tree.map(
+        lambda x: x + 0.02 * jnp.sin(jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape)),
+        nnx.state(model),
+    )
     other = nnx.merge(nnx.graphdef(model), shaken)
     answers = engine(model, **ONE_SHAPE, keep_experts=True).generate(prompts(4), SAMPLED)
     assert agreement(other, answers, replay=False)["experts_differ"] > 0.05
@@ -148,7 +182,10 @@ def test_replay_routes_the_training_forward(model):  # noqa: F811
 
 @pytest.mark.parametrize("weights", ["compute", "fp8"])
 def test_written_out_layers_draw_what_scanned_ones_draw(model, weights):  # noqa: F811
-    written_out = nnx.merge(nnx.graphdef(GLM(dataclasses.replace(model.config, scan_layers=False), rngs=nnx.Rngs(1))), nnx.state(model))
+    written_out = nnx.merge(
+        nnx.graphdef(GLM(dataclasses.replace(model.config, scan_layers=False), rngs=nnx.Rngs(1))),
+        nnx.state(model),
+    )
     scanned, ours = (engine(m, weights=weights, **ONE_SHAPE) for m in (model, written_out))
     assert not ours.model_config.scan_layers
     ours.set_weights(nnx.state(model), recompute=True)

@@ -1,4 +1,6 @@
-"""The server on a real socket, asked by the public client: with a tiny model, and with an engine that follows a script."""
+"""The server on a real socket, asked by the public client: with a tiny model, and with an engine
+that follows a script.
+"""
 
 import asyncio
 import concurrent.futures
@@ -48,7 +50,10 @@ WEATHER = {
     "type": "function",
     "function": {
         "name": "get_weather",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}},
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+        },
     },
 }
 
@@ -88,16 +93,21 @@ def test_greedy_completions_are_the_engines(tiny):
     asked = ["def add(", "größer", "", "return a + b"]
     prompts = [[*tokenizer.start_ids, *tokenizer.encode(text)] for text in asked]
     stops = tuple(map(tokenizer.special, ("<|endoftext|>", "<|user|>", "<|observation|>")))
-    expected = tiny_engine().generate(prompts, SamplingParams(max_new_tokens=20, temperature=0, stop_tokens=stops))
+    expected = tiny_engine().generate(
+        prompts, SamplingParams(max_new_tokens=20, temperature=0, stop_tokens=stops)
+    )
     answer = complete(tiny, prompt=asked, max_tokens=20, temperature=0, logprobs=0)
     assert [c.index for c in answer.choices] == [0, 1, 2, 3]
     for choice, request in zip(answer.choices, expected, strict=True):
         assert choice.text == tokenizer.decode(request.text_tokens)
         assert choice.finish_reason == request.finish_reason
-        assert choice.logprobs.token_logprobs == pytest.approx(request.logprobs[: len(request.text_tokens)], abs=1e-4)
+        assert choice.logprobs.token_logprobs == pytest.approx(
+            request.logprobs[: len(request.text_tokens)], abs=1e-4
+        )
         assert "".join(choice.logprobs.tokens) == choice.text
         assert [
-            choice.text[o : o + len(t)] for o, t in zip(choice.logprobs.text_offset, choice.logprobs.tokens, strict=True)
+            choice.text[o : o + len(t)]
+            for o, t in zip(choice.logprobs.text_offset, choice.logprobs.tokens, strict=True)
         ] == choice.logprobs.tokens
     assert answer.usage.prompt_tokens == sum(map(len, prompts))
     assert answer.usage.completion_tokens == sum(len(r.tokens) for r in expected)
@@ -107,7 +117,10 @@ def test_greedy_completions_are_the_engines(tiny):
 
 def test_streamed_completions_add_up_to_the_unstreamed(tiny):
     asked = dict(prompt=["def add(", "変数"], n=2, max_tokens=30, seed=4, logprobs=0)
-    whole, texts, tokens, reasons = complete(tiny, **asked), [""] * 4, [[], [], [], []], [[], [], [], []]
+    whole = complete(tiny, **asked)
+    texts = [""] * 4
+    tokens = [[], [], [], []]
+    reasons = [[], [], [], []]
     usage = None
     for chunk in complete(tiny, **asked, stream=True, stream_options={"include_usage": True}):
         usage = chunk.usage or usage
@@ -126,7 +139,8 @@ def test_samples_of_a_prompt_are_no_other_seeds_samples(tiny):
     alone = [complete(tiny, seed=seed, max_tokens=16).choices[0].text for seed in (5, 6, 7)]
     assert together[0] == alone[0] and len({*together, *alone}) == 5
     assert together == [c.text for c in complete(tiny, n=3, seed=5, max_tokens=16).choices]
-    for seed in (-(2**63), 2**63 - 1, 2**64 - 1, 1764190000123):  # clients send milliseconds, and any 64 bits
+    # clients send milliseconds, and any 64 bits
+    for seed in (-(2**63), 2**63 - 1, 2**64 - 1, 1764190000123):
         assert complete(tiny, seed=seed, max_tokens=2).choices
 
 
@@ -152,9 +166,17 @@ def test_a_stop_string_ends_the_text_in_front_of_it(scripted):
         answer = complete(scripted, stop=stop, logprobs=0).choices[0]
         assert (answer.text, answer.finish_reason) == (text, "stop")
         assert "".join(answer.logprobs.tokens) == text
-        assert "".join(c.choices[0].text for c in complete(scripted, stop=[stop, "never"], stream=True)) == text
-    cut = complete(scripted, stop="twotwo three!", max_tokens=len(tiny_tokenizer().encode("one two 😀 twotwo")))
-    assert (cut.choices[0].text, cut.choices[0].finish_reason) == ("one two 😀 twotwo", "length")  # held back, and no stop after all
+        assert (
+            "".join(
+                c.choices[0].text for c in complete(scripted, stop=[stop, "never"], stream=True)
+            )
+            == text
+        )
+    cut = complete(
+        scripted, stop="twotwo three!", max_tokens=len(tiny_tokenizer().encode("one two 😀 twotwo"))
+    )
+    # held back, and no stop after all
+    assert (cut.choices[0].text, cut.choices[0].finish_reason) == ("one two 😀 twotwo", "length")
 
 
 def test_length_ends_at_the_limit_or_the_context(tiny):
@@ -167,16 +189,22 @@ def test_length_ends_at_the_limit_or_the_context(tiny):
 def test_reasoning_is_apart_from_content(scripted):
     say(scripted, "\n<think>\nWhy? 😀 I\n\nknow</think>\n\nBecause ü.\n")
     message = chat(scripted).choices[0].message
-    assert (message.reasoning_content, message.content, message.tool_calls) == ("Why? 😀 I\n\nknow", "Because ü.", None)
+    assert (message.reasoning_content, message.content, message.tool_calls) == (
+        "Why? 😀 I\n\nknow",
+        "Because ü.",
+        None,
+    )
     chunks = list(chat(scripted, stream=True))
     assert streamed(chunks) == {
-        "reasoning_content": "Why? 😀 I\n\nknow", "content": "Because ü.", "tool_calls": [], "finish_reason": "stop",
+        "reasoning_content": "Why? 😀 I\n\nknow", "content": "Because ü.", "tool_calls": [],
+        "finish_reason": "stop",
     }  # fmt: skip
     assert sum(bool(getattr(c.choices[0].delta, "reasoning_content", None)) for c in chunks) > 3
 
 
 CALLS = (
-    "<think></think>\nI look.\n<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Köln \"</arg_value>\n<arg_key>days</arg_key>\n"
+    "<think></think>\nI look.\n<tool_call>get_weather\n<arg_key>city</arg_key>\n"
+    "<arg_value>Köln \"</arg_value>\n<arg_key>days</arg_key>\n"
     "<arg_value>2</arg_value>\n</tool_call>\n<tool_call>get_weather\n</tool_call>"
 )  # fmt: skip
 
@@ -186,15 +214,21 @@ def test_tool_calls_come_in_the_apis_structure(scripted):
     choice = chat(scripted, tools=[WEATHER]).choices[0]
     assert (choice.finish_reason, choice.message.content) == ("tool_calls", "I look.")
     expected = [("get_weather", {"city": 'Köln "', "days": 2}), ("get_weather", {})]
-    assert [(c.function.name, json.loads(c.function.arguments)) for c in choice.message.tool_calls] == expected
+    assert [
+        (c.function.name, json.loads(c.function.arguments)) for c in choice.message.tool_calls
+    ] == expected
     assert len({c.id for c in choice.message.tool_calls}) == 2
     pieces = streamed(chat(scripted, tools=[WEATHER], stream=True))
     assert (pieces["finish_reason"], pieces["content"]) == ("tool_calls", "I look.")
-    assert [(c.index, c.function.name, json.loads(c.function.arguments)) for c in pieces["tool_calls"]] == [
-        (i, *e) for i, e in enumerate(expected)
-    ]
+    assert [
+        (c.index, c.function.name, json.loads(c.function.arguments)) for c in pieces["tool_calls"]
+    ] == [(i, *e) for i, e in enumerate(expected)]
     # What came back can be sent again.
-    history = [USER, choice.message.model_dump(), {"role": "tool", "tool_call_id": choice.message.tool_calls[0].id, "content": "sun"}]
+    history = [
+        USER,
+        choice.message.model_dump(),
+        {"role": "tool", "tool_call_id": choice.message.tool_calls[0].id, "content": "sun"},
+    ]
     chat(scripted, messages=history, tools=[WEATHER])
     assert '<arg_value>Köln "</arg_value>' in tiny_tokenizer().decode(scripted.engine.prompts[-1])
 
@@ -209,25 +243,44 @@ def test_without_tools_a_call_is_content(scripted):
 
 
 def test_a_malformed_call_is_content(scripted):
-    for text in ("A <tool_call>walk\n</tool_call>", "A <tool_call>get_weather\n<arg_key>days</arg_key>"):
+    for text in (
+        "A <tool_call>walk\n</tool_call>",
+        "A <tool_call>get_weather\n<arg_key>days</arg_key>",
+    ):
         say(scripted, text)
         choice = chat(scripted, tools=[WEATHER]).choices[0]
-        assert (choice.finish_reason, choice.message.content, choice.message.tool_calls) == ("stop", text, None)
+        assert (choice.finish_reason, choice.message.content, choice.message.tool_calls) == (
+            "stop",
+            text,
+            None,
+        )
         assert streamed(chat(scripted, tools=[WEATHER], stream=True))["content"] == text
 
 
 def test_prompts_are_the_templates(scripted):
     tokenizer = tiny_tokenizer()
     say(scripted, "ok")
-    nasty = [{"role": "system", "content": "S"}, {"role": "user", "content": "".join(SPECIAL_TOKENS)}]
+    nasty = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "".join(SPECIAL_TOKENS)},
+    ]
     cases = {
-        True: [{}, {"thinking": {"type": "enabled"}}, {"chat_template_kwargs": {"enable_thinking": True}}],
-        False: [{"thinking": {"type": "disabled"}}, {"chat_template_kwargs": {"enable_thinking": False}}],
+        True: [
+            {},
+            {"thinking": {"type": "enabled"}},
+            {"chat_template_kwargs": {"enable_thinking": True}},
+        ],
+        False: [
+            {"thinking": {"type": "disabled"}},
+            {"chat_template_kwargs": {"enable_thinking": False}},
+        ],
     }
     for thinking, bodies in cases.items():
         for body in bodies:
             chat(scripted, messages=nasty, extra_body=body)
-            assert scripted.engine.prompts[-1] == chat_template.encode(tokenizer, nasty, thinking=thinking)
+            assert scripted.engine.prompts[-1] == chat_template.encode(
+                tokenizer, nasty, thinking=thinking
+            )
     chat(scripted, tools=[WEATHER])
     assert scripted.engine.prompts[-1] == chat_template.encode(tokenizer, [USER], [WEATHER])
 
@@ -240,14 +293,24 @@ def test_models_health_and_metrics(tiny):
     answer = complete(tiny, max_tokens=7, temperature=0)
     tiny.wait_until(lambda: not tiny.service.status.running)
     after = metrics(tiny)
-    grown = {name: after[name] - before.get(name, 0) for name in after if not name.endswith("_created")}
+    grown = {
+        name: after[name] - before.get(name, 0) for name in after if not name.endswith("_created")
+    }
     assert grown["glm_http_requests_total['/v1/completions', '200']"] == 1
     assert grown["glm_prompt_tokens_total"] == answer.usage.prompt_tokens
     assert grown["glm_generated_tokens_total"] == answer.usage.completion_tokens
     assert grown["glm_time_to_first_token_seconds_count"] == 1
     assert sum(v for name, v in grown.items() if name.startswith("glm_finished_total")) == 1
-    assert (after["glm_free_pages"], after["glm_requests_waiting"], after["glm_requests_running"]) == (16, 0, 0)
-    assert {"glm_accepted_drafts_total", "glm_decode_passes_total", "glm_weights_version"} <= after.keys()
+    assert (
+        after["glm_free_pages"],
+        after["glm_requests_waiting"],
+        after["glm_requests_running"],
+    ) == (16, 0, 0)
+    assert {
+        "glm_accepted_drafts_total",
+        "glm_decode_passes_total",
+        "glm_weights_version",
+    } <= after.keys()
 
 
 # --- load, clients that go, time ---
@@ -280,7 +343,11 @@ def test_a_client_that_goes_frees_its_row():
 
 def test_a_client_that_hangs_up_frees_its_pages(tiny):
     for seed in range(3):
-        with httpx.stream("POST", f"{tiny.url}/v1/completions", json=TEXT | {"stream": True, "max_tokens": 120, "seed": seed}) as answer:
+        with httpx.stream(
+            "POST",
+            f"{tiny.url}/v1/completions",
+            json=TEXT | {"stream": True, "max_tokens": 120, "seed": seed},
+        ) as answer:
             next(answer.iter_lines())
     assert_idle(tiny)
 
@@ -295,9 +362,14 @@ def test_neighbours_do_not_notice(tiny):
             async def go_away(seed):
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(0.02 * seed):
-                        await http.post(f"{tiny.url}/v1/completions", json=TEXT | {"seed": seed, "max_tokens": 100})
+                        await http.post(
+                            f"{tiny.url}/v1/completions",
+                            json=TEXT | {"seed": seed, "max_tokens": 100},
+                        )
 
-            mine = asyncio.create_task(http.post(f"{tiny.url}/v1/completions", json={"model": MODEL} | asked))
+            mine = asyncio.create_task(
+                http.post(f"{tiny.url}/v1/completions", json={"model": MODEL} | asked)
+            )
             bad = http.post(f"{tiny.url}/v1/completions", json=TEXT | {"n": -1})
             await asyncio.gather(bad, *(go_away(seed) for seed in range(10)))
             return (await mine).json()["choices"][0]["text"]
@@ -336,12 +408,16 @@ def test_a_thousand_connections_at_once_get_answers(tiny):
 
 def test_a_short_soak(tiny):
     report = soak(tiny, num_requests=60, num_swaps=2, num_nuisances=30)
-    assert report.half_closed["200"] and report.half_closed.keys() <= {"200", "429"}, report.half_closed
+    assert report.half_closed["200"] and report.half_closed.keys() <= {
+        "200",
+        "429",
+    }, report.half_closed
     assert report.health_answers
     assert (report.pages_lost, report.answered_twice, report.swaps) == (0, 0, 2)
     assert sum(report.outcomes.values()) == 60
     assert set(report.outcomes) <= {
-        "streamed to the end", "answered whole: 200", "hung up", "gave up waiting", "bad: 400", "answered whole: 429", "streamed: 429",
+        "streamed to the end", "answered whole: 200", "hung up", "gave up waiting", "bad: 400",
+        "answered whole: 429", "streamed: 429",
     }, report.outcomes  # fmt: skip
     assert_idle(tiny)
 
@@ -358,14 +434,17 @@ def test_weights_are_swapped_between_steps():
         assert complete(running, temperature=0, max_tokens=10).choices[0].text == before
         assert metrics(running)["glm_weights_version"] == 2
         with pytest.raises(ValueError, match="shape"):
-            running.service.set_weights(jax.tree.map(lambda x: x[..., None], tiny_state()), recompute=True).result(30)
+            running.service.set_weights(
+                jax.tree.map(lambda x: x[..., None], tiny_state()), recompute=True
+            ).result(30)
         assert complete(running, temperature=0, max_tokens=10).choices[0].text == before
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_failing_engine_leaves_nobody_waiting():
     with stalled() as running, concurrent.futures.ThreadPoolExecutor() as pool:
-        whole, stream = pool.submit(complete, running), pool.submit(lambda: list(complete(running, stream=True)))
+        whole = pool.submit(complete, running)
+        stream = pool.submit(lambda: list(complete(running, stream=True)))
         running.wait_until(lambda: len(running.engine.running) + len(running.engine.waiting) == 2)
         running.engine.failure = RuntimeError("out of memory")
         with pytest.raises(openai.InternalServerError, match="the engine failed") as caught:
@@ -381,7 +460,10 @@ def test_a_failing_engine_leaves_nobody_waiting():
 
 def test_shutdown_lets_requests_end():
     with concurrent.futures.ThreadPoolExecutor() as pool, stalled() as running:
-        asked = [pool.submit(complete, running), pool.submit(lambda: "".join(c.choices[0].text for c in complete(running, stream=True)))]
+        asked = [
+            pool.submit(complete, running),
+            pool.submit(lambda: "".join(c.choices[0].text for c in complete(running, stream=True))),
+        ]
         running.wait_until(lambda: len(running.engine.running) + len(running.engine.waiting) == 2)
         running.server.should_exit = True
         assert not concurrent.futures.wait(asked, timeout=0.5).done
@@ -416,13 +498,30 @@ def test_the_command_serves_a_checkpoint_and_drains_on_sigterm(tmp_path):
         "--decode_steps=4",
         "--drain_seconds=20",
     ]
-    command = [sys.executable, "-m", "experiments.serve", f"--workdir={tmp_path / 'hf'}", f"--api_key_file={tmp_path / 'key'}", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.serve",
+        f"--workdir={tmp_path / 'hf'}",
+        f"--api_key_file={tmp_path / 'key'}",
+        *arguments,
+    ]
     root = pathlib.Path(__file__).parents[2]
-    process = subprocess.Popen(command, cwd=root, env=os.environ | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=root,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
-        url = re.search(r"at (http://127.0.0.1:\d+/v1)$", process.stdout.readline().strip()).group(1)
+        url = re.search(r"at (http://127.0.0.1:\d+/v1)$", process.stdout.readline().strip()).group(
+            1
+        )
         asking = openai.OpenAI(base_url=url, api_key="secret", max_retries=0)
-        stream = asking.completions.create(model="glm", prompt="def ", temperature=0, max_tokens=100, stream=True)
+        stream = asking.completions.create(
+            model="glm", prompt="def ", temperature=0, max_tokens=100, stream=True
+        )
         pieces = [next(stream).choices[0]]
         process.send_signal(signal.SIGTERM)
         pieces += [chunk.choices[0] for chunk in stream]

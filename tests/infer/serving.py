@@ -1,4 +1,6 @@
-"""What the server's tests and the soak share: a tiny model, an engine that follows a script, a server on a real socket."""
+"""What the server's tests and the soak share: a tiny model, an engine that follows a script, a
+server on a real socket.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,14 @@ SIZES = dict(
     cache_dtype="compute", keep_experts=False,
 )  # fmt: skip
 SERVICE = dict(queue_limit=60, request_seconds=60.0)
-SERVER = dict(model_name=MODEL, api_key=None, max_new_tokens=128, max_body_bytes=2**20, max_requests=512, cors_origins=())
+SERVER = dict(
+    model_name=MODEL,
+    api_key=None,
+    max_new_tokens=128,
+    max_body_bytes=2**20,
+    max_requests=512,
+    cors_origins=(),
+)
 
 
 @functools.cache
@@ -55,7 +64,9 @@ def tiny_engine(**changes) -> Engine:
 
 
 class ScriptedEngine:
-    """Has what the service needs of an engine, and draws the tokens of `script`, one a step, once `go` is set."""
+    """Has what the service needs of an engine, and draws the tokens of `script`, one a step, once
+    `go` is set.
+    """
 
     def __init__(self, context: int = 4096, num_rows: int = 2):
         tokenizer = tiny_tokenizer()
@@ -101,7 +112,9 @@ class ScriptedEngine:
             token = self.script[len(request.tokens)]
             request.tokens.append(token)
             request.logprobs.append(-0.5)
-            if token in request.params.stop_tokens or any(s in self.decode_text(request.tokens) for s in request.params.stop_strings):
+            if token in request.params.stop_tokens or any(
+                s in self.decode_text(request.tokens) for s in request.params.stop_strings
+            ):
                 self._finish(request, "stop")
             elif len(request.tokens) == request.params.max_new_tokens:
                 self._finish(request, "length")
@@ -145,7 +158,13 @@ def serving(engine, drain_seconds: float = 5, **changes):
     config = ServerConfig(**{k: changes.get(k, v) for k, v in SERVER.items()})
     ready, urls = threading.Event(), []
     app = create_app(service, tiny_tokenizer(), config)
-    server = Server(app, service, bound_socket("127.0.0.1", 0), drain_seconds, lambda url: (urls.append(url), ready.set()))
+    server = Server(
+        app,
+        service,
+        bound_socket("127.0.0.1", 0),
+        drain_seconds,
+        lambda url: (urls.append(url), ready.set()),
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -168,13 +187,17 @@ def stalled(**options):
 
 
 def say(running: Running, text: str):
-    """What the scripted engine writes: special tokens where they are spelled, then the end of text."""
+    """What the scripted engine writes: special tokens where they are spelled, then the end of
+    text.
+    """
     tokenizer = tiny_tokenizer()
     running.engine.script = [*tokenizer.encode(text, allow_special=True), tokenizer.eos_id]
 
 
 def client(running: Running, **options) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{running.url}/v1", **{"api_key": "none", "max_retries": 0} | options)
+    return openai.OpenAI(
+        base_url=f"{running.url}/v1", **{"api_key": "none", "max_retries": 0} | options
+    )
 
 
 def chat(running: Running, **body):
@@ -187,7 +210,11 @@ def complete(running: Running, **body):
 
 def metrics(running: Running) -> dict[str, float]:
     families = text_string_to_metric_families(httpx.get(f"{running.url}/metrics").text)
-    return {f"{s.name}{sorted(s.labels.values()) or ''}": s.value for family in families for s in family.samples}
+    return {
+        f"{s.name}{sorted(s.labels.values()) or ''}": s.value
+        for family in families
+        for s in family.samples
+    }
 
 
 def assert_idle(running: Running):

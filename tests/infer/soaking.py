@@ -1,4 +1,6 @@
-"""Many clients at once that behave as clients do: they stream, wait, stop early, hang up, ask for nonsense."""
+"""Many clients at once that behave as clients do: they stream, wait, stop early, hang up, ask for
+nonsense.
+"""
 
 from __future__ import annotations
 
@@ -28,16 +30,21 @@ class Report:
     pages_lost: int = 0
     swaps: int = 0
     seconds: float = 0.0
-    rss: list[int] = dataclasses.field(default_factory=list)  # bytes of this process, server and clients: start, middle, end
+    # bytes of this process, server and clients: start, middle, end
+    rss: list[int] = dataclasses.field(default_factory=list)
     health_seconds: float = 0.0  # the longest that /health took
     health_answers: int = 0
-    half_closed: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # clients that stopped sending: what they got
+    # clients that stopped sending: what they got
+    half_closed: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
 
-def soak(running: Running, num_requests: int, num_swaps: int, seed: int = 0, num_nuisances: int = 0) -> Report:
+def soak(
+    running: Running, num_requests: int, num_swaps: int, seed: int = 0, num_nuisances: int = 0
+) -> Report:
     """Sends the requests, swaps weights in between, and waits until the engine is idle.
 
-    num_nuisances: connections beside them that say nothing, or a byte now and then, or stop sending once they have asked.
+    num_nuisances: connections beside them that say nothing, or a byte now and then, or stop sending
+    once they have asked.
     """
     report, start = Report(), time.monotonic()
     asyncio.run(_soak(running, num_requests, num_swaps, random.Random(seed), report, num_nuisances))
@@ -47,7 +54,14 @@ def soak(running: Running, num_requests: int, num_swaps: int, seed: int = 0, num
     return report
 
 
-async def _soak(running: Running, num_requests: int, num_swaps: int, rng: random.Random, report: Report, num_nuisances: int):
+async def _soak(
+    running: Running,
+    num_requests: int,
+    num_swaps: int,
+    rng: random.Random,
+    report: Report,
+    num_nuisances: int,
+):
     ids, places = collections.Counter(), asyncio.Semaphore(CLIENTS)
     swap_at = {num_requests * (i + 1) // (num_swaps + 1) for i in range(num_swaps)}
     states = [tiny_state(seed) for seed in range(2)]
@@ -71,7 +85,9 @@ async def _soak(running: Running, num_requests: int, num_swaps: int, rng: random
     nuisances = [asyncio.create_task(kinds[i % 3](running, report)) for i in range(num_nuisances)]
     nuisances.append(asyncio.create_task(_asks_for_health(running, report)))
     async with httpx.AsyncClient(timeout=None, limits=limits) as client:
-        await asyncio.gather(*(one(i, client, random.Random(rng.random())) for i in range(num_requests)))
+        await asyncio.gather(
+            *(one(i, client, random.Random(rng.random())) for i in range(num_requests))
+        )
     for task in nuisances:
         task.cancel()
     ended = await asyncio.gather(*nuisances, return_exceptions=True)
@@ -113,7 +129,10 @@ async def _drips(running: Running, report: Report):
 async def _stops_sending(running: Running, report: Report):
     """Asks, closes its side, and waits for the answer, which has to come whole."""
     body = json.dumps({"model": MODEL, "prompt": "x", "max_tokens": 3}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type:"
+        f" application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     while True:
         reader, writer = await asyncio.open_connection(*running.host_and_port)
         try:
@@ -145,7 +164,12 @@ async def _asks_for_health(running: Running, report: Report):
 def _request(rng: random.Random) -> tuple[str, dict]:
     """Path and body of a request of random kind and length."""
     text = "".join(rng.choices(WORDS, k=rng.randrange(12)))
-    body = {"model": MODEL, "n": rng.choice((1, 1, 1, 2)), "seed": rng.randrange(100), "temperature": rng.choice((0, 1.0))}
+    body = {
+        "model": MODEL,
+        "n": rng.choice((1, 1, 1, 2)),
+        "seed": rng.randrange(100),
+        "temperature": rng.choice((0, 1.0)),
+    }
     body["max_tokens"] = rng.randrange(1, 60)
     if rng.random() < 0.3:
         body["stop"] = rng.choices(["e", "u", "\n", "re", "xyz"], k=2)
@@ -154,7 +178,9 @@ def _request(rng: random.Random) -> tuple[str, dict]:
     return "/v1/chat/completions", body | {"messages": [{"role": "user", "content": text}]}
 
 
-async def _ask(client: httpx.AsyncClient, url: str, rng: random.Random, ids: collections.Counter) -> str:
+async def _ask(
+    client: httpx.AsyncClient, url: str, rng: random.Random, ids: collections.Counter
+) -> str:
     """One request; what became of it. ids: how often each answer ended."""
     path, body = _request(rng)
     manner = rng.choices(("streams", "waits", "hangs up", "gives up", "errs"), (4, 3, 2, 2, 1))[0]
@@ -172,10 +198,18 @@ async def _ask(client: httpx.AsyncClient, url: str, rng: random.Random, ids: col
             assert len(whole["choices"]) == body["n"]
             ids[whole["id"]] += 1
         return f"answered whole: {answer.status_code}"
-    return await _stream(client, url + path, body, rng.randrange(1, 6) if manner == "hangs up" else None, ids)
+    return await _stream(
+        client, url + path, body, rng.randrange(1, 6) if manner == "hangs up" else None, ids
+    )
 
 
-async def _stream(client: httpx.AsyncClient, url: str, body: dict, last_event: int | None, ids: collections.Counter) -> str:
+async def _stream(
+    client: httpx.AsyncClient,
+    url: str,
+    body: dict,
+    last_event: int | None,
+    ids: collections.Counter,
+) -> str:
     """A streamed request. last_event: the one after which the client hangs up."""
     ended, num_events = collections.Counter(), 0
     async with client.stream("POST", url, json=body | {"stream": True}) as answer:

@@ -1,18 +1,29 @@
-"""Text that comes in pieces is the text of the whole, in whole characters, and nothing of a stop string."""
+"""Text that comes in pieces is the text of the whole, in whole characters, and nothing of a stop
+string.
+"""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm_jax.infer.text_stream import Detokenizer, TextStream
 
-# Every byte; whole characters of several bytes; tokens that begin, end or cross characters; one that stands for nothing.
+# Every byte; whole characters of several bytes; tokens that begin, end or cross characters; one
+# that stands for nothing.
 VOCABULARY = [bytes([b]) for b in range(256)] + [
     t if isinstance(t, bytes) else t.encode()
     for t in ("é", "€", "😀", "ab", "stop", "\ufffd", b"\xe2\x82", b"\x82\xacx", b"x\xf0\x9f", b"")
 ]
 CHARACTERS = [0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x98, 0x80, 0xFF, *range(256, len(VOCABULARY))]
-ids = st.lists(st.integers(0, len(VOCABULARY) - 1) | st.sampled_from(CHARACTERS) | st.sampled_from([97, 98, 259]), max_size=25)
-stop_strings = st.lists(st.sampled_from(["ab", "bab", "aba", "abab", "é€", "\ufffd\ufffd", "top", "😀a", "x"]), max_size=2).map(tuple)
+ids = st.lists(
+    st.integers(0, len(VOCABULARY) - 1)
+    | st.sampled_from(CHARACTERS)
+    | st.sampled_from([97, 98, 259]),
+    max_size=25,
+)
+stop_strings = st.lists(
+    st.sampled_from(["ab", "bab", "aba", "abab", "é€", "\ufffd\ufffd", "top", "😀a", "x"]),
+    max_size=2,
+).map(tuple)
 
 
 def decode(tokens):
@@ -40,7 +51,9 @@ def test_nothing_of_a_stop_string_comes_out(tokens, stops):
         if stream.stopped:
             break
         known, shown = decode(tokens[: i + 1]).removesuffix("\ufffd"), "".join(t.text for t in out)
-        assert not any(stop.startswith(known[start:]) for start in range(len(shown)) for stop in stops), "a stop string may begin in it"
+        assert not any(
+            stop.startswith(known[start:]) for start in range(len(shown)) for stop in stops
+        ), "a stop string may begin in it"
     else:
         out += stream.finish()
     shown, whole = "".join(t.text for t in out), decode(tokens)

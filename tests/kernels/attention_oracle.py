@@ -33,7 +33,9 @@ def _queries(q, k, q_ids, kv_ids, scale, q_offset, kv_offset):
     kv_index = kv_offset + np.arange(k.shape[1])
     for b in range(batch):
         for i in range(length):
-            keys = np.flatnonzero((kv_ids[b] == q_ids[b, i]) & (q_ids[b, i] > 0) & (kv_index <= q_offset + i))
+            keys = np.flatnonzero(
+                (kv_ids[b] == q_ids[b, i]) & (q_ids[b, i] > 0) & (kv_index <= q_offset + i)
+            )
             for n in range(heads if len(keys) else 0):
                 scores = scale * (k[b, keys, n // (heads // k.shape[2])] @ q[b, i, n])
                 exps = np.exp(scores - scores.max())
@@ -42,4 +44,6 @@ def _queries(q, k, q_ids, kv_ids, scale, q_offset, kv_offset):
 
 def relative(found, expected) -> float:
     """Norm of the difference over the norm."""
-    return float(np.linalg.norm(np.asarray(found, np.float64) - expected) / np.linalg.norm(expected))
+    return float(
+        np.linalg.norm(np.asarray(found, np.float64) - expected) / np.linalg.norm(expected)
+    )

@@ -1,4 +1,6 @@
-"""Attention's interface and the implementations that run anywhere; the TPU kernel's tests are in attention_kernel_test.py."""
+"""Attention's interface and the implementations that run anywhere; the TPU kernel's tests are in
+attention_kernel_test.py.
+"""
 
 import attention_oracle as oracle
 import jax
@@ -17,7 +19,8 @@ SCALE = 0.3
 def inputs():
     rng = np.random.default_rng(0)
     q, k, v, dout = (
-        rng.normal(size=(BATCH, LENGTH, n, SIZE)).astype(np.float32) * s for n, s in ((HEADS, 3), (GROUPS, 3), (GROUPS, 1), (HEADS, 1))
+        rng.normal(size=(BATCH, LENGTH, n, SIZE)).astype(np.float32) * s
+        for n, s in ((HEADS, 3), (GROUPS, 3), (GROUPS, 1), (HEADS, 1))
     )
     segments = np.sort(rng.integers(1, 6, (BATCH, LENGTH)), axis=1).astype(np.int32)
     segments[1, 250:] = 0  # padding at the end
@@ -25,9 +28,7 @@ def inputs():
 
 
 def run(implementation, q, k, v, segments, dout):
-    call = lambda q, k, v: attention(  # noqa: E731
-        q, k, v, segments, scale=SCALE, implementation=implementation
-    )
+    call = lambda q, k, v: attention(q, k, v, segments, scale=SCALE, implementation=implementation)
     out, pullback = jax.vjp(call, q, k, v)
     return out, *pullback(dout)
 
@@ -35,7 +36,9 @@ def run(implementation, q, k, v, segments, dout):
 @pytest.mark.parametrize("implementation", ["reference", "xla", "auto"])
 def test_values_and_gradients_equal_a_loop_over_queries(implementation, inputs):
     found = jax.jit(run, static_argnums=0)(implementation, *inputs)
-    q, k, v, segments, dout = (np.asarray(x, np.float64) if x.dtype != np.int32 else x for x in inputs)
+    q, k, v, segments, dout = (
+        np.asarray(x, np.float64) if x.dtype != np.int32 else x for x in inputs
+    )
     expected = [oracle.attention(q, k, v, segments, segments, SCALE)[0]]
     expected += oracle.gradients(q, k, v, segments, segments, SCALE, dout, np.zeros(dout.shape[:3]))
     for mine, theirs in zip(found, expected, strict=True):
@@ -44,7 +47,9 @@ def test_values_and_gradients_equal_a_loop_over_queries(implementation, inputs):
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_cudnn_is_given_the_segments(packed, inputs, monkeypatch):
-    """JAX's own XLA path stands in for cuDNN, with the same arguments. Every query has a key: cuDNN's gradient of one without is NaN."""
+    """JAX's own XLA path stands in for cuDNN, with the same arguments. Every query has a key:
+    cuDNN's gradient of one without is NaN.
+    """
     theirs = jax.nn.dot_product_attention
 
     def stand_in(*args, mask=None, **more):
@@ -77,33 +82,48 @@ def test_very_large_scores_do_not_overflow():
 def test_without_ids_a_row_is_one_segment(inputs):
     q, k, v, _, _ = inputs
     ones = np.ones(q.shape[:2], np.int32)
-    mine, theirs = (attention(q, k, v, ids, scale=SCALE, implementation="xla") for ids in (None, ones))
+    mine, theirs = (
+        attention(q, k, v, ids, scale=SCALE, implementation="xla") for ids in (None, ones)
+    )
     np.testing.assert_array_equal(mine, theirs)
 
 
 def test_unknown_implementation_is_named(inputs):
-    with pytest.raises(ValueError, match="'splash' is not one of auto, reference, xla, pallas, cudnn"):
+    with pytest.raises(
+        ValueError, match="'splash' is not one of auto, reference, xla, pallas, cudnn"
+    ):
         run("splash", *inputs)
 
 
 def test_what_an_implementation_does_not_take_is_named_with_one_that_does(inputs):
     q, k, v, segments, _ = inputs
-    call = lambda implementation, q=q, k=k, v=v, segments=segments, **more: attention(  # noqa: E731
+    call = lambda implementation, q=q, k=k, v=v, segments=segments, **more: attention(
         q, k, v, segments, scale=SCALE, implementation=implementation, **more
     )
     with pytest.raises(ValueError, match="head size 8: takes 64 and 128; 'xla' takes it"):
         call("pallas")
     wide = np.zeros((BATCH, LENGTH, 2, 64), np.float32)
-    with pytest.raises(ValueError, match=r"lengths 300 of queries and 300 of keys: takes multiples of 128; 'xla'"):
+    with pytest.raises(
+        ValueError, match=r"lengths 300 of queries and 300 of keys: takes multiples of 128; 'xla'"
+    ):
         call("pallas", wide, wide, wide)
     long = np.zeros((BATCH, 128, 2, 64), np.float32)
-    with pytest.raises(ValueError, match=r"types float16, float32, float32 of q, k, v: takes one of bfloat16, float32"):
+    with pytest.raises(
+        ValueError,
+        match=r"types float16, float32, float32 of q, k, v: takes one of bfloat16, float32",
+    ):
         call("pallas", long.astype(np.float16), long, long, np.ones((BATCH, 128), np.int32))
-    with pytest.raises(ValueError, match="no TPU, and pallas_kernels.interpret is not on; 'xla' takes it"):
+    with pytest.raises(
+        ValueError, match="no TPU, and pallas_kernels.interpret is not on; 'xla' takes it"
+    ):
         call("pallas", long, long, long, np.ones((BATCH, 128), np.int32))
-    with pytest.raises(ValueError, match="'xla' takes neither offsets.*'pallas' and 'reference' do"):
+    with pytest.raises(
+        ValueError, match="'xla' takes neither offsets.*'pallas' and 'reference' do"
+    ):
         call("xla", q_offset=4)
-    with pytest.raises(ValueError, match="'cudnn' takes neither offsets.*'pallas' and 'reference' do"):
+    with pytest.raises(
+        ValueError, match="'cudnn' takes neither offsets.*'pallas' and 'reference' do"
+    ):
         call("cudnn", q_offset=4)
     with pytest.raises(ValueError, match="'cudnn': the program is for cpu, no GPU; 'xla' takes it"):
         call("cudnn")

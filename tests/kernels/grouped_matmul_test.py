@@ -34,10 +34,15 @@ def oracle_gradients(x, w, sizes, dy):
     return dx, dw
 
 
-@pytest.fixture(scope="module", params=[name for name in IMPLEMENTATIONS if name not in ("auto", "pallas", "mosaic_gpu")])
+@pytest.fixture(
+    scope="module",
+    params=[name for name in IMPLEMENTATIONS if name not in ("auto", "pallas", "mosaic_gpu")],
+)
 def value_and_gradients(request):
     def run(x, w, sizes, dy):
-        y, pullback = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, implementation=request.param), x, w)
+        y, pullback = jax.vjp(
+            lambda x, w: grouped_matmul(x, w, sizes, implementation=request.param), x, w
+        )
         return y, *pullback(dy)
 
     return jax.jit(run)
@@ -47,15 +52,19 @@ def sizes_strategy():
     """Empty groups, one group that takes all, rows past the last group, and anything between."""
     cuts = st.lists(st.integers(0, ROWS), min_size=GROUPS, max_size=GROUPS).map(sorted)
     return cuts.map(lambda c: np.diff([0, *c]).astype(np.int32)) | st.sampled_from(
-        [np.eye(GROUPS, dtype=np.int32)[i] * ROWS for i in range(GROUPS)] + [np.zeros(GROUPS, np.int32)]
+        [np.eye(GROUPS, dtype=np.int32)[i] * ROWS for i in range(GROUPS)]
+        + [np.zeros(GROUPS, np.int32)]
     )
 
 
 @settings(max_examples=40, deadline=None)
 @given(sizes=sizes_strategy(), seed=st.integers(0, 2**16))
-def test_products_and_gradients_equal_a_loop_over_rows_for_any_group_sizes(value_and_gradients, sizes, seed):
+def test_products_and_gradients_equal_a_loop_over_rows_for_any_group_sizes(
+    value_and_gradients, sizes, seed
+):
     rng = np.random.default_rng(seed)
-    x, w = rng.normal(size=(ROWS, WIDTH)).astype(np.float32), rng.normal(size=(GROUPS, WIDTH, OUT)).astype(np.float32)
+    x = rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
+    w = rng.normal(size=(GROUPS, WIDTH, OUT)).astype(np.float32)
     dy = rng.normal(size=(ROWS, OUT)).astype(np.float32)
     y, dx, dw = value_and_gradients(x, w, jnp.asarray(sizes), dy)
     np.testing.assert_allclose(y, oracle(x, w, sizes), atol=1e-4)
@@ -66,9 +75,12 @@ def test_products_and_gradients_equal_a_loop_over_rows_for_any_group_sizes(value
 
 @pytest.mark.parametrize(("num_rows", "num_groups"), [(2, 8), (9, 4), (40, 4)])
 def test_few_rows_as_in_decoding(value_and_gradients, num_rows, num_groups):
-    """Fetched matrices, slabs of a few rows, tiles no larger than a slab; some rows past the last group."""
+    """Fetched matrices, slabs of a few rows, tiles no larger than a slab; some rows past the last
+    group.
+    """
     rng = np.random.default_rng(0)
-    x, w = rng.normal(size=(num_rows, WIDTH)).astype(np.float32), rng.normal(size=(num_groups, WIDTH, OUT)).astype(np.float32)
+    x = rng.normal(size=(num_rows, WIDTH)).astype(np.float32)
+    w = rng.normal(size=(num_groups, WIDTH, OUT)).astype(np.float32)
     dy = rng.normal(size=(num_rows, OUT)).astype(np.float32)
     for sizes in (
         np.eye(num_groups, dtype=np.int32)[1] * (num_rows - 1),
@@ -82,20 +94,29 @@ def test_few_rows_as_in_decoding(value_and_gradients, num_rows, num_groups):
 
 def test_a_group_larger_than_its_slab_goes_through_the_overflow_tiles():
     slab = batched._slab_rows(ROWS, GROUPS)
-    assert slab < ROWS - batched.TILE, "the sizes above must reach the overflow loop with more than one tile"
+    assert slab < ROWS - batched.TILE, (
+        "the sizes above must reach the overflow loop with more than one tile"
+    )
 
 
 @pytest.mark.parametrize("implementation", ["auto", "reference", "batched", "ragged_dot"])
 def test_aligned_groups_equal_groups_without_gaps(implementation):
-    """Whatever stands between the groups, in the rows and in the gradient, neither matters nor comes out."""
+    """Whatever stands between the groups, in the rows and in the gradient, neither matters nor
+    comes out.
+    """
     rng, alignment, sizes = np.random.default_rng(0), 8, np.asarray([9, 0, 16, 3], np.int32)
-    x, w = rng.normal(size=(56, WIDTH)).astype(np.float32), rng.normal(size=(GROUPS, WIDTH, OUT)).astype(np.float32)
+    x = rng.normal(size=(56, WIDTH)).astype(np.float32)
+    w = rng.normal(size=(GROUPS, WIDTH, OUT)).astype(np.float32)
     dy = rng.normal(size=(56, OUT)).astype(np.float32)
     starts = np.cumsum(-(-sizes // alignment) * alignment) - -(-sizes // alignment) * alignment
-    rows = np.concatenate([start + np.arange(size) for start, size in zip(starts, sizes, strict=True)])
+    rows = np.concatenate(
+        [start + np.arange(size) for start, size in zip(starts, sizes, strict=True)]
+    )
     between = np.setdiff1d(np.arange(56), rows)
     x[between] = dy[between] = np.nan
-    product = lambda x, w: grouped_matmul(x, w, sizes, implementation=implementation, alignment=alignment)  # noqa: E731
+    product = lambda x, w: grouped_matmul(
+        x, w, sizes, implementation=implementation, alignment=alignment
+    )
     y, pullback = jax.vjp(product, x, w)
     dx, dw = pullback(dy)
     np.testing.assert_allclose(y[rows], oracle(x[rows], w, sizes), atol=1e-4)
@@ -112,12 +133,22 @@ def test_aligned_groups_equal_groups_without_gaps(implementation):
         ("not F=200; batched", 256, jnp.float32, (128, 200), 128),
         ("not D=64; batched", 256, jnp.float32, (64, 128), 128),
         ("not float16 and float16; batched", 256, jnp.float16, (128, 128), 128),
-        ("alignment=128 must be positive and divide the 200 rows", 200, jnp.float32, (128, 128), 128),
+        (
+            "alignment=128 must be positive and divide the 200 rows",
+            200,
+            jnp.float32,
+            (128, 128),
+            128,
+        ),
         ("runs on TPUs; on this backend batched", 256, jnp.bfloat16, (128, 128), 128),
     ],
 )
-def test_what_the_tpu_kernels_do_not_take_is_named_before_tracing(message, rows, dtype, widths, alignment):
-    x, w, sizes = jnp.ones((rows, widths[0]), dtype), jnp.ones((2, *widths), dtype), jnp.asarray([100, 20])
+def test_what_the_tpu_kernels_do_not_take_is_named_before_tracing(
+    message, rows, dtype, widths, alignment
+):
+    x = jnp.ones((rows, widths[0]), dtype)
+    w = jnp.ones((2, *widths), dtype)
+    sizes = jnp.asarray([100, 20])
     with pytest.raises(ValueError, match=message):
         grouped_matmul(x, w, sizes, implementation="pallas", alignment=alignment)
 
@@ -131,7 +162,9 @@ def test_unknown_implementation_and_wrong_shapes_are_named():
 
 
 def test_mosaic_gpu_puts_its_two_kernels_together(monkeypatch):
-    """Plain products stand in for the kernels, and leave NaN where those leave whatever memory held."""
+    """Plain products stand in for the kernels, and leave NaN where those leave whatever memory
+    held.
+    """
 
     def product(x, w, sizes, *, transposed):
         y = lax.ragged_dot(x, w.swapaxes(1, 2) if transposed else w, sizes)
@@ -140,12 +173,15 @@ def test_mosaic_gpu_puts_its_two_kernels_together(monkeypatch):
     def weight_gradient(x, dy, sizes):
         assert jnp.all(jnp.isfinite(x)) and jnp.all(jnp.isfinite(dy))
         starts = np.cumsum(sizes) - sizes
-        return jnp.stack([x[a : a + n].T @ dy[a : a + n] for a, n in zip(starts, sizes, strict=True)])
+        return jnp.stack(
+            [x[a : a + n].T @ dy[a : a + n] for a, n in zip(starts, sizes, strict=True)]
+        )
 
     monkeypatch.setattr(mosaic_gpu, "product", product)
     monkeypatch.setattr(mosaic_gpu, "weight_gradient", weight_gradient)
     rng, sizes = np.random.default_rng(0), np.asarray([9, 0, 16, 3], np.int32)
-    x, w = rng.normal(size=(40, WIDTH)).astype(np.float32), rng.normal(size=(GROUPS, WIDTH, OUT)).astype(np.float32)
+    x = rng.normal(size=(40, WIDTH)).astype(np.float32)
+    w = rng.normal(size=(GROUPS, WIDTH, OUT)).astype(np.float32)
     dy = rng.normal(size=(40, OUT)).astype(np.float32)
     x[28:] = dy[28:] = np.nan
     y, pullback = jax.vjp(lambda x, w: mosaic_gpu.grouped_matmul(x, w, jnp.asarray(sizes)), x, w)
@@ -165,6 +201,8 @@ def test_mosaic_gpu_puts_its_two_kernels_together(monkeypatch):
     ],
 )
 def test_what_mosaic_gpu_does_not_take_is_named(message, dtype, width):
-    x, w, sizes = jnp.ones((64, 128), dtype), jnp.ones((2, 128, width), dtype), jnp.asarray([40, 20])
+    x = jnp.ones((64, 128), dtype)
+    w = jnp.ones((2, 128, width), dtype)
+    sizes = jnp.asarray([40, 20])
     with pytest.raises(ValueError, match=f"{message}.*batched, ragged_dot and reference take it"):
         grouped_matmul(x, w, sizes, implementation="mosaic_gpu")

@@ -1,4 +1,6 @@
-"""The TPU kernel of paged attention, simulated, against float64; and through the real TPU compiler."""
+"""The TPU kernel of paged attention, simulated, against float64; and through the real TPU
+compiler.
+"""
 
 import dataclasses
 
@@ -21,7 +23,9 @@ PLAIN = Blocks(pages=2, join=1, tokens=8, bits=False, turn=2)
 
 
 def cache(starts, counts, length, cache_dtype, *, groups, per_group, size, page_size=PAGE, seed=0):
-    """Inputs of a call: keys and values of each row scattered over the pages of layer 1; every other page is NaN."""
+    """Inputs of a call: keys and values of each row scattered over the pages of layer 1; every
+    other page is NaN.
+    """
     rng = np.random.default_rng(seed)
     ends = [start + count for start, count in zip(starts, counts, strict=True)]
     width = max(-(-end // page_size) for end in [*ends, 1])
@@ -42,7 +46,9 @@ def cache(starts, counts, length, cache_dtype, *, groups, per_group, size, page_
 
 def oracle(q, k_pages, v_pages, layer, tables, starts, counts, scale):
     """In float64, token by token; zeros where no token is real."""
-    q, k_pages, v_pages = (np.asarray(x.astype(jnp.float32), np.float64) for x in (q, k_pages, v_pages))
+    q, k_pages, v_pages = (
+        np.asarray(x.astype(jnp.float32), np.float64) for x in (q, k_pages, v_pages)
+    )
     out = np.zeros(q.shape)
     for row, (start, count) in enumerate(zip(np.asarray(starts), np.asarray(counts), strict=True)):
         pages = np.asarray(tables)[row]
@@ -72,7 +78,9 @@ def check(args, blocks: Blocks, *, cores=1, **options):
     for row, count in enumerate(np.asarray(args[-1])):
         assert not ours[row, count:].any()
         if count:
-            error = np.linalg.norm(ours[row, :count] - expected[row, :count]) / np.linalg.norm(expected[row, :count])
+            error = np.linalg.norm(ours[row, :count] - expected[row, :count]) / np.linalg.norm(
+                expected[row, :count]
+            )
             assert error < LIMIT[args[1].dtype.name], (row, error)
 
 
@@ -83,16 +91,24 @@ def check(args, blocks: Blocks, *, cores=1, **options):
     ("bfloat16", 2, 4, 64, 8, PLAIN, 1),
     ("float8_e4m3fn", 2, 12, 128, 1, PLAIN, 1),
     ("float8_e4m3fn", 1, 12, 128, 2, Blocks(2, 2, 8, True, 1), 1),
-    ("float32", 1, 2, 128, 40, Blocks(2, 1, 16, False, 1), 1),  # a chunk of prompt in blocks of queries
+    # a chunk of prompt in blocks of queries
+    ("float32", 1, 2, 128, 40, Blocks(2, 1, 16, False, 1), 1),
 ])  # fmt: skip
 def test_values_over_ragged_rows(dtype, groups, per_group, size, length, blocks, cores):
     starts = [0, 127, 300, 5, 513, 128]
     counts = [length, 1, 0, min(2, length), length, length]
-    check(cache(starts, counts, length, dtype, groups=groups, per_group=per_group, size=size), blocks, cores=cores)
+    check(
+        cache(starts, counts, length, dtype, groups=groups, per_group=per_group, size=size),
+        blocks,
+        cores=cores,
+    )
 
 
 @settings(max_examples=6, deadline=None, derandomize=True)
-@given(st.lists(st.tuples(st.integers(0, 700), st.integers(0, 4)), min_size=1, max_size=5), st.integers(0, 10**6))
+@given(
+    st.lists(st.tuples(st.integers(0, 700), st.integers(0, 4)), min_size=1, max_size=5),
+    st.integers(0, 10**6),
+)
 def test_values_over_random_rows(rows, seed):
     starts, counts = zip(*rows, strict=True)
     check(cache(starts, counts, 4, "float32", groups=2, per_group=2, size=128, seed=seed), PLAIN)
@@ -104,14 +120,22 @@ def test_two_cores_at_once_do_not_race():
 
 
 def test_pages_of_256_tokens_and_no_rows_at_all():
-    check(cache([700, 0, 255], [1, 1, 1], 1, "bfloat16", groups=2, per_group=2, size=128, page_size=256), PLAIN)
+    check(
+        cache(
+            [700, 0, 255], [1, 1, 1], 1, "bfloat16", groups=2, per_group=2, size=128, page_size=256
+        ),
+        PLAIN,
+    )
     check(cache([700, 0], [0, 0], 1, "bfloat16", groups=1, per_group=2, size=128), PLAIN, cores=2)
 
 
 def test_only_the_rows_own_pages_are_read():
     """Every copy of a page that the kernel starts, counted: each page of each row once."""
     starts, counts = [0, 127, 300, 513], [1, 1, 0, 1]
-    row, block, pages, part, total = map(np.asarray, kernel._work(jnp.asarray(starts), jnp.asarray(counts), 1, 1, PAGE, 2, 1, split=False))
+    row, block, pages, part, total = map(
+        np.asarray,
+        kernel._work(jnp.asarray(starts), jnp.asarray(counts), 1, 1, PAGE, 2, 1, split=False),
+    )
     assert part.tolist() == [0, 3] and total.tolist() == [1 + 1 + 3]
     assert dict(zip(row[:3].tolist(), pages[:3].tolist(), strict=True)) == {0: 1, 1: 1, 3: 5}
     assert not block.any()
@@ -119,13 +143,17 @@ def test_only_the_rows_own_pages_are_read():
 
 def test_cores_share_a_ragged_list_evenly():
     starts = np.full(16, 128 * 16 - 1)
-    *_, part, total = kernel._work(jnp.asarray(starts), jnp.ones(16, jnp.int32), 1, 1, PAGE, 4, 2, split=True)
+    *_, part, total = kernel._work(
+        jnp.asarray(starts), jnp.ones(16, jnp.int32), 1, 1, PAGE, 4, 2, split=True
+    )
     assert part.tolist() == [0, 8, 8, 16] and total.tolist() == [32, 32]
 
 
 @pytest.mark.parametrize(("name", "topology"), [
-    ("32K", "v5p:2x2x1"), ("32K", "v6e:2x2"), ("32K", "tpu7x:2x2x1"), ("32K, one head", "tpu7x:2x2x1"), ("32K, 4 tokens", "tpu7x:2x2x1"),
-    ("128K fp8", "v5p:2x2x1"), ("128K fp8", "v6e:2x2"), ("128K fp8", "tpu7x:2x2x1"), ("32K fp8, one head", "v6e:2x2"),
+    ("32K", "v5p:2x2x1"), ("32K", "v6e:2x2"), ("32K", "tpu7x:2x2x1"),
+    ("32K, one head", "tpu7x:2x2x1"), ("32K, 4 tokens", "tpu7x:2x2x1"),
+    ("128K fp8", "v5p:2x2x1"), ("128K fp8", "v6e:2x2"), ("128K fp8", "tpu7x:2x2x1"),
+    ("32K fp8, one head", "v6e:2x2"),
 ])  # fmt: skip
 def test_hbm_binds_it_on_every_chip(name, topology, schedules):
     """*Compiled*: cycles of a step's pages against the time that HBM takes for their bytes."""
@@ -145,20 +173,35 @@ def test_bytes_moved_are_at_most_a_tenth_over_those_needed(name):
 
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_a_prompts_chunk_and_small_heads_compile(topology):
-    shape = dataclasses.replace(shapes.SHAPES["32K" if topology == "tpu7x:2x2x1" else "32K, one head"], length=512, batch=2)
+    shape = dataclasses.replace(
+        shapes.SHAPES["32K" if topology == "tpu7x:2x2x1" else "32K, one head"], length=512, batch=2
+    )
     with jax.set_mesh(compiler.one_device(topology)):
         probe = shapes.probe(shape, shapes.chosen_blocks(shape, "forward"), "forward")
     compiler.compile_kernel(probe.function, probe.args, topology)
-    ints = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.int32)  # noqa: E731
-    pages = [jax.ShapeDtypeStruct((2, 64, 4, *dims), "float8_e4m3fn") for dims in ((64, 128), (128, 64))]
-    args = jax.ShapeDtypeStruct((4, 2, 16, 64), jnp.bfloat16), *pages, ints(), ints(4, 16), ints(4), ints(4)
-    compiler.compile_kernel(lambda *args: paged_attention(*args, scale=0.1, implementation="pallas"), args, topology)
+    ints = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.int32)
+    pages = [
+        jax.ShapeDtypeStruct((2, 64, 4, *dims), "float8_e4m3fn") for dims in ((64, 128), (128, 64))
+    ]
+    args = (
+        jax.ShapeDtypeStruct((4, 2, 16, 64), jnp.bfloat16),
+        *pages,
+        ints(),
+        ints(4, 16),
+        ints(4),
+        ints(4),
+    )
+    compiler.compile_kernel(
+        lambda *args: paged_attention(*args, scale=0.1, implementation="pallas"), args, topology
+    )
 
 
 def test_what_the_kernel_does_not_take_is_named():
     args = list(cache([5], [1], 1, "float32", groups=1, per_group=2, size=128))
-    run = lambda *args: paged_attention(*args, scale=1.0, implementation="pallas")  # noqa: E731
-    with pytest.raises(ValueError, match="no TPU, and pallas_kernels.interpret is not on; 'xla' takes it"):
+    run = lambda *args: paged_attention(*args, scale=1.0, implementation="pallas")
+    with pytest.raises(
+        ValueError, match="no TPU, and pallas_kernels.interpret is not on; 'xla' takes it"
+    ):
         run(*args)
     short = cache([5], [1], 1, "float32", groups=1, per_group=2, size=128, page_size=64)
     with pytest.raises(ValueError, match="page size 64: takes multiples of 128; 'xla' takes it"):
@@ -168,7 +211,12 @@ def test_what_the_kernel_does_not_take_is_named():
         run(*small)
     with pytest.raises(ValueError, match="type float16 of q: takes bfloat16, float32"):
         run(args[0].astype(jnp.float16), *args[1:])
-    with pytest.raises(ValueError, match="types int8 and int8 of pages: takes one of bfloat16, float32, float8_e4m3fn for both"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "types int8 and int8 of pages: takes one of bfloat16, float32, float8_e4m3fn for both"
+        ),
+    ):
         run(args[0], args[1].astype(jnp.int8), args[2].astype(jnp.int8), *args[3:])
     with pytest.raises(ValueError, match="tables of 1 x 200000 pages: takes 131072 in all"):
         run(*args[:4], jnp.zeros((1, 200_000), jnp.int32), *args[5:])
@@ -178,7 +226,9 @@ def test_what_the_kernel_does_not_take_is_named():
 
 
 def new_tokens(args, length, seed=1):
-    """Keys and values of `length` new tokens a row, NaN where they are not real; the pages with them, by numpy."""
+    """Keys and values of `length` new tokens a row, NaN where they are not real; the pages with
+    them, by numpy.
+    """
     _, k_pages, v_pages, layer, tables, starts, counts = args
     rng = np.random.default_rng(seed)
     dtype = "float32" if k_pages.dtype == jnp.float32 else "bfloat16"
@@ -196,7 +246,8 @@ def new_tokens(args, length, seed=1):
     return [jnp.where(unreal[..., None, None], jnp.nan, x) for x in (k, v)], stored
 
 
-@pytest.mark.parametrize(("dtype", "groups", "size", "page_size", "length", "starts", "counts", "cores"), [
+@pytest.mark.parametrize(("dtype", "groups", "size", "page_size", "length", "starts", "counts",
+                          "cores"), [
     ("float32", 2, 128, 128, 1, (0, 127, 128, 300, 5), (1, 1, 0, 1, 1), 1),
     ("bfloat16", 8, 128, 128, 1, (0, 127, 128, 300, 5, 77, 15, 16), (1, 1, 1, 1, 0, 1, 1, 1), 2),
     ("bfloat16", 1, 128, 128, 4, (0, 126, 128, 301, 5), (4, 4, 0, 3, 1), 2),
@@ -206,8 +257,12 @@ def new_tokens(args, length, seed=1):
     ("bfloat16", 2, 128, 128, 512, (0, 100, 256), (512, 511, 17), 2),
     ("float8_e4m3fn", 1, 128, 128, 200, (0, 100, 256), (200, 156, 128), 1),
 ])  # fmt: skip
-def test_new_tokens_are_stored_and_nothing_else_changes(dtype, groups, size, page_size, length, starts, counts, cores):
-    args = cache(starts, counts, length, dtype, groups=groups, per_group=1, size=size, page_size=page_size)
+def test_new_tokens_are_stored_and_nothing_else_changes(
+    dtype, groups, size, page_size, length, starts, counts, cores
+):
+    args = cache(
+        starts, counts, length, dtype, groups=groups, per_group=1, size=size, page_size=page_size
+    )
     new, expected = new_tokens(args, length)
     with interpret.on(**STRICT):
         found = store_kernel.store(*new, *args[1:], cores)
@@ -230,13 +285,19 @@ def test_positions_behind_the_table_are_not_stored():
 
 @pytest.mark.parametrize("topology", sorted(compiler.SMALLEST.values()))
 @pytest.mark.parametrize(
-    ("dtype", "length", "groups"), [("bfloat16", 1, 8), ("float8_e4m3fn", 4, 8), ("bfloat16", 512, 1), ("float8_e4m3fn", 512, 8)]
+    ("dtype", "length", "groups"),
+    [("bfloat16", 1, 8), ("float8_e4m3fn", 4, 8), ("bfloat16", 512, 1), ("float8_e4m3fn", 512, 8)],
 )
 def test_the_tpu_compiler_takes_the_store(topology, dtype, length, groups):
     array = jax.ShapeDtypeStruct
     new = array((8, length, groups, 128), jnp.bfloat16)
     k, v = array((92, 64, groups, 128, 128), dtype), array((92, 64, groups, 128, 128), dtype)
-    ints = array((), jnp.int32), array((8, 64), jnp.int32), array((8,), jnp.int32), array((8,), jnp.int32)
+    ints = (
+        array((), jnp.int32),
+        array((8, 64), jnp.int32),
+        array((8,), jnp.int32),
+        array((8,), jnp.int32),
+    )
 
     def function(*args):
         return store_kernel.store(*args, shapes.num_cores())

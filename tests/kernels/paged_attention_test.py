@@ -12,10 +12,15 @@ STARTS, NEW = np.array([0, 5, 16, 3]), 3  # tokens stored before, and new ones, 
 
 @pytest.fixture(scope="module")
 def rows():
-    """Contiguous rows [S, M, ...], and the same keys and values scattered over pages of layer 1; every other page is NaN."""
+    """Contiguous rows [S, M, ...], and the same keys and values scattered over pages of layer 1;
+    every other page is NaN.
+    """
     rng = np.random.default_rng(0)
     length = max(STARTS) + NEW
-    q, k, v = (rng.normal(size=(len(STARTS), length, n, SIZE)).astype(np.float32) for n in (HEADS, GROUPS, GROUPS))
+    q, k, v = (
+        rng.normal(size=(len(STARTS), length, n, SIZE)).astype(np.float32)
+        for n in (HEADS, GROUPS, GROUPS)
+    )
     tables = np.zeros((len(STARTS), -(-length // PAGE)), np.int32)
     k_pages, v_pages = np.full((2, LAYERS, PAGES, PAGE, GROUPS, SIZE), np.nan, np.float32)
     free = iter(rng.permutation(PAGES))
@@ -32,27 +37,46 @@ def rows():
 
 @pytest.mark.parametrize("chunk", [PAGE, 3 * PAGE, 2048])
 @pytest.mark.parametrize("counts", [[NEW] * 4, [1, NEW, 0, 2]])
-@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "pallas"])  # paged_attention_kernel_test.py
-def test_new_tokens_see_what_they_would_see_in_a_contiguous_row(rows, implementation, counts, chunk, monkeypatch):
+# paged_attention_kernel_test.py
+@pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "pallas"])
+def test_new_tokens_see_what_they_would_see_in_a_contiguous_row(
+    rows, implementation, counts, chunk, monkeypatch
+):
     monkeypatch.setattr(blocked, "CHUNK", chunk)
     q, k, v, k_pages, v_pages, tables = rows
-    whole = attention(q, k, v, jnp.ones(q.shape[:2], jnp.int32), scale=0.3, implementation="reference")
+    whole = attention(
+        q, k, v, jnp.ones(q.shape[:2], jnp.int32), scale=0.3, implementation="reference"
+    )
     for few in (0, NEW + 1):  # pages put in order, and page by page
         monkeypatch.setattr(blocked, "FEW_TOKENS", few)
         new = np.stack([q[row, start : start + NEW] for row, start in enumerate(STARTS)])
         out = paged_attention(
-            jnp.asarray(new), jnp.asarray(k_pages), jnp.asarray(v_pages), 1, jnp.asarray(tables), jnp.asarray(STARTS), jnp.asarray(counts),
+            jnp.asarray(new), jnp.asarray(k_pages), jnp.asarray(v_pages), 1, jnp.asarray(tables),
+            jnp.asarray(STARTS), jnp.asarray(counts),
             scale=0.3, implementation=implementation,
         )  # fmt: skip
         for row, (start, count) in enumerate(zip(STARTS, counts, strict=True)):
-            np.testing.assert_allclose(out[row, :count], whole[row, start : start + count], atol=1e-5)
+            np.testing.assert_allclose(
+                out[row, :count], whole[row, start : start + count], atol=1e-5
+            )
 
 
 def test_unknown_implementation_and_wrong_shapes_are_named(rows):
     q, _, _, k_pages, v_pages, tables = rows
     with pytest.raises(ValueError, match="'flash' is not one of auto, reference, xla, pallas"):
-        paged_attention(q, k_pages, v_pages, 1, tables, STARTS, STARTS, scale=1.0, implementation="flash")
-    with pytest.raises(ValueError, match="'cudnn' is for rows and takes no pages: auto, reference, xla, pallas take them"):
-        paged_attention(q, k_pages, v_pages, 1, tables, STARTS, STARTS, scale=1.0, implementation="cudnn")
-    with pytest.raises(ValueError, match=r"starts \(2,\) and counts \(4,\) are not those of 4 rows"):
-        paged_attention(q, k_pages, v_pages, 1, tables, STARTS[:2], STARTS, scale=1.0, implementation="xla")
+        paged_attention(
+            q, k_pages, v_pages, 1, tables, STARTS, STARTS, scale=1.0, implementation="flash"
+        )
+    with pytest.raises(
+        ValueError,
+        match="'cudnn' is for rows and takes no pages: auto, reference, xla, pallas take them",
+    ):
+        paged_attention(
+            q, k_pages, v_pages, 1, tables, STARTS, STARTS, scale=1.0, implementation="cudnn"
+        )
+    with pytest.raises(
+        ValueError, match=r"starts \(2,\) and counts \(4,\) are not those of 4 rows"
+    ):
+        paged_attention(
+            q, k_pages, v_pages, 1, tables, STARTS[:2], STARTS, scale=1.0, implementation="xla"
+        )

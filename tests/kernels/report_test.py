@@ -27,24 +27,42 @@ def probe(shape, blocks, pass_):
     rows = max(shape, blocks.rows)
 
     def body(x_ref, w_ref, o_ref):
-        o_ref[...] = jnp.dot(x_ref[...], w_ref[...], preferred_element_type=jnp.float32).astype(o_ref.dtype)
+        o_ref[...] = jnp.dot(x_ref[...], w_ref[...], preferred_element_type=jnp.float32).astype(
+            o_ref.dtype
+        )
 
     call = pl.pallas_call(
-        body, grid=(rows // blocks.rows,), name="plain", out_shape=jax.ShapeDtypeStruct((rows, COLUMNS), jnp.bfloat16),
-        in_specs=[pl.BlockSpec((blocks.rows, INNER), lambda i: (i, 0)), pl.BlockSpec((INNER, COLUMNS), lambda i: (0, 0))],
-        out_specs=pl.BlockSpec((blocks.rows, COLUMNS), lambda i: (i, 0)), compiler_params=pltpu.CompilerParams(vmem_limit_bytes=2**25),
+        body, grid=(rows // blocks.rows,), name="plain",
+        out_shape=jax.ShapeDtypeStruct((rows, COLUMNS), jnp.bfloat16),
+        in_specs=[pl.BlockSpec((blocks.rows, INNER), lambda i: (i, 0)),
+                  pl.BlockSpec((INNER, COLUMNS), lambda i: (0, 0))],
+        out_specs=pl.BlockSpec((blocks.rows, COLUMNS), lambda i: (i, 0)),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=2**25),
     )  # fmt: skip
-    args = jax.ShapeDtypeStruct((rows, INNER), jnp.bfloat16), jax.ShapeDtypeStruct((INNER, COLUMNS), jnp.bfloat16)
+    args = (
+        jax.ShapeDtypeStruct((rows, INNER), jnp.bfloat16),
+        jax.ShapeDtypeStruct((INNER, COLUMNS), jnp.bfloat16),
+    )
     moved = 2 * (rows * (INNER + COLUMNS) + INNER * COLUMNS)
     macs = INNER * COLUMNS
-    return compiler.Probe(call, args, {"plain": blocks.rows * macs}, moved, moved, total_macs=rows * macs)
+    return compiler.Probe(
+        call, args, {"plain": blocks.rows * macs}, moved, moved, total_macs=rows * macs
+    )
 
 
-MODULE = types.SimpleNamespace(candidates=lambda *_: [Blocks(65_536), Blocks(8), Blocks(256)], probe=probe)
+MODULE = types.SimpleNamespace(
+    candidates=lambda *_: [Blocks(65_536), Blocks(8), Blocks(256)], probe=probe
+)
 
 
 def test_a_line_names_the_wall_and_what_the_call_reaches_at_it(schedules):
-    line = report.judge(("kernel", "shape", "forward", "ours"), {"rows": 256}, probe(ROWS, Blocks(256), ""), TOPOLOGY, schedules)
+    line = report.judge(
+        ("kernel", "shape", "forward", "ours"),
+        {"rows": 256},
+        probe(ROWS, Blocks(256), ""),
+        TOPOLOGY,
+        schedules,
+    )
     assert line.wall == "unit" and 0.9 < line.share == line.rate <= 1.0
     assert line.flops == 2 * ROWS * INNER * COLUMNS and not line.message
     starved = dataclasses.replace(probe(ROWS, Blocks(256), ""), hbm_bytes=2**30)
@@ -56,7 +74,13 @@ def test_a_line_names_the_wall_and_what_the_call_reaches_at_it(schedules):
 
 
 def test_what_the_compiler_refuses_is_a_line_that_says_so(schedules):
-    line = report.judge(("kernel", "shape", "forward", "ours"), {}, probe(ROWS, Blocks(65_536), ""), TOPOLOGY, schedules)
+    line = report.judge(
+        ("kernel", "shape", "forward", "ours"),
+        {},
+        probe(ROWS, Blocks(65_536), ""),
+        TOPOLOGY,
+        schedules,
+    )
     assert "vmem" in line.message.lower() or "RESOURCE_EXHAUSTED" in line.message
     assert len(line.cells()) == len(report.HEADINGS)
 
@@ -68,7 +92,8 @@ def test_the_tuner_takes_the_faster_candidate_and_leaves_out_what_does_not_compi
 @pytest.mark.parametrize("module", report.KERNELS)
 def test_every_kernel_offers_what_the_report_asks_for(module):
     shapes = __import__(report.KERNELS[module], fromlist=["SHAPES"])
-    judged = ("chosen_blocks", "candidates", "probe", "public_probes") if shapes.SHAPES else ()  # what multiplies nothing has work alone
+    # what multiplies nothing has work alone
+    judged = ("chosen_blocks", "candidates", "probe", "public_probes") if shapes.SHAPES else ()
     for name in ("SHAPES", "PASSES", "FOLDER", "work_table", *judged):
         assert hasattr(shapes, name), f"{module} has no {name}"
     assert (shapes.FOLDER / "tuning.json").is_file()
@@ -77,7 +102,9 @@ def test_every_kernel_offers_what_the_report_asks_for(module):
 def test_work_is_counted_with_the_blocks_of_a_chip_that_is_not_here(monkeypatch):
     from pallas_kernels.attention import shapes
 
-    monkeypatch.setattr(shapes, "document_rows", lambda length, kind: np.repeat([[1, 2]], 512, axis=1))
+    monkeypatch.setattr(
+        shapes, "document_rows", lambda length, kind: np.repeat([[1, 2]], 512, axis=1)
+    )
     work = report.work_tables("v6e:2x2", report.KERNELS)
     assert list(work) == list(report.KERNELS)
     assert all(row["visited / with an allowed pair"] == 1.0 for row in work["attention"])

@@ -22,7 +22,9 @@ STEPS = 3
 
 
 def config(**changes) -> OptimizerConfig:
-    return OptimizerConfig(**{**glm45.get_config().optimizer.to_dict(), "ns_dtype": "float32", **changes})
+    return OptimizerConfig(
+        **{**glm45.get_config().optimizer.to_dict(), "ns_dtype": "float32", **changes}
+    )
 
 
 def muon(**changes):
@@ -33,20 +35,32 @@ def muon(**changes):
 @pytest.fixture(scope="module")
 def gradients():
     rng = np.random.default_rng(0)
-    return [{k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in SHAPES.items()} for _ in range(STEPS)]
+    return [
+        {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in SHAPES.items()}
+        for _ in range(STEPS)
+    ]
 
 
 def optax_numbers(params):
     """Dimension numbers that tell optax which axes are a matrix; the others are batches."""
-    return jax.tree.map(lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), params)
+    return jax.tree.map(
+        lambda x: optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), params
+    )
 
 
 def test_three_steps_with_decay_equal_optax(gradients):
-    """Plain momentum: optax's bias-corrected average differs from it in scale only, which Newton-Schulz removes."""
+    """Plain momentum: optax's bias-corrected average differs from it in scale only, which
+    Newton-Schulz removes.
+    """
     rate, decay = 0.02, 0.1
     start = jax.tree.map(lambda g: 0.3 * g[::-1], gradients[0])
     theirs = optax.contrib.muon(
-        rate, beta=0.95, nesterov=False, weight_decay=decay, consistent_rms=0.2, muon_weight_dimension_numbers=optax_numbers(start)
+        rate,
+        beta=0.95,
+        nesterov=False,
+        weight_decay=decay,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=optax_numbers(start),
     )
     mine = optax.chain(muon(), optax.add_decayed_weights(decay), optax.scale(-rate))
     results = []
@@ -57,7 +71,10 @@ def test_three_steps_with_decay_equal_optax(gradients):
             params = optax.apply_updates(params, updates)
         results.append(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *results)
-    assert all(np.abs(a - b).max() > 1e-3 for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(start), strict=True))
+    assert all(
+        np.abs(a - b).max() > 1e-3
+        for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(start), strict=True)
+    )
 
 
 def test_nesterov_direction_is_momentum_times_buffer_plus_gradient(gradients):
@@ -107,21 +124,32 @@ def test_split_heads_equals_every_head_on_its_own(axis, parts):
     together, _ = muon(head_splits={"w": (axis, parts)}).update(gradient, muon().init(gradient))
     heads = [{"w": h} for h in jnp.split(gradient["w"], parts, axis=axis)]
     apart = [muon().update(h, muon().init(h))[0]["w"] for h in heads]
-    np.testing.assert_allclose(together["w"], jnp.concatenate(apart, axis=axis), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        together["w"], jnp.concatenate(apart, axis=axis), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_groups_follow_the_paper():
     assert group_of(("lm_head", "weight"), ("embed", "vocab")) == "muon"
     assert group_of(("moe_layers", "mlp", "gate", "weight"), ("embed", "router")) == "muon"
-    assert group_of(("moe_layers", "mlp", "experts", "gate_proj"), ("experts", "embed", "mlp")) == "muon"
+    assert (
+        group_of(("moe_layers", "mlp", "experts", "gate_proj"), ("experts", "embed", "mlp"))
+        == "muon"
+    )
     assert group_of(("embed_tokens", "weight"), ("vocab", "embed")) == "embedding"
     assert group_of(("mtp", "embed_tokens", "weight"), ("vocab", "embed")) == "embedding"
     assert group_of(("norm", "weight"), ("norm",)) == "vector"
     assert group_of(("moe_layers", "self_attn", "q_proj", "bias"), ("heads",)) == "vector"
 
 
-AXES = {"embed_tokens": {"weight": ("vocab", "embed")}, "q_proj": {"weight": ("embed", "heads"), "bias": ("heads",)}}
-PARAMS = {"embed_tokens": {"weight": jnp.ones((6, 4))}, "q_proj": {"weight": jnp.ones((4, 8)), "bias": jnp.ones(8)}}
+AXES = {
+    "embed_tokens": {"weight": ("vocab", "embed")},
+    "q_proj": {"weight": ("embed", "heads"), "bias": ("heads",)},
+}
+PARAMS = {
+    "embed_tokens": {"weight": jnp.ones((6, 4))},
+    "q_proj": {"weight": jnp.ones((4, 8)), "bias": jnp.ones(8)},
+}
 
 
 @pytest.mark.parametrize("split_heads", [False, True])
@@ -141,15 +169,21 @@ def test_optimizer_sends_each_group_to_its_rule_and_decays_matrices_and_embeddin
 
 
 def test_adamw_ablation_moves_matrices_as_adam():
-    optimizer = make_optimizer(config(name="adamw"), AXES, jax.tree.map(lambda x: x.shape, PARAMS), head_size=4)
+    optimizer = make_optimizer(
+        config(name="adamw"), AXES, jax.tree.map(lambda x: x.shape, PARAMS), head_size=4
+    )
     ones = jax.tree.map(jnp.ones_like, PARAMS)
-    updates, _ = optimizer.update(ones, optimizer.init(PARAMS), jax.tree.map(jnp.zeros_like, PARAMS))
+    updates, _ = optimizer.update(
+        ones, optimizer.init(PARAMS), jax.tree.map(jnp.zeros_like, PARAMS)
+    )
     np.testing.assert_allclose(updates["q_proj"]["weight"], 1, rtol=1e-5)
 
 
 def test_group_rms_pools_all_elements_of_a_group():
     rms = group_rms(jax.tree.map(lambda x: 2 * x, PARAMS), group_tree(AXES))
-    assert {k: float(v) for k, v in rms.items()} == pytest.approx({"muon": 2, "embedding": 2, "vector": 2})
+    assert {k: float(v) for k, v in rms.items()} == pytest.approx(
+        {"muon": 2, "embedding": 2, "vector": 2}
+    )
 
 
 def test_unknown_optimizer_is_named():
@@ -161,7 +195,8 @@ def test_unknown_optimizer_is_named():
 
 WIDTH, HEADS = 16, 3
 LAYER_AXES = {
-    "experts_up": ("experts", "embed", "mlp"), "experts_down": ("experts", "mlp", "embed"), "shared": ("embed", "mlp"),
+    "experts_up": ("experts", "embed", "mlp"), "experts_down": ("experts", "mlp", "embed"),
+    "shared": ("embed", "mlp"),
     "q": ("embed", "heads"), "o": ("heads", "embed"), "router": ("embed", "router"),
 }  # fmt: skip
 OTHER_AXES = {"lm_head": ("embed", "vocab"), "eh_proj": (None, "embed")}
@@ -171,10 +206,14 @@ MESHES = [(1, 8, 1), (1, 4, 2), (2, 2, 2), (1, 1, 8), (8, 1, 1)]
 def stacks(layers):
     """Shapes and axes of a model's matrices; nothing divides by 8 but what sharding.RULES split."""
     sizes = {
-        "experts_up": (8, WIDTH, 12), "experts_down": (8, 12, WIDTH), "shared": (WIDTH, 12), "router": (WIDTH, 8),
+        "experts_up": (8, WIDTH, 12), "experts_down": (8, 12, WIDTH), "shared": (WIDTH, 12),
+        "router": (WIDTH, 8),
         "q": (WIDTH, 8 * HEADS), "o": (8 * HEADS, WIDTH),
     }  # fmt: skip
-    shapes = {name: (layers, *size) for name, size in sizes.items()} | {"lm_head": (WIDTH, 42), "eh_proj": (2 * WIDTH, WIDTH)}
+    shapes = {name: (layers, *size) for name, size in sizes.items()} | {
+        "lm_head": (WIDTH, 42),
+        "eh_proj": (2 * WIDTH, WIDTH),
+    }
     return shapes, LAYER_AXES | OTHER_AXES
 
 
@@ -211,47 +250,83 @@ def test_a_mesh_moves_whole_matrices_and_changes_nothing(sizes, large, monkeypat
     alone = jax.tree.map(lambda x: jnp.asarray(jax.device_get(x)), gradient)
     splits = {name: {"q": (-1, HEADS), "o": (-2, HEADS)}.get(name) for name in alone}
     theirs, _ = muon(nesterov=True, head_splits=splits).update(alone, muon().init(alone))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours, jax.device_get(theirs))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours, jax.device_get(theirs)
+    )
 
 
 def test_collectives_do_not_follow_the_number_of_layers():
-    """Nor do they stand in the loop of the iterations; nothing is gathered whole but what every device holds whole."""
+    """Nor do they stand in the loop of the iterations; nothing is gathered whole but what every
+    device holds whole.
+    """
     counts = {}
     for layers in (8, 89):
         mesh, update, gradient = on_mesh((1, 4, 2), layers, abstract=True)
         with jax.set_mesh(mesh):
             text = update.trace(gradient).lower().compile().as_text()
         loops = re.findall(r" while\(.*?body=%?([\w.\-]+)", text)
-        bodies = [re.search(rf"^%?{re.escape(name)} .*?^}}", text, re.M | re.S)[0] for name in loops]
+        bodies = [
+            re.search(rf"^%?{re.escape(name)} .*?^}}", text, re.M | re.S)[0] for name in loops
+        ]
         assert bodies  # of the iterations
-        assert not any(re.search(r" (all-to-all|all-gather|all-reduce)(-start)?\(", body) for body in bodies)
-        counts[layers] = {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in ("all-to-all", "all-gather", "all-reduce")}
-        largest = max(math.prod(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]\S* all-(?:gather|to-all)", text))
+        assert not any(
+            re.search(r" (all-to-all|all-gather|all-reduce)(-start)?\(", body) for body in bodies
+        )
+        counts[layers] = {
+            kind: len(re.findall(rf" {kind}(?:-start)?\(", text))
+            for kind in ("all-to-all", "all-gather", "all-reduce")
+        }
+        largest = max(
+            math.prod(map(int, dims.split(",")))
+            for dims in re.findall(r"f32\[([\d,]+)\]\S* all-(?:gather|to-all)", text)
+        )
         assert largest <= 2 * layers * 8 * WIDTH * 12 // 8 * 2
     assert counts[8] == counts[89]
 
 
 def work_of(jaxpr, times=1) -> collections.Counter:
-    """FLOPs of the products that a device runs, and bytes of what it gives to collectives (sums go there and back)."""
+    """FLOPs of the products that a device runs, and bytes of what it gives to collectives (sums go
+    there and back).
+    """
     out = collections.Counter()
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
-            ((contracted, _), _), left = equation.params["dimension_numbers"], equation.invars[0].aval.shape
-            out["flops"] += times * 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            out["flops"] += (
+                times
+                * 2
+                * math.prod(equation.outvars[0].aval.shape)
+                * math.prod(left[i] for i in contracted)
+            )
         elif equation.primitive.name in ("all_to_all", "all_gather", "psum"):
-            arrays = [math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in (*equation.invars, *equation.outvars)]
-            out["bytes"] += times * (sum(arrays) if equation.primitive.name == "psum" else max(arrays))
+            arrays = [
+                math.prod(v.aval.shape) * v.aval.dtype.itemsize
+                for v in (*equation.invars, *equation.outvars)
+            ]
+            out["bytes"] += times * (
+                sum(arrays) if equation.primitive.name == "psum" else max(arrays)
+            )
         assert equation.primitive.name != "while"  # its trips would not be known
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+        for inner in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr"),
+        ):
             if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                out += work_of(getattr(inner, "jaxpr", inner), times * equation.params.get("length", 1))
+                out += work_of(
+                    getattr(inner, "jaxpr", inner), times * equation.params.get("length", 1)
+                )
     return out
 
 
-@pytest.mark.parametrize(("name", "sizes", "most"), [("glm45", (1, 64, 8), 1.15), ("glm45_air", (1, 16, 8), 1.25)])
+@pytest.mark.parametrize(
+    ("name", "sizes", "most"), [("glm45", (1, 64, 8), 1.15), ("glm45_air", (1, 16, 8), 1.25)]
+)
 def test_work_of_a_device_at_real_size(name, sizes, most):
-    """Every matrix of 92 or 46 layers in the optimizer's update, traced for a pod. What is above total / devices: matrices of attention,
-    dense layers and heads are fewer than the devices, so their columns are split, which costs half as much again."""
+    """Every matrix of 92 or 46 layers in the optimizer's update, traced for a pod. What is above
+    total / devices: matrices of attention, dense layers and heads are fewer than the devices, so
+    their columns are split, which costs half as much again.
+    """
     run = run_config(importlib.import_module(f"configs.{name}").get_config())
     trainee = Trainee.create(run.model, run.optimizer)
     state = jax.eval_shape(trainee.initial_state, jax.random.key(0))

@@ -58,25 +58,43 @@ def test_the_answer_is_what_stands_in_the_last_box(text, answer):
         (f"<think>why</think>{CALL}{CALL}<|observation|>", {"boxed"}),
         (f"<think>why</think>{CALL}<|user|>", {"ended", "boxed"}),
         (f"<think>why</think>{CALL}\\boxed{{4}}<|observation|>", {"readable"}),
-        (f"<think>why</think>\\boxed{{4}}{CALL[:-12]}<|observation|>", {"readable", "tool_calls", "ended"}),
-        (f"<think>why</think>\\boxed{{4}}{CALL.replace('run', 'walk')}<|observation|>", {"readable", "tool_calls", "ended"}),
+        (
+            f"<think>why</think>\\boxed{{4}}{CALL[:-12]}<|observation|>",
+            {"readable", "tool_calls", "ended"},
+        ),
+        (
+            f"<think>why</think>\\boxed{{4}}{CALL.replace('run', 'walk')}<|observation|>",
+            {"readable", "tool_calls", "ended"},
+        ),
         ("", {"thinking", "ended", "boxed"}),
     ],
 )
 def test_each_part_fails_alone(tokenizer, text, lacks):
-    parts = format_parts(tokenizer, tokenizer.encode(text, allow_special=True), [RUN], thinking=True)
+    parts = format_parts(
+        tokenizer, tokenizer.encode(text, allow_special=True), [RUN], thinking=True
+    )
     assert parts.keys() == ALL and set(parts.values()) <= {0.0, 1.0}
     assert {name for name, value in parts.items() if not value} == lacks
 
 
 def test_with_thinking_off_there_must_be_no_reasoning(tokenizer):
     def thinks(text):
-        return format_parts(tokenizer, tokenizer.encode(text, allow_special=True), thinking=False)["thinking"]
+        return format_parts(tokenizer, tokenizer.encode(text, allow_special=True), thinking=False)[
+            "thinking"
+        ]
 
-    assert [thinks("\n\\boxed{4}<|user|>"), thinks("<think></think>\\boxed{4}<|user|>"), thinks("\\boxed{4}</think>")] == [1, 0, 0]
+    assert [
+        thinks("\n\\boxed{4}<|user|>"),
+        thinks("<think></think>\\boxed{4}<|user|>"),
+        thinks("\\boxed{4}</think>"),
+    ] == [1, 0, 0]
 
 
 def test_spelled_tags_are_text(tokenizer):
-    ids = [*tokenizer.encode("<think>", True), *tokenizer.encode("</think>"), *tokenizer.encode("</think>", True)]
+    ids = [
+        *tokenizer.encode("<think>", True),
+        *tokenizer.encode("</think>"),
+        *tokenizer.encode("</think>", True),
+    ]
     ids += [*tokenizer.encode("<tool_call>\\boxed{4}<|user|>"), *tokenizer.encode("<|user|>", True)]
     assert format_parts(tokenizer, ids, [RUN], thinking=True) == dict.fromkeys(ALL, 1.0)

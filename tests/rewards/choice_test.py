@@ -11,9 +11,12 @@ def task(answer):
 
 
 BOXES = [
-    ("B", "B"), (" B ", "B"), ("(B)", "B"), ("B.", "B"), ("B)", "B"), ("\\text{B}", "B"), ("\\text{(B)}", "B"), ("\\mathbf{B}", "B"),
-    ("A", "A"), ("b", None), ("AB", None), ("A, B", None), ("(B", None), ("B or C", None), ("B: iron", None), ("B:", None),
-    ("\\text{B", None), ("(B).", "B"), ("**B**", "B"), ("$B$", "B"), ("\\textbf{(B)}.", "B"), ("", None), ("2", None), ("Β", None),
+    ("B", "B"), (" B ", "B"), ("(B)", "B"), ("B.", "B"), ("B)", "B"), ("\\text{B}", "B"),
+    ("\\text{(B)}", "B"), ("\\mathbf{B}", "B"),
+    ("A", "A"), ("b", None), ("AB", None), ("A, B", None), ("(B", None), ("B or C", None),
+    ("B: iron", None), ("B:", None),
+    ("\\text{B", None), ("(B).", "B"), ("**B**", "B"), ("$B$", "B"), ("\\textbf{(B)}.", "B"),
+    ("", None), ("2", None), ("Β", None),
 ]  # fmt: skip
 
 
@@ -27,7 +30,9 @@ def test_only_one_letter_is_an_answer(box, letter):
 
 
 def test_a_letter_beyond_the_options_is_no_answer():
-    scores = choice.score([task({"letter": "B", "options": n}) for n in (3, 4)], [{"content": "\\boxed{D}"}] * 2)
+    scores = choice.score(
+        [task({"letter": "B", "options": n}) for n in (3, 4)], [{"content": "\\boxed{D}"}] * 2
+    )
     assert [s.parts["answered"] for s in scores] == [0, 1]
     assert choice.score([task({"letter": "B", "options": 4})], [{"content": "B"}])[0].value == 0
 

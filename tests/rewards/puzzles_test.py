@@ -1,4 +1,6 @@
-"""Puzzles: the same everywhere, held-out questions never in training, verifiers that know right from wrong."""
+"""Puzzles: the same everywhere, held-out questions never in training, verifiers that know right
+from wrong.
+"""
 
 import itertools
 import math
@@ -12,7 +14,24 @@ import pytest
 from glm_jax.rewards import puzzles
 
 GENERATORS = sorted(puzzles.SETTINGS)
-JUNK = ["", " ", "x", "1/0", "-", "nan", "inf", "1e999", "9" * 5000, "Yes No", "\x00", "½", "٣", "(1)", "__import__('os')", "\\boxed{1}"]
+JUNK = [
+    "",
+    " ",
+    "x",
+    "1/0",
+    "-",
+    "nan",
+    "inf",
+    "1e999",
+    "9" * 5000,
+    "Yes No",
+    "\x00",
+    "½",
+    "٣",
+    "(1)",
+    "__import__('os')",
+    "\\boxed{1}",
+]
 
 
 def some(generator: str, split: str, count: int, first: int = 0) -> list[puzzles.Puzzle]:
@@ -24,8 +43,11 @@ def test_held_out_questions_are_never_training_questions(generator):
     held_out, train = puzzles.distinct(generator, "held_out", 40), some(generator, "train", 400)
     assert len({p.question for p in held_out}) == 40
     assert not {p.question for p in held_out} & {p.question for p in train}
-    assert all(0 <= p.seed < 2**31 for p in train) and all(2**31 <= p.seed < 2**32 for p in held_out)
-    # Without the wall of texts the seeds alone would let small puzzles through: about one question in eight is left out.
+    assert all(0 <= p.seed < 2**31 for p in train) and all(
+        2**31 <= p.seed < 2**32 for p in held_out
+    )
+    # Without the wall of texts the seeds alone would let small puzzles through: about one question
+    # in eight is left out.
     seeds = train[-1].seed + 1
     assert 0.8 < len(train) / seeds < 0.95
 
@@ -47,16 +69,21 @@ def test_a_walk_goes_on_where_it_stopped():
 
 
 def test_questions_do_not_depend_on_the_process():
-    code = "from glm_jax.rewards import puzzles\nprint([p.question for g in puzzles.SETTINGS for p in puzzles.distinct(g, 'held_out', 5)])"
+    code = (
+        "from glm_jax.rewards import puzzles\nprint([p.question for g in puzzles.SETTINGS for p in"
+        " puzzles.distinct(g, 'held_out', 5)])"
+    )
     environment = {**os.environ, "PYTHONHASHSEED": "1"}  # ours is random
-    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment).stdout
+    there = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    ).stdout
     here = [p.question for g in puzzles.SETTINGS for p in puzzles.distinct(g, "held_out", 5)]
     assert there == f"{here}\n"
 
 
 def test_answers_are_right():
     """By arithmetic of our own on the numbers in the question."""
-    number = lambda puzzle: list(map(int, re.findall(r"\d+", puzzle.question)))  # noqa: E731
+    number = lambda puzzle: list(map(int, re.findall(r"\d+", puzzle.question)))
     for puzzle in some("products", "held_out", 50):
         assert int(puzzle.answer) == math.prod(number(puzzle))
     for puzzle in some("gcd", "held_out", 50):
@@ -76,7 +103,10 @@ def test_a_generator_gives_all_it_has_and_stops(monkeypatch):
 
 def test_a_completion_is_answered_on_its_first_line():
     assert puzzles.completion_answer(" 42\nQuestion: 3 + 4") == "42"
-    assert puzzles.completion_answer(" Ann is a knight, and Bob is a fool.") == "Ann is a knight, and Bob is a fool."
+    assert (
+        puzzles.completion_answer(" Ann is a knight, and Bob is a fool.")
+        == "Ann is a knight, and Bob is a fool."
+    )
     assert puzzles.completion_answer("\n42") is None
     assert puzzles.completion_answer("") is None
 
@@ -101,8 +131,13 @@ def test_a_chat_is_answered_in_its_last_box(text, answer):
 def test_prompts_show_solved_examples_and_end_where_the_answer_begins():
     example, puzzle = some("gcd", "train", 1)[0], some("gcd", "held_out", 1)[0]
     text = puzzles.completion_prompt(puzzle, [example])
-    assert text == f"Question: {example.question}\nAnswer: {example.answer}\n\nQuestion: {puzzle.question}\nAnswer:"
-    assert puzzle.question in puzzles.chat_request(puzzle) and r"\boxed{}" in puzzles.chat_request(puzzle)
+    assert (
+        text == f"Question: {example.question}\nAnswer: {example.answer}\n\nQuestion:"
+        f" {puzzle.question}\nAnswer:"
+    )
+    assert puzzle.question in puzzles.chat_request(puzzle) and r"\boxed{}" in puzzles.chat_request(
+        puzzle
+    )
 
 
 def test_errors_name_what_is_valid(monkeypatch):

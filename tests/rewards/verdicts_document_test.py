@@ -17,14 +17,19 @@ def counts() -> dict[str, tuple[int, int]]:
     return {
         "mathematics": (len(mathematics_test.SAME), len(mathematics_test.DIFFERENT)),
         "puzzles": (generators * (marks + 2), generators * len(unwrapping_test.HEDGES)),
-        "choice": (marks + sum(letters), len(unwrapping_test.CHOICE_HEDGES) + len(letters) - sum(letters)),
+        "choice": (
+            marks + sum(letters),
+            len(unwrapping_test.CHOICE_HEDGES) + len(letters) - sum(letters),
+        ),
         "code": tuple(len(code_verdicts_test.inputs(right)) for right in (True, False)),
         "arguments of tool calls": (len(argument_types_test.CASES), 0),
     }
 
 
 def test_the_document_counts_what_is_judged():
-    rows = re.findall(r"^\| ([a-z ]+) \| (\d+) \| (\d+) \| 0 \|", DOCUMENT.read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| ([a-z ]+) \| (\d+) \| (\d+) \| 0 \|", DOCUMENT.read_text(), re.MULTILINE
+    )
     found = {kind: (int(right), int(wrong)) for kind, right, wrong in rows}
     expected = counts()
     assert found == expected | {"all": tuple(map(sum, zip(*expected.values(), strict=True)))}

@@ -7,7 +7,13 @@ import pytest
 from glm_jax.rewards import puzzles, verifiers
 from glm_jax.rewards.task import Reward, Task
 
-CHOICE = Task("c", "science", "choice", ({"role": "user", "content": "Which?"},), {"letter": "B", "options": 4})
+CHOICE = Task(
+    "c",
+    "science",
+    "choice",
+    ({"role": "user", "content": "Which?"},),
+    {"letter": "B", "options": 4},
+)
 MATH = Task("m", "algebra", "math", ({"role": "user", "content": "1/2?"},), "\\frac{1}{2}")
 
 
@@ -35,7 +41,9 @@ def test_a_part_of_an_answer_is_no_reward():
     right = puzzles.puzzle_of(**task.answer).answer
     reward = verifiers.score([task], [answer(f"the answer is {right}")])[0]
     assert reward.value == reward.parts["solved"] == 0 < reward.parts["partial"]
-    assert verifiers.score([task], [{"content": right}])[0] == Reward(0.0, {"solved": 0.0, "partial": 0.0, "answered": 0.0})
+    assert verifiers.score([task], [{"content": right}])[0] == Reward(
+        0.0, {"solved": 0.0, "partial": 0.0, "answered": 0.0}
+    )
 
 
 def test_tasks_go_on_where_they_stopped():
@@ -69,13 +77,18 @@ def test_each_task_is_judged_by_its_verifier_in_order():
     tasks = [MATH, CHOICE, puzzle, CHOICE, MATH]
     verifiers.check(tasks)
     for wrong in range(len(tasks)):
-        found = verifiers.score(tasks, [answer("Z") if i == wrong else answer(right[t.verifier]) for i, t in enumerate(tasks)])
+        found = verifiers.score(
+            tasks,
+            [answer("Z") if i == wrong else answer(right[t.verifier]) for i, t in enumerate(tasks)],
+        )
         assert [r.value for r in found] == [float(i != wrong) for i in range(len(tasks))]
     assert verifiers.score([], []) == []
 
 
 def test_errors_name_the_task_and_what_is_valid():
-    with pytest.raises(ValueError, match="task 'm': verifier 'maths' is not one of puzzle, math, choice, code"):
+    with pytest.raises(
+        ValueError, match="task 'm': verifier 'maths' is not one of puzzle, math, choice, code"
+    ):
         verifiers.check([CHOICE, dataclasses.replace(MATH, verifier="maths")])
     with pytest.raises(ValueError, match="task 'm': math-verify cannot use its answer"):
         verifiers.check([CHOICE, dataclasses.replace(MATH, answer="?")])

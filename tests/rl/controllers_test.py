@@ -16,7 +16,10 @@ from glm_jax.rl.temperature import TemperatureControl, choose_temperature, has_p
 
 
 def tasks(count, group="g"):
-    return [Task(f"{group}{i}", group, "math", ({"role": "user", "content": str(i)},), i) for i in range(count)]
+    return [
+        Task(f"{group}{i}", group, "math", ({"role": "user", "content": str(i)},), i)
+        for i in range(count)
+    ]
 
 
 # --- difficulty ---
@@ -29,7 +32,14 @@ def test_pass_at_k_is_the_share_of_draws_with_a_success():
 
 
 def test_pools_by_difficulty():
-    known = [Difficulty(8, 8), Difficulty(4, 8), Difficulty(1, 8), Difficulty(3, 512), Difficulty(0, 512), Difficulty(64, 512)]
+    known = [
+        Difficulty(8, 8),
+        Difficulty(4, 8),
+        Difficulty(1, 8),
+        Difficulty(3, 512),
+        Difficulty(0, 512),
+        Difficulty(64, 512),
+    ]
     pools = split_pools(tasks(6), {f"g{i}": d for i, d in enumerate(known)}, few=8, many=512)
     assert pools == {"moderate": [1, 2, 5], "hard": [3]}
     with pytest.raises(ValueError, match="lacks task 'g6'"):
@@ -42,7 +52,8 @@ def test_two_stages_turn_to_the_hard_pool_when_the_reward_stops_rising():
     for reward in (0.1, 0.2, 0.4, 0.5, 0.5, 0.5, 0.5, 0.5):
         curriculum.observe(reward)
         seen.append(curriculum.pool)
-    assert seen == ["moderate"] * 6 + ["hard"] * 2  # means of two: .15 -> .45, .3 -> .5, .45 -> .5, .5 -> .5
+    # means of two: .15 -> .45, .3 -> .5, .45 -> .5, .5 -> .5
+    assert seen == ["moderate"] * 6 + ["hard"] * 2
     other = Curriculum("two_stage", 5, {"moderate": [0, 1], "hard": [2]}, window=2, gain=0.05)
     other.set_state(json.loads(json.dumps(curriculum.get_state())))
     assert other.pool == "hard"
@@ -83,7 +94,8 @@ def test_a_plateau_is_a_mean_that_hardly_rises():
 
 def test_the_highest_temperature_within_one_percent_of_the_best():
     assert choose_temperature({0.6: 0.790, 0.8: 0.800, 1.0: 0.793, 1.2: 0.791}, 0.01) == 1.0
-    assert choose_temperature({0.6: 0.790, 0.8: 0.800, 1.0: 0.793, 1.2: 0.792}, 0.01) == 1.2  # exactly 1% counts
+    # exactly 1% counts
+    assert choose_temperature({0.6: 0.790, 0.8: 0.800, 1.0: 0.793, 1.2: 0.792}, 0.01) == 1.2
     assert choose_temperature({0.6: 0.0, 0.8: 0.0}, 0.01) == 0.8
 
 
@@ -139,5 +151,11 @@ def test_wrong_answers_are_other_tasks_answers():
     assert with_wrong_answers(clean, 0.0, seed=0) == clean
     assert [t.answer for t in with_wrong_answers(clean, 0.5, seed=0)] == [t.answer for t in noisy]
     assert np.all([noisy[i].answer in range(20) for i in wrong])
-    kinds = [dataclasses.replace(t, verifier="choice", answer="A") if i % 2 else t for i, t in enumerate(clean)]
-    assert all((t.answer == "A") == (t.verifier == "choice") for t in with_wrong_answers(kinds, 1.0, seed=0))
+    kinds = [
+        dataclasses.replace(t, verifier="choice", answer="A") if i % 2 else t
+        for i, t in enumerate(clean)
+    ]
+    assert all(
+        (t.answer == "A") == (t.verifier == "choice")
+        for t in with_wrong_answers(kinds, 1.0, seed=0)
+    )

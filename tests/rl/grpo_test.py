@@ -1,4 +1,6 @@
-"""GRPO's loss and gradient against a plain float64 loop of the formula, from rewards to packed rows; advantages, clip and masks."""
+"""GRPO's loss and gradient against a plain float64 loop of the formula, from rewards to packed
+rows; advantages, clip and masks.
+"""
 
 import functools
 
@@ -18,26 +20,38 @@ from glm_jax.rl.step import observe, token_loss
 
 VOCAB, WIDTH = 11, 6
 GRPO = dict(
-    learning_rate=1e-3, warmup_updates=0, normalize_std=True, clip_low=0.2, clip_high=0.28, aggregation="token", old_logprobs="trainer",
-    importance_cap=1.5, replay_experts=False, updates_per_step=1, max_staleness=0, mtp_weight=0.0, bias_rate=0.0, balance_weight=0.0,
+    learning_rate=1e-3, warmup_updates=0, normalize_std=True, clip_low=0.2, clip_high=0.28,
+    aggregation="token", old_logprobs="trainer",
+    importance_cap=1.5, replay_experts=False, updates_per_step=1, max_staleness=0, mtp_weight=0.0,
+    bias_rate=0.0, balance_weight=0.0,
     row_length=16, rows=2,
 )  # fmt: skip
 
 
 def make_groups(seed=0, num_groups=4, size=3):
-    """Rollouts with prompts, tokens of an environment in between, several lengths, one truncated and one that an environment broke."""
+    """Rollouts with prompts, tokens of an environment in between, several lengths, one truncated
+    and one that an environment broke.
+    """
     rng = np.random.default_rng(seed)
     groups = []
     for number in range(num_groups):
         task = Task(str(number), "g", "puzzle", ({"role": "user", "content": "?"},), 1)
         rollouts = []
         for sample in range(size):
-            mask = [False] * rng.integers(1, 4) + [True] * rng.integers(1, 5) + [False] * rng.integers(0, 2) + [True] * rng.integers(1, 3)
+            mask = (
+                [False] * rng.integers(1, 4)
+                + [True] * rng.integers(1, 5)
+                + [False] * rng.integers(0, 2)
+                + [True] * rng.integers(1, 3)
+            )
             length = len(mask)
-            status = RolloutStatus.TRUNCATED if (number, sample) == (0, 1) else RolloutStatus.COMPLETED
+            status = (
+                RolloutStatus.TRUNCATED if (number, sample) == (0, 1) else RolloutStatus.COMPLETED
+            )
             status = RolloutStatus.ENVIRONMENT_ERROR if (number, sample) == (1, 0) else status
             rollouts.append(Rollout(
-                task, rng.integers(0, VOCAB, length).tolist(), mask, np.where(mask, -rng.gamma(2, 1, length), 0).tolist(),
+                task, rng.integers(0, VOCAB, length).tolist(), mask,
+                np.where(mask, -rng.gamma(2, 1, length), 0).tolist(),
                 np.where(mask, 0, -1).tolist(), status, Reward(float(rng.integers(0, 3)) / 2, {}),
             ))  # fmt: skip
         groups.append(Group(task, rollouts))
@@ -45,24 +59,39 @@ def make_groups(seed=0, num_groups=4, size=3):
 
 
 def ours(config, groups, embedding, head, old, mask_truncated):
-    """(loss, gradients) by the packed batch; a token's state is its embedding, so that every position has logits of its own."""
+    """(loss, gradients) by the packed batch; a token's state is its embedding, so that every
+    position has logits of its own.
+    """
     pairs = [pair for g in groups for pair in advantages(g, normalize_std=config.normalize_std)]
     batch, used = pack(
-        pairs, row_length=config.row_length, rows=config.rows, most=len(pairs), aggregation=config.aggregation,
+        pairs, row_length=config.row_length, rows=config.rows, most=len(pairs),
+        aggregation=config.aggregation,
         mask_truncated=mask_truncated, replay=False,
     )  # fmt: skip
     assert not batch["segment_ids"][used:].any() and batch["segment_ids"][used - 1].any()
     flat = {name: x.reshape(-1, config.row_length) for name, x in batch.items()}
     if old is not None:
         flat["old_logprobs"] = logprobs_of(*old, flat)
-    given = {k: v for k, v in flat.items() if k in ("loss_weights", "advantages", "engine_logprobs", "old_logprobs")}
+    given = {
+        k: v
+        for k, v in flat.items()
+        if k in ("loss_weights", "advantages", "engine_logprobs", "old_logprobs")
+    }
 
     def loss(embedding, head):
-        return chunked_token_loss(functools.partial(token_loss, config), embedding[flat["tokens"]], head, flat["targets"], given, 5, False)[
-            0
-        ]
+        return chunked_token_loss(
+            functools.partial(token_loss, config),
+            embedding[flat["tokens"]],
+            head,
+            flat["targets"],
+            given,
+            5,
+            False,
+        )[0]
 
-    return jax.value_and_grad(loss, argnums=(0, 1))(jnp.asarray(embedding, jnp.float32), jnp.asarray(head, jnp.float32))
+    return jax.value_and_grad(loss, argnums=(0, 1))(
+        jnp.asarray(embedding, jnp.float32), jnp.asarray(head, jnp.float32)
+    )
 
 
 def logprobs_of(embedding, head, flat):
@@ -72,8 +101,12 @@ def logprobs_of(embedding, head, flat):
 
 
 def formula(config, groups, embedding, head, old, mask_truncated):
-    """The same as a loop over groups, rollouts and tokens in float64, straight from the formula; gradients by torch."""
-    embedding, head = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (embedding, head))
+    """The same as a loop over groups, rollouts and tokens in float64, straight from the formula;
+    gradients by torch.
+    """
+    embedding, head = (
+        torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (embedding, head)
+    )
     terms = []  # per rollout: its tokens' gains
     for group in groups:
         teaching = [r for r in group.rollouts if r.status is not RolloutStatus.ENVIRONMENT_ERROR]
@@ -87,14 +120,21 @@ def formula(config, groups, embedding, head, old, mask_truncated):
             for i in range(1, len(rollout.tokens)):
                 if not rollout.mask[i]:
                     continue
-                new = torch.log_softmax(embedding[rollout.tokens[i - 1]] @ head, 0)[rollout.tokens[i]]
+                new = torch.log_softmax(embedding[rollout.tokens[i - 1]] @ head, 0)[
+                    rollout.tokens[i]
+                ]
                 engine = rollout.logprobs[i]
                 before = new.detach() if old is None else torch.log_softmax(
-                    torch.tensor(old[0][rollout.tokens[i - 1]] @ old[1]), 0)[rollout.tokens[i]]  # fmt: skip
+                    torch.tensor(old[0][rollout.tokens[i - 1]] @ old[1]),
+                    0)[rollout.tokens[i]]  # fmt: skip
                 if config.old_logprobs == "engine":
                     before = torch.tensor(engine, dtype=torch.float64)
                 ratio = torch.exp(new - before)
-                weight = min(float(torch.exp(before - engine)), config.importance_cap) if config.importance_cap else 1.0
+                weight = (
+                    min(float(torch.exp(before - engine)), config.importance_cap)
+                    if config.importance_cap
+                    else 1.0
+                )
                 clipped = torch.clamp(ratio, 1 - config.clip_low, 1 + config.clip_high)
                 gains.append(weight * torch.minimum(ratio * advantage, clipped * advantage))
             terms.append(gains)
@@ -127,7 +167,9 @@ def test_loss_and_gradient_are_those_of_the_formula(aggregation, changes, with_o
     assert abs(float(loss) - expected) < 1e-6 * max(1, abs(expected))
     for mine, theirs in zip(gradients, expected_gradients, strict=True):
         assert np.linalg.norm(theirs) > 1e-3
-        assert np.linalg.norm(np.asarray(mine, np.float64) - theirs) <= 1e-6 * np.linalg.norm(theirs)
+        assert np.linalg.norm(np.asarray(mine, np.float64) - theirs) <= 1e-6 * np.linalg.norm(
+            theirs
+        )
 
 
 def test_advantages_are_relative_to_the_rollouts_that_count():
@@ -135,7 +177,11 @@ def test_advantages_are_relative_to_the_rollouts_that_count():
     for rollout, value in zip(group.rollouts, (1.0, 0.0, 0.5), strict=True):
         rollout.reward = Reward(value, {})
     assert [a for _, a in advantages(group, normalize_std=False)] == [0.5, -0.5, 0.0]
-    assert np.allclose([a for _, a in advantages(group, normalize_std=True)], np.array([1, -1, 0]) * 1.5**0.5, atol=1e-5)
+    assert np.allclose(
+        [a for _, a in advantages(group, normalize_std=True)],
+        np.array([1, -1, 0]) * 1.5**0.5,
+        atol=1e-5,
+    )
     group.rollouts[0].status = RolloutStatus.ABORTED
     assert [a for _, a in advantages(group, normalize_std=False)] == [-0.25, 0.25]
     group.rollouts[1].reward = group.rollouts[2].reward = Reward(1.0, {})
@@ -146,7 +192,8 @@ def test_advantages_are_relative_to_the_rollouts_that_count():
 def test_a_token_weighs_the_same_or_a_rollout_does():
     assert token_weights([1, 3], "token") == [0.25, 0.25]
     assert np.allclose(token_weights([1, 3], "sequence"), [0.5, 1 / 6])
-    assert np.allclose(token_weights([0, 4], "sequence"), [1, 1 / 4])  # what is masked does not count as a rollout
+    # what is masked does not count as a rollout
+    assert np.allclose(token_weights([0, 4], "sequence"), [1, 1 / 4])
 
 
 def test_beyond_the_clip_there_is_no_gradient_outwards():
@@ -155,7 +202,11 @@ def test_beyond_the_clip_there_is_no_gradient_outwards():
     def slopes(advantage):
         def loss(logprobs):
             n = len(logprobs)
-            given = {"loss_weights": jnp.ones(n), "advantages": jnp.full(n, advantage), "engine_logprobs": jnp.zeros(n)}
+            given = {
+                "loss_weights": jnp.ones(n),
+                "advantages": jnp.full(n, advantage),
+                "engine_logprobs": jnp.zeros(n),
+            }
             return jnp.sum(token_loss(config, logprobs, given | {"old_logprobs": jnp.zeros(n)}))
 
         return jax.grad(loss)(jnp.log(jnp.array([0.7, 0.9, 1.25, 1.4])))
@@ -167,12 +218,23 @@ def test_beyond_the_clip_there_is_no_gradient_outwards():
 def test_what_the_model_did_not_draw_has_no_weight():
     groups = make_groups()
     pairs = [p for g in groups for p in advantages(g, normalize_std=True)]
-    batch, _ = pack(pairs, row_length=16, rows=2, most=len(pairs), aggregation="token", mask_truncated=False, replay=False)
+    batch, _ = pack(
+        pairs,
+        row_length=16,
+        rows=2,
+        most=len(pairs),
+        aggregation="token",
+        mask_truncated=False,
+        replay=False,
+    )
     assert np.isclose(batch["loss_weights"].sum(), 1)
     drawn = sum(r.num_drawn for g in groups for r in g.learnable)
     assert (batch["loss_weights"] > 0).sum() == drawn
     assert (batch["segment_ids"][batch["loss_weights"] > 0] > 0).all()
-    assert sum(len(r.tokens) - 1 for g in groups for r in g.learnable) == (batch["segment_ids"] > 0).sum()
+    assert (
+        sum(len(r.tokens) - 1 for g in groups for r in g.learnable)
+        == (batch["segment_ids"] > 0).sum()
+    )
     for name in ("advantages", "engine_logprobs"):
         assert (batch[name][batch["loss_weights"] == 0] == 0).all()
 
@@ -184,7 +246,15 @@ def test_experts_lie_along_their_tokens():
         for rollout in group.rollouts:
             rollout.experts = rng.integers(0, 8, (len(rollout.tokens) - 1, 3, 2)).astype(np.int16)
     pairs = [p for g in groups for p in advantages(g, normalize_std=True)]
-    batch, _ = pack(pairs, row_length=16, rows=2, most=len(pairs), aggregation="token", mask_truncated=False, replay=True)
+    batch, _ = pack(
+        pairs,
+        row_length=16,
+        rows=2,
+        most=len(pairs),
+        aggregation="token",
+        mask_truncated=False,
+        replay=True,
+    )
     assert batch["experts"].shape == (*batch["tokens"].shape[:1], 3, 2, 16, 2)
     assert ((batch["experts"][:, 0, ..., 0] >= 0) == (batch["segment_ids"] > 0)).all()
     found = batch["experts"].swapaxes(1, 2).reshape(-1, 3, 16, 2)
@@ -194,7 +264,10 @@ def test_experts_lie_along_their_tokens():
             (row, s) for row in range(len(tokens)) for s in set(segments[row]) - {0}
             if tokens[row][segments[row] == s].tolist() == rollout.tokens[:-1]
         ]  # fmt: skip
-        assert any((found[row][:, segments[row] == s].swapaxes(0, 1) == rollout.experts).all() for row, s in where)
+        assert any(
+            (found[row][:, segments[row] == s].swapaxes(0, 1) == rollout.experts).all()
+            for row, s in where
+        )
 
 
 def test_rows_are_filled_and_nothing_is_lost():
@@ -204,16 +277,28 @@ def test_rows_are_filled_and_nothing_is_lost():
     assert all(sum(lengths[i] for i in row) <= 64 for row in rows)
     assert len(rows) <= 1.1 * sum(lengths) / 64 + 1
     with pytest.raises(ValueError, match="does not fit into row_length=3"):
-        pack([(make_groups()[0].rollouts[0], 1.0)], row_length=3, rows=1, most=1, aggregation="token", mask_truncated=False, replay=False)
+        pack(
+            [(make_groups()[0].rollouts[0], 1.0)],
+            row_length=3,
+            rows=1,
+            most=1,
+            aggregation="token",
+            mask_truncated=False,
+            replay=False,
+        )
 
 
 def test_what_is_observed():
     config = GrpoConfig(**GRPO)
     given = {
-        "loss_weights": jnp.array([0.25, 0.25, 0.5, 0.0]), "advantages": jnp.array([1.0, -1.0, 1.0, 1.0]),
-        "engine_logprobs": jnp.log(jnp.array([0.5, 0.25, 0.5, 0.1])), "old_logprobs": jnp.log(jnp.array([0.5, 0.5, 0.5, 0.5])),
+        "loss_weights": jnp.array([0.25, 0.25, 0.5, 0.0]),
+        "advantages": jnp.array([1.0, -1.0, 1.0, 1.0]),
+        "engine_logprobs": jnp.log(jnp.array([0.5, 0.25, 0.5, 0.1])),
+        "old_logprobs": jnp.log(jnp.array([0.5, 0.5, 0.5, 0.5])),
     }  # fmt: skip
-    seen = observe(config, jnp.log(jnp.array([0.75, 0.75, 0.5, 0.9])), jnp.array([1.0, 2.0, 3.0, 9.0]), given)
+    seen = observe(
+        config, jnp.log(jnp.array([0.75, 0.75, 0.5, 0.9])), jnp.array([1.0, 2.0, 3.0, 9.0]), given
+    )
     assert np.isclose(seen["entropy"], 2.25)
     assert np.isclose(seen["clip_share"], 0.25)  # only the first moves outwards beyond the clip
     assert np.isclose(seen["importance"], 0.25 + 0.25 * 1.5 + 0.5)

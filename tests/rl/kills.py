@@ -1,11 +1,13 @@
-"""Kills a run of reinforcement learning with SIGKILL in every phase of a step in turn, and compares it with an undisturbed one.
+"""Kills a run of reinforcement learning with SIGKILL in every phase of a step in turn, and compares
+it with an undisturbed one.
 
     PYTHONPATH=tests:. python tests/rl/kills.py --kills=10
 
-Every step's line of metrics.jsonl, measured seconds aside, every file of rollouts and of evaluations, and the last weights must be
-equal bit for bit. All that a checkpoint must hold is at work: a buffer of older rollouts with their experts, over-sampling, two pools
-of tasks, a temperature that is swept, outputs that grow. Prints one line a kill and the verdict; exit code 1 on any difference.
-Takes two to four minutes on two cores.
+Every step's line of metrics.jsonl, measured seconds aside, every file of rollouts and of
+evaluations, and the last weights must be equal bit for bit. All that a checkpoint must hold is at
+work: a buffer of older rollouts with their experts, over-sampling, two pools of tasks, a
+temperature that is swept, outputs that grow. Prints one line a kill and the verdict; exit code 1 on
+any difference. Takes two to four minutes on two cores.
 """
 
 from __future__ import annotations
@@ -34,9 +36,12 @@ from glm_jax.train.checkpoint import Checkpoints, finished_steps, load_weights
 
 KILLS = flags.DEFINE_integer("kills", 10, "SIGKILLs before the run is left to end.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
-START = flags.DEFINE_string("start", None, "Work directory of a toy run to start from; by default one is made.")
+START = flags.DEFINE_string(
+    "start", None, "Work directory of a toy run to start from; by default one is made."
+)
 PHASES = {
-    "train": (Run, "learn"), "save": (Checkpoints, "save"), "generate": (collector.Roller, "roll"), "swap": (Engine, "set_weights"),
+    "train": (Run, "learn"), "save": (Checkpoints, "save"), "generate": (collector.Roller, "roll"),
+    "swap": (Engine, "set_weights"),
     "score": (collector.Roller, "judge"),
 }  # fmt: skip
 SAVE_EVERY, NEVER = 2, 10**9
@@ -46,7 +51,9 @@ SAVE_EVERY, NEVER = 2, 10**9
 
 
 def run_and_die(phase: str, first: int, share: float, arguments: list[str]):
-    """experiments.rl, which kills itself in its first `phase` from step number `first` on, after that share of the time it took before."""
+    """experiments.rl, which kills itself in its first `phase` from step number `first` on, after
+    that share of the time it took before.
+    """
     from experiments import entry, rl
 
     collector.verifiers.score, collector.Roller.read = toy.parity, toy.read_anything
@@ -89,14 +96,27 @@ def run_and_die(phase: str, first: int, share: float, arguments: list[str]):
 # --- who looks on ---
 
 
-def start(root: pathlib.Path, workdir: pathlib.Path, steps: int, phase: str = "save", first: int = NEVER, share: float = 0.0):
-    """Runs, or resumes, the run in workdir. Returns where it was killed; None where it came to its end."""
+def start(
+    root: pathlib.Path,
+    workdir: pathlib.Path,
+    steps: int,
+    phase: str = "save",
+    first: int = NEVER,
+    share: float = 0.0,
+):
+    """Runs, or resumes, the run in workdir. Returns where it was killed; None where it came to its
+    end.
+    """
     overrides = toy.RL | {
         "start.workdir": START.value or root / "start", "tasks.train": (str(root / "train.jsonl"),),
-        "tasks.held_out": (str(root / "held_out.jsonl"),), "loop.steps": steps, "loop.checkpoint_every": SAVE_EVERY, "loop.eval_every": 5,
-        "loop.keep_checkpoints": 2, "loop.save_rollouts_every": 1, "rollout.over_sampling": 3.0, "rollout.max_waves": 3,
-        "grpo.max_staleness": 2, "grpo.updates_per_step": 2, "grpo.replay_experts": True, "engine.keep_experts": True,
-        "control.curriculum": "two_stage", "control.difficulty": root / "difficulty.jsonl", "control.plateau_window": 2,
+        "tasks.held_out": (str(root / "held_out.jsonl"),), "loop.steps": steps,
+        "loop.checkpoint_every": SAVE_EVERY, "loop.eval_every": 5,
+        "loop.keep_checkpoints": 2, "loop.save_rollouts_every": 1, "rollout.over_sampling": 3.0,
+        "rollout.max_waves": 3,
+        "grpo.max_staleness": 2, "grpo.updates_per_step": 2, "grpo.replay_experts": True,
+        "engine.keep_experts": True,
+        "control.curriculum": "two_stage", "control.difficulty": root / "difficulty.jsonl",
+        "control.plateau_window": 2,
         "control.temperatures": (1.0, 1.2), "control.length_stages": ((0, 4), (3, 6)),
     }  # fmt: skip
     arguments = ["--config=configs/rl_math_tiny.py", f"--workdir={workdir}", "--noprogress"]
@@ -113,7 +133,9 @@ def start(root: pathlib.Path, workdir: pathlib.Path, steps: int, phase: str = "s
 def write_inputs(root: pathlib.Path):
     toy.write_tasks(root / "train.jsonl", 0, 12)
     toy.write_tasks(root / "held_out.jsonl", 50, 3)
-    difficulties = [f'{{"id": "{i}", "solved": {1 + 3 * (i < 6)}, "tried": 16}}\n' for i in range(12)]
+    difficulties = [
+        f'{{"id": "{i}", "solved": {1 + 3 * (i < 6)}, "tried": 16}}\n' for i in range(12)
+    ]
     (root / "difficulty.jsonl").write_text("".join(difficulties))
     if START.value is None:
         config = curate_config.get_config()
@@ -132,11 +154,17 @@ def differences(one: pathlib.Path, other: pathlib.Path, steps: int) -> list[str]
     if idle:
         raise RuntimeError(f"{idle} never came up in {steps} steps, so nothing was proven of them")
     found = [f"step {a['step']}" for a, b in zip(expected, found, strict=True) if a != b]
-    for file in sorted(file for folder in ("rollouts", "held_out") for file in (one / folder).glob("*.jsonl")):
+    for file in sorted(
+        file for folder in ("rollouts", "held_out") for file in (one / folder).glob("*.jsonl")
+    ):
         name = file.relative_to(one)
         found += [str(name)] if file.read_bytes() != (other / name).read_bytes() else []
     weights = [jax.tree.leaves(load_weights(workdir, steps)[1:]) for workdir in (one, other)]
-    return found + [f"weight {i}" for i, (a, b) in enumerate(zip(*weights, strict=True)) if not np.array_equal(a, b)]
+    return found + [
+        f"weight {i}"
+        for i, (a, b) in enumerate(zip(*weights, strict=True))
+        if not np.array_equal(a, b)
+    ]
 
 
 def main(argv: list[str]):
@@ -154,16 +182,28 @@ def main(argv: list[str]):
         for kill in range(KILLS.value):
             phase = list(PHASES)[kill % len(PHASES)]
             newest = max(finished_steps(killed), default=0)
-            where = start(root, killed, steps, phase, newest + SAVE_EVERY + rng.randrange(SAVE_EVERY), rng.random())
+            where = start(
+                root,
+                killed,
+                steps,
+                phase,
+                newest + SAVE_EVERY + rng.randrange(SAVE_EVERY),
+                rng.random(),
+            )
             if where is None:
                 raise RuntimeError(f"the run ended before kill {kill + 1}")
-            half = ", a checkpoint half written" if any((killed / "checkpoints").glob("*tmp*")) else ""
+            half = (
+                ", a checkpoint half written" if any((killed / "checkpoints").glob("*tmp*")) else ""
+            )
             print(f"kill {kill + 1}: {where}, resumed from step {newest}{half}", flush=True)
         newest = max(finished_steps(killed), default=0)
         start(root, killed, steps)
         found = differences(undisturbed, killed, steps)
     seconds = time.monotonic() - begun
-    print(f"{KILLS.value} kills, then left to end from step {newest}: {len(found)} differences in {steps} steps, {seconds:.0f} s")
+    print(
+        f"{KILLS.value} kills, then left to end from step {newest}: {len(found)} differences in"
+        f" {steps} steps, {seconds:.0f} s"
+    )
     print(*found, sep="\n", end="")
     sys.exit(bool(found))
 

@@ -1,4 +1,6 @@
-"""The whole loop on a toy: what it writes, kill and resume, dynamic sampling and the buffer, and what it refuses."""
+"""The whole loop on a toy: what it writes, kill and resume, dynamic sampling and the buffer, and
+what it refuses.
+"""
 
 import json
 import shutil
@@ -41,15 +43,30 @@ def test_a_run_learns_writes_and_resumes_bit_for_bit(rl_config, tmp_path, easy):
     assert [r["step"] for r in found] == [0, 1, 2, 3]
     assert found[-1]["version"] > found[0]["version"] and found[-1]["staleness_max"] > 0
     assert all(r["difference"] < 1e-4 for r in found if r.get("staleness_max") == 0)
-    assert {"held_out", "reward", "reward/g0", "entropy", "clip_share", "groups_mixed", "groups_buffered"} <= found[1].keys() | found[
-        0
-    ].keys()
-    assert not all((a == b).all() for a, b in zip(weights(whole, 2), weights(whole, 4), strict=True))
-    lines = [json.loads(line) for line in (whole / "rollouts" / "0000002.jsonl").read_text().splitlines()]
-    assert {"task", "status", "reward", "prompt", "output"} <= lines[0].keys() and lines[0]["status"] == "completed"
+    assert {
+        "held_out",
+        "reward",
+        "reward/g0",
+        "entropy",
+        "clip_share",
+        "groups_mixed",
+        "groups_buffered",
+    } <= found[1].keys() | found[0].keys()
+    assert not all(
+        (a == b).all() for a, b in zip(weights(whole, 2), weights(whole, 4), strict=True)
+    )
+    lines = [
+        json.loads(line) for line in (whole / "rollouts" / "0000002.jsonl").read_text().splitlines()
+    ]
+    assert {"task", "status", "reward", "prompt", "output"} <= lines[0].keys() and lines[0][
+        "status"
+    ] == "completed"
 
     for steps, score in ((0, found[0]["held_out"]), (4, found[-1]["held_out_after"])):
-        lines = [json.loads(line) for line in (whole / "held_out" / f"{steps:07d}.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (whole / "held_out" / f"{steps:07d}.jsonl").read_text().splitlines()
+        ]
         assert len(lines) == 3 * rl_config.loop.eval_samples
         assert np.mean([line["reward"] for line in lines]) == pytest.approx(score)
 
@@ -62,7 +79,9 @@ def test_a_run_learns_writes_and_resumes_bit_for_bit(rl_config, tmp_path, easy):
     assert all((a == b).all() for a, b in zip(weights(killed), weights(whole), strict=True))
 
 
-def test_an_engine_that_is_far_off_does_not_break_the_weights(rl_config, tmp_path, easy, monkeypatch):
+def test_an_engine_that_is_far_off_does_not_break_the_weights(
+    rl_config, tmp_path, easy, monkeypatch
+):
     """One log-probability is 100 nats off: exp(100) is infinite in float32."""
     rl_config.grpo.update(old_logprobs="engine", importance_cap=0.0)
     original = loop.Run.batch
@@ -78,7 +97,9 @@ def test_an_engine_that_is_far_off_does_not_break_the_weights(rl_config, tmp_pat
     assert all(np.isfinite(r["grad_norm"]) for r in records(tmp_path / "run") if "grad_norm" in r)
 
 
-def test_weights_that_are_not_finite_reach_neither_the_engine_nor_a_checkpoint(rl_config, tmp_path, easy, monkeypatch):
+def test_weights_that_are_not_finite_reach_neither_the_engine_nor_a_checkpoint(
+    rl_config, tmp_path, easy, monkeypatch
+):
     def broken(self, groups, original=loop.Run.batch):
         batch, used = original(self, groups)
         if self.step == 2:
@@ -88,10 +109,18 @@ def test_weights_that_are_not_finite_reach_neither_the_engine_nor_a_checkpoint(r
     swaps = []
     monkeypatch.setattr(loop.Run, "batch", broken)
     set_weights = collecting.Engine.set_weights
-    monkeypatch.setattr(collecting.Engine, "set_weights", lambda self, *a, **k: swaps.append(k["version"]) or set_weights(self, *a, **k))
+    monkeypatch.setattr(
+        collecting.Engine,
+        "set_weights",
+        lambda self, *a, **k: swaps.append(k["version"]) or set_weights(self, *a, **k),
+    )
     rl_config.loop.update(checkpoint_every=1, keep_checkpoints=1)
     with pytest.raises(
-        NonFinite, match=r"grad_norm is nan.* at step 2; its batch is in .*nonfinite_step_2.*last good checkpoint is of step 2"
+        NonFinite,
+        match=(
+            r"grad_norm is nan.* at step 2; its batch is in .*nonfinite_step_2.*last good"
+            r" checkpoint is of step 2"
+        ),
     ):
         run(rl_config, tmp_path)
     assert swaps == [1, 2] and all(np.isfinite(x).all() for x in weights(tmp_path))
@@ -99,6 +128,7 @@ def test_weights_that_are_not_finite_reach_neither_the_engine_nor_a_checkpoint(r
 
 
 def test_on_policy_is_asserted(rl_config, tmp_path, easy, monkeypatch):
-    monkeypatch.setattr(collecting.Engine, "set_weights", lambda self, state, **_: None)  # an engine that keeps its old weights
+    # an engine that keeps its old weights
+    monkeypatch.setattr(collecting.Engine, "set_weights", lambda self, state, **_: None)
     with pytest.raises(RuntimeError, match="version 0 to train version 1, max_staleness=0"):
         run(rl_config, tmp_path / "w")

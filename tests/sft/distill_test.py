@@ -1,4 +1,6 @@
-"""Self-distillation on a toy: what is kept is right and can be learnt, the loop goes round, the same command gives the same file."""
+"""Self-distillation on a toy: what is kept is right and can be learnt, the loop goes round, the
+same command gives the same file.
+"""
 
 import dataclasses
 import subprocess
@@ -20,7 +22,8 @@ from glm_jax.sft.rejection import RejectionConfig
 
 DRAW = Draw(group_size=4, max_new_tokens=24, temperature=1.0, seed=0, thinking=True)
 FILTERS = RejectionConfig(
-    min_tokens=1, min_reward=1.0, min_preference=0.0, drop_shortest=0.25, hard_pass_rate=0.5, hard_responses=4, easy_responses=1
+    min_tokens=1, min_reward=1.0, min_preference=0.0, drop_shortest=0.25, hard_pass_rate=0.5,
+    hard_responses=4, easy_responses=1
 )  # fmt: skip
 ROLLOUTS = chatting.NUM_TASKS * DRAW.group_size
 NUM_ROWS = 16
@@ -29,7 +32,13 @@ NUM_ROWS = 16
 @pytest.fixture(scope="module")
 def expert(corpus_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("expert")
-    chatting.fine_tune(folder / "run", [chatting.write_guesses(folder / "guesses.jsonl")], corpus_folder, start="", steps=80)
+    chatting.fine_tune(
+        folder / "run",
+        [chatting.write_guesses(folder / "guesses.jsonl")],
+        corpus_folder,
+        start="",
+        steps=80,
+    )
     return folder / "run"
 
 
@@ -49,17 +58,25 @@ def right(run, tasks):
     return sum(r.reward.value for r in rollouts) / len(rollouts)
 
 
-def test_what_is_kept_is_right_and_fine_tuning_on_it_goes_round(expert, tasks, corpus_folder, tmp_path):
-    files = [tmp_path / "new" / "folder" / f"{seed}.jsonl" for seed in (1, 2)]  # two experts of one unified stage
+def test_what_is_kept_is_right_and_fine_tuning_on_it_goes_round(
+    expert, tasks, corpus_folder, tmp_path
+):
+    # two experts of one unified stage
+    files = [tmp_path / "new" / "folder" / f"{seed}.jsonl" for seed in (1, 2)]
     for seed, file in enumerate(files, 1):
         counts = distill(expert, tasks, file, dataclasses.replace(DRAW, seed=seed))
-        assert counts.total() == ROLLOUTS and counts["correctness/wrong"] > 0 and counts["form/truncated"] > 0
+        assert (
+            counts.total() == ROLLOUTS
+            and counts["correctness/wrong"] > 0
+            and counts["form/truncated"] > 0
+        )
         assert counts["kept"] == len(list(read_conversations(file))) > 0
         assert list(file.parent.glob(".*")) == []
 
     tokenizer = Tokenizer.load(corpus_folder)
     config = ConversationConfig(
-        paths=tuple(map(str, files)), tokenizer=str(corpus_folder), thinking_share=0.0, held_out_fraction=0.0, batch_size=1,
+        paths=tuple(map(str, files)), tokenizer=str(corpus_folder), thinking_share=0.0,
+        held_out_fraction=0.0, batch_size=1,
         sequence_length=64, num_packing_bins=1, virtual_shards=1, seed=0, epochs=1,
     )  # fmt: skip
     kept = [entry for file in files for _, entry in read_conversations(file)]
@@ -68,36 +85,62 @@ def test_what_is_kept_is_right_and_fine_tuning_on_it_goes_round(expert, tasks, c
         learnt = features["targets"][features["loss_weights"] > 0]
         assert chat_output.parse_tokens(tokenizer, learnt.tolist()) == entry["messages"][-1]
 
-    chatting.fine_tune(tmp_path / "unified", config.paths, corpus_folder, start=str(expert), steps=30)
+    chatting.fine_tune(
+        tmp_path / "unified", config.paths, corpus_folder, start=str(expert), steps=30
+    )
     before, after = right(expert, tasks), right(tmp_path / "unified", tasks)
     assert before < 0.6 and after > before + 0.2
     assert distill(tmp_path / "unified", tasks, tmp_path / "again.jsonl")["kept"] > 0
 
 
 def test_the_command_gives_what_the_seed_says_in_every_process(expert, tasks, tmp_path):
-    flags = {"seed": 3, "workdir": expert, "tasks": tasks, "output": tmp_path / "there.jsonl", "samples": 4, "max_new_tokens": 24,
+    flags = {"seed": 3, "workdir": expert, "tasks": tasks, "output": tmp_path / "there.jsonl",
+             "samples": 4, "max_new_tokens": 24,
              "num_rows": NUM_ROWS, "drop_shortest": 0.25}  # fmt: skip
-    command = [sys.executable, "-m", "experiments.distill", *(f"--{name}={value}" for name, value in flags.items())]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.distill",
+        *(f"--{name}={value}" for name, value in flags.items()),
+    ]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     here = {seed: tmp_path / f"{seed}.jsonl" for seed in (3, 4)}
-    counts = {seed: distill(expert, tasks, file, dataclasses.replace(DRAW, seed=seed)) for seed, file in here.items()}
+    counts = {
+        seed: distill(expert, tasks, file, dataclasses.replace(DRAW, seed=seed))
+        for seed, file in here.items()
+    }
     assert here[3].read_text() == (tmp_path / "there.jsonl").read_text() != here[4].read_text()
-    assert done.stdout == f"{distilling.table(counts[3])}\n{counts[3]['kept']} conversations in {tmp_path / 'there.jsonl'}\n"
+    assert (
+        done.stdout == f"{distilling.table(counts[3])}\n{counts[3]['kept']} conversations in"
+        f" {tmp_path / 'there.jsonl'}\n"
+    )
     assert done.stdout.split()[:4] == ["rollouts", str(ROLLOUTS), "100.0%", "kept"]
 
 
 REFUSED = {
     "unknown generator": ("puzzle:nothing:3", {}, {}, "'nothing'"),
     "no file": ("nowhere.jsonl", {}, {}, "no task file at 'nowhere.jsonl'"),
-    "too long": (None, {"max_new_tokens": 60}, {}, r"task '10': its prompt of \d+ tokens and max_new_tokens=60 exceed .*max_length=64"),
+    "too long": (
+        None,
+        {"max_new_tokens": 60},
+        {},
+        r"task '10': its prompt of \d+ tokens and max_new_tokens=60 exceed .*max_length=64",
+    ),
     "greedy": (None, {"temperature": 0.0}, {}, "temperature=0.0 must be above 0"),
-    "nothing kept": (None, {}, {"min_tokens": 25}, "no rollout of .*run was kept, '.*o.jsonl' is not written; of 48: .*form/too_short"),
+    "nothing kept": (
+        None,
+        {},
+        {"min_tokens": 25},
+        "no rollout of .*run was kept, '.*o.jsonl' is not written; of 48: .*form/too_short",
+    ),
 }
 
 
 @pytest.mark.parametrize(("source", "draw", "filters", "message"), REFUSED.values(), ids=REFUSED)
-def test_refusals_are_named_and_leave_no_file(source, draw, filters, message, expert, tasks, tmp_path):
+def test_refusals_are_named_and_leave_no_file(
+    source, draw, filters, message, expert, tasks, tmp_path
+):
     draw, filters = dataclasses.replace(DRAW, **draw), dataclasses.replace(FILTERS, **filters)
     with pytest.raises(ValueError, match=message):
         distill(expert, source or tasks, tmp_path / "o.jsonl", draw, filters)
@@ -113,16 +156,30 @@ def test_a_folder_and_a_run_that_is_not_there_are_refused(expert, tasks, tmp_pat
 
 def test_calls_and_failures_of_the_judge_are_samples_as_well(corpus_folder):
     tokenizer = Tokenizer.load(corpus_folder)
-    weather = {"type": "function", "function": {"name": "weather", "parameters": {"properties": {"city": {"type": "string"}}}}}
+    weather = {
+        "type": "function",
+        "function": {"name": "weather", "parameters": {"properties": {"city": {"type": "string"}}}},
+    }
     task = Task("t", "g", "choice", ({"role": "user", "content": "rain?"},), {}, tools=(weather,))
     call = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "5"}'}}
     turn = {"role": "assistant", "reasoning_content": "look", "content": "", "tool_calls": [call]}
     given = chat_template.encode(tokenizer, task.messages, task.tools)
-    whole, _ = chat_template.encode_for_training(tokenizer, [*task.messages, turn], task.tools, thinking=True)
+    whole, _ = chat_template.encode_for_training(
+        tokenizer, [*task.messages, turn], task.tools, thinking=True
+    )
     count = len(whole) - len(given)
-    mask, logprobs, versions = [False] * len(given) + [True] * count, [0.0] * len(whole), [0] * len(whole)
-    statuses = (RolloutStatus.COMPLETED, RolloutStatus.ENVIRONMENT_ERROR, RolloutStatus.FORMAT_ERROR)
-    rollouts = [Rollout(task, whole, mask, logprobs, versions, status, Reward(1.0, {})) for status in statuses]
+    mask = [False] * len(given) + [True] * count
+    logprobs = [0.0] * len(whole)
+    versions = [0] * len(whole)
+    statuses = (
+        RolloutStatus.COMPLETED,
+        RolloutStatus.ENVIRONMENT_ERROR,
+        RolloutStatus.FORMAT_ERROR,
+    )
+    rollouts = [
+        Rollout(task, whole, mask, logprobs, versions, status, Reward(1.0, {}))
+        for status in statuses
+    ]
     first, *others = distilling.samples([Group(task, rollouts)], tokenizer, thinking=True)
     assert first.response == (turn,) and first.num_tokens == count and first.tools == task.tools
     assert [s.response for s in others] == [(), ()]

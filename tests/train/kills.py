@@ -1,9 +1,10 @@
-"""Kills a training run with SIGKILL at random moments, half of them aimed into a save, and compares it with an undisturbed one.
+"""Kills a training run with SIGKILL at random moments, half of them aimed into a save, and compares
+it with an undisturbed one.
 
     PYTHONPATH=tests:. python tests/train/kills.py --kills=20
 
-Every step's line of metrics.jsonl must be equal bit for bit, measured speeds aside. Prints one line a kill and the verdict;
-exit code 1 on any difference. Takes 10 to 20 minutes on two cores.
+Every step's line of metrics.jsonl must be equal bit for bit, measured speeds aside. Prints one line
+a kill and the verdict; exit code 1 on any difference. Takes 10 to 20 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -30,15 +31,27 @@ STEPS, TOKENS = 800, 8 * 64
 def command(data: pathlib.Path, workdir: pathlib.Path) -> list[str]:
     overrides = {f"model.{key}": value for key, value in toy.MODEL.items()}
     overrides |= {
-        "data.paths": (str(data),), "data.sequence_length": 64, "schedule.total_tokens": STEPS * TOKENS,
-        "schedule.decay_tokens": STEPS * TOKENS, "schedule.warmup_tokens": TOKENS, "loop.checkpoint_every": 4,
+        "data.paths": (str(data),), "data.sequence_length": 64,
+        "schedule.total_tokens": STEPS * TOKENS,
+        "schedule.decay_tokens": STEPS * TOKENS, "schedule.warmup_tokens": TOKENS,
+        "loop.checkpoint_every": 4,
         "loop.eval_every": 100, "loop.eval_batches": 1, "loop.sample_every": 0,
     }  # fmt: skip
     flags_ = [f"--config.{key}={value}" for key, value in overrides.items()]
-    return [sys.executable, "-m", "experiments.train", "--config=configs/tiny.py", f"--workdir={workdir}", "--noprogress", *flags_]
+    return [
+        sys.executable,
+        "-m",
+        "experiments.train",
+        "--config=configs/tiny.py",
+        f"--workdir={workdir}",
+        "--noprogress",
+        *flags_,
+    ]
 
 
-def kill_once(arguments: list[str], workdir: pathlib.Path, *, inside_save: bool, rng: random.Random) -> str | None:
+def kill_once(
+    arguments: list[str], workdir: pathlib.Path, *, inside_save: bool, rng: random.Random
+) -> str | None:
     """Starts the run and kills it; says where it was, None where it had ended before."""
     before = set((workdir / "checkpoints").glob("*"))
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -57,7 +70,8 @@ def kill_once(arguments: list[str], workdir: pathlib.Path, *, inside_save: bool,
         return None
     process.kill()
     process.wait()
-    half_written = set((workdir / "checkpoints").glob("*tmp*")) - before  # without what an earlier kill left
+    # without what an earlier kill left
+    half_written = set((workdir / "checkpoints").glob("*tmp*")) - before
     return "inside a save" if half_written else "outside a save"
 
 
@@ -75,7 +89,9 @@ def main(argv: list[str]):
         subprocess.run(command(root / "data", undisturbed), check=True)
         kills = 0
         while kills < KILLS.value:
-            where = kill_once(command(root / "data", killed), killed, inside_save=bool(kills % 2), rng=rng)
+            where = kill_once(
+                command(root / "data", killed), killed, inside_save=bool(kills % 2), rng=rng
+            )
             if where is None:
                 raise RuntimeError(f"the run ended after {kills} kills: give it more steps")
             kills += 1

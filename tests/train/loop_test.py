@@ -48,7 +48,9 @@ def undisturbed(whole_run, tmp_path):
     return shutil.copytree(whole_run, tmp_path / "undisturbed")
 
 
-def test_a_run_writes_what_the_design_says_and_resumes_bit_for_bit(toy_config, undisturbed, tmp_path, monkeypatch):
+def test_a_run_writes_what_the_design_says_and_resumes_bit_for_bit(
+    toy_config, undisturbed, tmp_path, monkeypatch
+):
     for name in ("config.json", "metrics.jsonl", "tokenizer.json", "tensorboard", "checkpoints/6"):
         assert (undisturbed / name).exists(), name
     whole = records(undisturbed)
@@ -66,7 +68,9 @@ def test_a_run_writes_what_the_design_says_and_resumes_bit_for_bit(toy_config, u
     assert train(toy_config, killed) == 6
     assert records(killed) == whole
     assert not half_written.exists()
-    assert np.array_equal(load_weights(killed)[1]["norm"]["weight"], load_weights(undisturbed)[1]["norm"]["weight"])
+    assert np.array_equal(
+        load_weights(killed)[1]["norm"]["weight"], load_weights(undisturbed)[1]["norm"]["weight"]
+    )
 
     # SIGTERM after the third step: saved there, and continued to the same end.
     stopped = tmp_path / "stopped"
@@ -85,30 +89,46 @@ def test_a_run_writes_what_the_design_says_and_resumes_bit_for_bit(toy_config, u
     assert [r["loss"] for r in records(stopped)] == [r["loss"] for r in whole]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves its unread arrays behind
+# Orbax leaves its unread arrays behind
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_is_named_and_nothing_is_overwritten(toy_config, undisturbed):
-    files = sorted((p for p in (undisturbed / "checkpoints" / "6").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    files = sorted(
+        (p for p in (undisturbed / "checkpoints" / "6").rglob("*") if p.is_file()),
+        key=lambda p: p.stat().st_size,
+    )
     files[-1].write_bytes(files[-1].read_bytes()[:1000])
     before = {p: p.read_bytes() for p in undisturbed.rglob("*") if p.is_file()}
-    with pytest.raises(ValueError, match=r"checkpoint .*checkpoints/6 does not fit this config or is damaged"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint .*checkpoints/6 does not fit this config or is damaged"
+    ):
         train(toy_config, undisturbed)
     assert {p: p.read_bytes() for p in undisturbed.rglob("*") if p.is_file()} == before
 
 
 def test_a_run_continues_only_with_its_own_model(toy_config, undisturbed):
     toy_config.model.expert_ffn_size = 24
-    with pytest.raises(ValueError, match=r"was started with model.expert_ffn_size=16, not 24; use another --workdir"):
+    with pytest.raises(
+        ValueError,
+        match=r"was started with model.expert_ffn_size=16, not 24; use another --workdir",
+    ):
         train(toy_config, undisturbed)
 
 
-def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_good_checkpoint(toy_config, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_good_checkpoint(
+    toy_config, tmp_path, monkeypatch
+):
     point = loop.Schedule.__getitem__
 
     def exploding(self, step):
-        return dataclasses.replace(point(self, step), learning_rate=float("inf") if step == 2 else 1e-3)
+        return dataclasses.replace(
+            point(self, step), learning_rate=float("inf") if step == 2 else 1e-3
+        )
 
     monkeypatch.setattr(loop.Schedule, "__getitem__", exploding)
-    message = r"update_rms/.* is .* at step 2; its batch is in .*nonfinite_step_2.*last good checkpoint is of step 2"
+    message = (
+        r"update_rms/.* is .* at step 2; its batch is in .*nonfinite_step_2.*last good checkpoint"
+        r" is of step 2"
+    )
     with pytest.raises(NonFinite, match=message):
         train(toy_config, tmp_path)
     assert newest_step(tmp_path) == 2
@@ -133,24 +153,36 @@ def test_one_bad_element_of_a_gradient_is_seen_in_the_metrics(toy_config, tmp_pa
     with jax.set_mesh(make_mesh(dataclasses.replace(config.mesh, data=1), jax.devices()[:1])):
         step = jax.jit(lambda grads: update(trainee, state, grads, None, 1e-3, 1e-3)[1])
         good = jax.tree.map(lambda x: jnp.full(x.shape, 1e-3), state.params)
-        check = functools.partial(check_finite, step=0, workdir=tmp_path, batch=dict, good=lambda: None)
+        check = functools.partial(
+            check_finite, step=0, workdir=tmp_path, batch=dict, good=lambda: None
+        )
         check(step(good))
-        for place, value in itertools.product(("embed_tokens", "lm_head", "norm", "moe_layers"), (np.inf, -np.inf, np.nan)):
+        for place, value in itertools.product(
+            ("embed_tokens", "lm_head", "norm", "moe_layers"), (np.inf, -np.inf, np.nan)
+        ):
             leaves, treedef = jax.tree.flatten(good[place])
             leaves[-1] = leaves[-1].at[(0,) * leaves[-1].ndim].set(value)
             with pytest.raises(NonFinite, match="grad_norm is"):
                 check(step(good | {place: treedef.unflatten(leaves)}))
 
 
-def test_a_held_out_loss_that_is_not_finite_stops_before_the_save(toy_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.Evaluator, "__call__", lambda self, state: {"held_out_loss": float("nan")})
+def test_a_held_out_loss_that_is_not_finite_stops_before_the_save(
+    toy_config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        loop.Evaluator, "__call__", lambda self, state: {"held_out_loss": float("nan")}
+    )
     toy_config.loop.update(eval_every=4, checkpoint_every=2, keep_checkpoints=1)
-    with pytest.raises(NonFinite, match="held_out_loss is nan at step 3; .*last good checkpoint is of step 2"):
+    with pytest.raises(
+        NonFinite, match="held_out_loss is nan at step 3; .*last good checkpoint is of step 2"
+    ):
         train(toy_config, tmp_path)
     assert finished_steps(tmp_path) == [2]
 
 
-def test_a_run_that_goes_on_with_other_microbatches_counts_from_its_own_tokens(toy_config, tmp_path):
+def test_a_run_that_goes_on_with_other_microbatches_counts_from_its_own_tokens(
+    toy_config, tmp_path
+):
     toy_config.schedule.update(total_tokens=2048)
     assert train(toy_config, tmp_path) == 4
     toy_config.schedule.update(total_tokens=4096, first_microbatches=2, last_microbatches=2)
@@ -159,7 +191,10 @@ def test_a_run_that_goes_on_with_other_microbatches_counts_from_its_own_tokens(t
     assert [r["tokens"] for r in rows] == [512, 1024, 1536, 2048, 3072, 4096]
     assert [r["microbatches"] for r in rows] == [1, 1, 1, 1, 2, 2]
     toy_config.schedule.update(total_tokens=4000)
-    with pytest.raises(ValueError, match="schedule.total_tokens=4000 is less than the 4096 tokens that the run has seen"):
+    with pytest.raises(
+        ValueError,
+        match="schedule.total_tokens=4000 is less than the 4096 tokens that the run has seen",
+    ):
         train(toy_config, tmp_path)
     toy_config.schedule.update(total_tokens=8192)
     toy_config.loop.seed = 7
@@ -169,8 +204,14 @@ def test_a_run_that_goes_on_with_other_microbatches_counts_from_its_own_tokens(t
 
 
 def test_steps_that_are_not_finished_are_passed_over_and_named(toy_config, undisturbed, caplog):
-    """Neither resuming nor reading takes them, and they do not push a good one out of those kept."""
-    for step, names in {"7": (), "9": ("_CHECKPOINT_METADATA",), "11": ("state/d/0", "data/metadata")}.items():
+    """Neither resuming nor reading takes them, and they do not push a good one out of those
+    kept.
+    """
+    for step, names in {
+        "7": (),
+        "9": ("_CHECKPOINT_METADATA",),
+        "11": ("state/d/0", "data/metadata"),
+    }.items():
         folder = undisturbed / "checkpoints" / step
         folder.mkdir()
         for name in names:
@@ -179,7 +220,9 @@ def test_steps_that_are_not_finished_are_passed_over_and_named(toy_config, undis
     assert newest_step(undisturbed) == 6
     for step in (7, 9, 11):
         assert f"checkpoints/{step} is not finished: it is passed over" in caplog.text
-        with pytest.raises(ValueError, match=f"holds no finished checkpoint of step {step}; it has 4, 6"):
+        with pytest.raises(
+            ValueError, match=f"holds no finished checkpoint of step {step}; it has 4, 6"
+        ):
             load_weights(undisturbed, step)
     toy_config.schedule.update(total_tokens=8 * 512)
     assert train(toy_config, undisturbed) == 8
@@ -205,13 +248,19 @@ def test_what_other_libraries_log_or_raise_in_threads_is_not_for_the_terminal():
 
         entry.run(main)
     """
-    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=120
+    )
     first, last = done.stderr.splitlines()
-    assert done.returncode == 1 and "our warning" in first and last == "error: cannot write /full/disk"
+    assert (
+        done.returncode == 1 and "our warning" in first and last == "error: cannot write /full/disk"
+    )
 
 
 def test_a_batch_ramp_counts_its_microbatches_and_tokens(toy_config, tmp_path):
-    toy_config.schedule.update(first_microbatches=1, last_microbatches=2, batch_ramp_tokens=1024, total_tokens=5 * 512)
+    toy_config.schedule.update(
+        first_microbatches=1, last_microbatches=2, batch_ramp_tokens=1024, total_tokens=5 * 512
+    )
     assert train(toy_config, tmp_path) == 3  # 1 + 2 + 2 microbatches of 512 tokens
     rows = records(tmp_path)
     assert [r["microbatches"] for r in rows] == [1, 2, 2]
@@ -225,7 +274,10 @@ def test_a_batch_ramp_counts_its_microbatches_and_tokens(toy_config, tmp_path):
         ({"model.vocab_size": 304}, "the data's tokenizer has 3.. tokens, model.vocab_size=304"),
         ({"data.paths": ("/nowhere",)}, "/nowhere"),
         ({"data.batch_size": 80000, "data.virtual_shards": 80000}, "80000|80,000"),
-        ({"model.remat": "fulll"}, "remat='fulll' is not one of none, full, dots, context. Did you mean 'full'"),
+        (
+            {"model.remat": "fulll"},
+            "remat='fulll' is not one of none, full, dots, context. Did you mean 'full'",
+        ),
         ({"schedule.learning_rate": "fast"}, "learning_rate='fast'"),
         ({"optimizer.adam_eps": 0.0}, "optimizer.adam_eps=0.0 must be positive"),
         ({"optimizer.adam_b2": 1.0}, r"optimizer.adam_b2=1.0 must be in \[0, 1\)"),
@@ -252,7 +304,10 @@ def test_wrong_values_stop_before_anything_is_written(toy_config, tmp_path, chan
 
 def test_an_unknown_key_names_the_nearest(toy_config):
     toy_config.model.hiden_size = 3
-    with pytest.raises(ValueError, match=r"config.model key='hiden_size' is not one of .* Did you mean 'hidden_size'"):
+    with pytest.raises(
+        ValueError,
+        match=r"config.model key='hiden_size' is not one of .* Did you mean 'hidden_size'",
+    ):
         run_config(toy_config)
     del toy_config.model.hiden_size
     del toy_config.model.qk_norm

@@ -1,4 +1,6 @@
-"""The same training steps on meshes of eight simulated devices as on one device (FACTS: number 7 of the first issue)."""
+"""The same training steps on meshes of eight simulated devices as on one device (FACTS: number 7 of
+the first issue).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from glm_jax.train.step import Knobs, compile_step
 
 STEPS, ROWS, LENGTH = 3, 8, 32
 MESHES = [  # data, fsdp, expert
-    (8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (2, 1, 4), (1, 2, 4), (1, 4, 2), (2, 2, 2), (4, 1, 2),
+    (8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (2, 1, 4), (1, 2, 4), (1, 4, 2), (2, 2, 2),
+    (4, 1, 2),
 ]  # fmt: skip
 
 
@@ -27,23 +30,32 @@ def batch_of(vocab_size: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     segments = np.sort(rng.integers(1, 4, (1, ROWS, LENGTH)), axis=-1).astype(np.int32)
     segments[0, 0, 20:] = 0
-    tokens, targets = (rng.integers(0, vocab_size, (1, ROWS, LENGTH)).astype(np.int32) for _ in range(2))
-    starts = np.concatenate([np.ones((1, ROWS, 1), bool), segments[..., 1:] != segments[..., :-1]], axis=-1)
+    tokens, targets = (
+        rng.integers(0, vocab_size, (1, ROWS, LENGTH)).astype(np.int32) for _ in range(2)
+    )
+    starts = np.concatenate(
+        [np.ones((1, ROWS, 1), bool), segments[..., 1:] != segments[..., :-1]], axis=-1
+    )
     index = np.broadcast_to(np.arange(LENGTH), segments.shape)
     positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=-1)
     weights = (segments > 0).astype(np.float32)
     return {
-        "tokens": tokens, "targets": targets, "segment_ids": segments, "positions": positions.astype(np.int32), "loss_weights": weights
+        "tokens": tokens, "targets": targets, "segment_ids": segments,
+        "positions": positions.astype(np.int32), "loss_weights": weights
     }  # fmt: skip
 
 
 def mesh_of(sizes):
-    config = MeshConfig(**{**dict.fromkeys(MESH_AXES, 1), **dict(zip(MESH_AXES, sizes, strict=False))})
+    config = MeshConfig(
+        **{**dict.fromkeys(MESH_AXES, 1), **dict(zip(MESH_AXES, sizes, strict=False))}
+    )
     return make_mesh(config, jax.devices()[: int(np.prod(sizes))])
 
 
 def run_steps(trainee: Trainee, initial, sizes) -> dict[bool, list]:
-    """{one expert gets every token: [(metrics, params, router, optimizer state) of every step, on the host]}."""
+    """{one expert gets every token: [(metrics, params, router, optimizer state) of every step, on
+    the host]}.
+    """
     mesh = mesh_of(sizes)
     batch = batch_of(trainee.config.vocab_size)
     batch = {n: jax.device_put(x, named(mesh, (None, "batch", "length"))) for n, x in batch.items()}
@@ -54,13 +66,21 @@ def run_steps(trainee: Trainee, initial, sizes) -> dict[bool, list]:
         if one_expert:  # every token chooses expert 0
             raised = jax.tree.map(lambda b: b + 100.0 * (np.arange(b.shape[-1]) == 0), state.router)
             state = dataclasses.replace(state, router=raised)
-        state = jax.tree.map(lambda x, a: jax.device_put(x.astype(a.dtype), a.sharding), state, trainee.abstract_state(mesh))
+        state = jax.tree.map(
+            lambda x, a: jax.device_put(x.astype(a.dtype), a.sharding),
+            state,
+            trainee.abstract_state(mesh),
+        )
         out[one_expert] = []
         with jax.set_mesh(mesh):
             for _ in range(STEPS):
                 state, metrics = step(state, batch, knobs)
-                out[one_expert].append(jax.device_get((metrics, state.params, state.router, state.opt_state)))
-    assert step._cache_size() == 1, "a state that comes back placed otherwise compiles the step anew"
+                out[one_expert].append(
+                    jax.device_get((metrics, state.params, state.router, state.opt_state))
+                )
+    assert step._cache_size() == 1, (
+        "a state that comes back placed otherwise compiles the step anew"
+    )
     return out
 
 
@@ -89,10 +109,14 @@ def one_device(trainee, initial):
 
 def assert_close(ours, oracle, tolerance, what):
     """Norm of the difference over the norm, leaf by leaf."""
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(oracle), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(oracle), strict=True
+    ):
         norm = np.linalg.norm(np.asarray(b, np.float64))
         error = np.linalg.norm(np.asarray(a, np.float64) - np.asarray(b, np.float64))
-        assert error <= tolerance * norm + 1e-12, f"{what}{jax.tree_util.keystr(path)}: {error / max(norm, 1e-30):.2e}"
+        assert error <= tolerance * norm + 1e-12, (
+            f"{what}{jax.tree_util.keystr(path)}: {error / max(norm, 1e-30):.2e}"
+        )
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=lambda s: "x".join(map(str, s)))
@@ -112,10 +136,18 @@ def test_three_steps_equal_one_device(trainee, initial, one_device, sizes):
             np.testing.assert_array_equal(metrics["expert_counts"][:, 0], tokens)
 
 
-@pytest.mark.parametrize(("expert_exchange", "expert_buffer"), [("all_gather", 1.25), ("all_to_all", 0.3)])
-def test_other_exchanges_equal_one_device(trainee, initial, one_device, expert_exchange, expert_buffer):
-    """What the cases above do in one round or a few, all tokens at every device, and in many rounds."""
-    config = dataclasses.replace(trainee.config, expert_exchange=expert_exchange, expert_buffer=expert_buffer)
+@pytest.mark.parametrize(
+    ("expert_exchange", "expert_buffer"), [("all_gather", 1.25), ("all_to_all", 0.3)]
+)
+def test_other_exchanges_equal_one_device(
+    trainee, initial, one_device, expert_exchange, expert_buffer
+):
+    """What the cases above do in one round or a few, all tokens at every device, and in many
+    rounds.
+    """
+    config = dataclasses.replace(
+        trainee.config, expert_exchange=expert_exchange, expert_buffer=expert_buffer
+    )
     results = run_steps(dataclasses.replace(trainee, config=config), initial, (2, 1, 4))
     for one_expert in (False, True):
         metrics, params, _, opt_state = results[one_expert][0]
@@ -128,6 +160,11 @@ def test_a_state_is_born_split_and_equal_to_one_devices(trainee, initial):
     state = trainee.create_state(mesh_of((2, 2, 2)), 0)
     jax.tree.map(np.testing.assert_array_equal, state, initial)
     experts = state.params["moe_layers"]["mlp"]["experts"]["gate_proj"]
-    assert experts.addressable_shards[0].data.shape == (1, 4, 16, 16) and experts.shape == (1, 8, 32, 16)
+    assert experts.addressable_shards[0].data.shape == (1, 4, 16, 16) and experts.shape == (
+        1,
+        8,
+        32,
+        16,
+    )
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == experts.shape]
     assert moments and all(m.sharding == experts.sharding for m in moments)

@@ -32,7 +32,13 @@ def batch_of(microbatches: int) -> dict:
     segments = np.broadcast_to(1 + np.arange(LENGTH) // 20, shape).astype(np.int32)
     positions = np.broadcast_to(np.arange(LENGTH) % 20, shape).astype(np.int32)
     weights = rng.integers(0, 2, shape).astype(np.float32)
-    return {"tokens": tokens, "targets": targets, "segment_ids": segments, "positions": positions, "loss_weights": weights}
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "segment_ids": segments,
+        "positions": positions,
+        "loss_weights": weights,
+    }
 
 
 def knobs(microbatches: int, rate: float = 1e-3) -> Knobs:
@@ -44,9 +50,12 @@ def test_two_microbatches_equal_one_batch_and_a_third_empty_one_changes_nothing(
     compute = jax.jit(lambda batch, knobs: gradients(trainee, state, batch, knobs, 1e-4))
     whole = compute(batch_of(1), knobs(1))
     halves = batch_of(2)
-    padded = jax.tree.map(lambda x: np.concatenate([x, x[:1]]), halves)  # the third is not to be read
+    # the third is not to be read
+    padded = jax.tree.map(lambda x: np.concatenate([x, x[:1]]), halves)
     for parts in (compute(halves, knobs(2)), compute(padded, knobs(2))):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), whole, parts)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), whole, parts
+        )
 
 
 def test_what_the_backward_pass_recomputes_changes_nothing(toy_config):
@@ -54,9 +63,15 @@ def test_what_the_backward_pass_recomputes_changes_nothing(toy_config):
     for policy in REMAT_POLICIES:
         trainee = Trainee.create(dataclasses.replace(run.model, remat=policy), run.optimizer)
         state = trainee.initial_state(jax.random.key(0))
-        found[policy] = jax.jit(lambda batch, knobs, t=trainee, s=state: gradients(t, s, batch, knobs, 1e-4))(batch_of(1), knobs(1))
+        found[policy] = jax.jit(
+            lambda batch, knobs, t=trainee, s=state: gradients(t, s, batch, knobs, 1e-4)
+        )(batch_of(1), knobs(1))
     for policy in REMAT_POLICIES:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found["none"], found[policy])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+            found["none"],
+            found[policy],
+        )
 
 
 def test_changing_knobs_compiles_nothing(trainee, mesh):
@@ -72,11 +87,15 @@ def test_clipping_scales_every_gradient_by_one_factor(trainee, mesh):
     momenta = []
     for limit in (0.0, 0.01):
         clipped = dataclasses.replace(trainee, max_grad_norm=limit)
-        new, metrics = compile_step(clipped, 1e-4, mesh)(jax.tree.map(jnp.copy, state), batch_of(1), knobs(1))
+        new, metrics = compile_step(clipped, 1e-4, mesh)(
+            jax.tree.map(jnp.copy, state), batch_of(1), knobs(1)
+        )
         momenta.append([x for x in jax.tree.leaves(new.opt_state) if x.ndim > 2])
     factor = 0.01 / float(metrics["grad_norm"])
     assert factor < 0.1
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a * factor, b, rtol=1e-4, atol=1e-9), *momenta)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a * factor, b, rtol=1e-4, atol=1e-9), *momenta
+    )
 
 
 def test_registry_walks_all_routers_trunk_first_then_mtp():
