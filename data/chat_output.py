@@ -8,7 +8,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 from data import json_schema
-from data.chat_template import STOP_TOKENS, TemplateError, check_tools, from_json, split, to_json
+from data.chat_messages import TemplateError, check_tools, from_json, to_json
+from data.chat_template import STOP_TOKENS, split
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 # Where a special token leads from one part of the turn into the next.

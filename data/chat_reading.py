@@ -7,8 +7,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from data.chat_messages import TemplateError, check_tools, from_json
 from data.chat_output import MalformedOutput, message_of, split_tokens
-from data.chat_template import TOOLS_AFTER, TOOLS_BEFORE, TemplateError, check_tools, from_json
+from data.chat_template import TOOLS_AFTER, TOOLS_BEFORE
 from data.tokenizer import Tokenizer
 
 MARKERS = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")  # each begins a turn

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from glm_jax.hf_config import config_to_hf
-from glm_jax.infer.engine import Engine, EngineConfig, SamplingParams
+from glm_jax.hf.config import config_to_hf
+from glm_jax.infer.config import EngineConfig
+from glm_jax.infer.engine import Engine
+from glm_jax.infer.sampling import SamplingParams
 from glm_jax.model.transformer import GLM
 from glm_jax.sharding import make_mesh
 from glm_jax.train.state import Trainee

@@ -25,7 +25,8 @@ from experiments import entry
 from glm_jax import hf
 from glm_jax.config import DTYPES, EXPERT_EXCHANGES, REMAT_POLICIES
 from glm_jax.model.moe import RouterBias
-from glm_jax.train.checkpoint import Checkpoints, load_weights
+from glm_jax.run.checkpoints import Checkpoints
+from glm_jax.train.start import load_weights
 from glm_jax.train.state import build_model
 from pallas_kernels.attention import api as attention
 from pallas_kernels.moe_dispatch import api as moe_dispatch

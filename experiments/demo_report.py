@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 from experiments import entry, reasoning_report
-from glm_jax.train.metrics import read_metrics
+from glm_jax.run.recorder import read_metrics
 
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Work directory of a finished run of experiments.train."

@@ -12,8 +12,9 @@ import pathlib
 from absl import flags
 from tqdm import tqdm
 
-from experiments import entry, rolling
-from glm_jax.rl.collector import Draw
+from experiments import entry
+from glm_jax.envs.worker import SamplingSpec
+from glm_jax.evaluation import run_worker
 from glm_jax.rl.difficulty import measure, write_difficulties
 
 WORKDIR = flags.DEFINE_string(
@@ -33,16 +34,18 @@ MAX_NEW_TOKENS = flags.DEFINE_integer(
 TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of the rollouts.", lower_bound=0.0)
 THINKING = flags.DEFINE_bool("thinking", True, "Ask the model to reason.")
 NUM_ROWS = flags.DEFINE_integer("num_rows", 64, "Rollouts at a time.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "Of everything that is drawn.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "Seeds everything that is sampled.", lower_bound=0)
 
 
 def main(argv: list[str]):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
-    draw = Draw(FEW.value, MAX_NEW_TOKENS.value, TEMPERATURE.value, SEED.value, THINKING.value)
-    tasks, roller = rolling.open_run(WORKDIR.value, TASKS.value, draw, NUM_ROWS.value)
+    spec = SamplingSpec(
+        FEW.value, MAX_NEW_TOKENS.value, TEMPERATURE.value, SEED.value, THINKING.value
+    )
+    tasks, worker = run_worker.open_worker(WORKDIR.value, TASKS.value, spec, NUM_ROWS.value)
     with tqdm(unit="rollout", desc="difficulty") as bar:
-        found = measure(roller, tasks, draw, MANY.value, bar.update)
+        found = measure(worker, tasks, spec, MANY.value, bar.update)
     write_difficulties(pathlib.Path(OUTPUT.value), found)
     never = sum(d.solved == 0 for d in found.values())
     always = sum(d.solved == d.tried for d in found.values())

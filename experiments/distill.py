@@ -28,8 +28,9 @@ import pathlib
 
 from absl import flags
 
-from experiments import distilling, entry
-from glm_jax.rl.collector import Draw
+from experiments import entry
+from glm_jax.envs.worker import SamplingSpec
+from glm_jax.sft import distillation
 from glm_jax.sft.rejection import RejectionConfig
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of the run that answers.")
@@ -44,7 +45,7 @@ MAX_NEW_TOKENS = flags.DEFINE_integer(
 TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of the rollouts.", lower_bound=0.0)
 THINKING = flags.DEFINE_bool("thinking", True, "Ask the model to reason.")
 NUM_ROWS = flags.DEFINE_integer("num_rows", 64, "Rollouts at a time.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "Of everything that is drawn.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "Seeds everything that is sampled.", lower_bound=0)
 MIN_TOKENS = flags.DEFINE_integer("min_tokens", 1, "Shorter outputs are dropped.", lower_bound=1)
 MIN_REWARD = flags.DEFINE_float(
     "min_reward", 1.0, "Outputs that the verifier gives less are dropped."
@@ -66,7 +67,9 @@ EASY_RESPONSES = flags.DEFINE_integer(
 def main(argv: list[str]):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
-    draw = Draw(SAMPLES.value, MAX_NEW_TOKENS.value, TEMPERATURE.value, SEED.value, THINKING.value)
+    spec = SamplingSpec(
+        SAMPLES.value, MAX_NEW_TOKENS.value, TEMPERATURE.value, SEED.value, THINKING.value
+    )
     config = RejectionConfig(
         min_tokens=MIN_TOKENS.value, min_reward=MIN_REWARD.value, drop_shortest=DROP_SHORTEST.value,
         hard_pass_rate=HARD_PASS_RATE.value,
@@ -74,10 +77,10 @@ def main(argv: list[str]):
         min_preference=0.0,  # of no effect: every task has a verifier
     )  # fmt: skip
     output = pathlib.Path(OUTPUT.value)
-    counts = distilling.distill(
-        WORKDIR.value, TASKS.value, output, draw, NUM_ROWS.value, config, progress=True
+    counts = distillation.distill(
+        WORKDIR.value, TASKS.value, output, spec, NUM_ROWS.value, config, progress=True
     )
-    print(distilling.table(counts))
+    print(distillation.table(counts))
     print(f"{counts['kept']} conversations in {output}")
 
 

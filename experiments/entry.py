@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from data.pipeline import DataConfig
 from glm_jax.config import ModelConfig, check_choice, from_mapping
 from glm_jax.devices import choose_platforms, describe, keep_compiled_programs
-from glm_jax.infer.engine import EngineConfig
+from glm_jax.infer.config import EngineConfig
 from glm_jax.optim.optimizer import OptimizerConfig
 from glm_jax.optim.schedules import ScheduleConfig
 from glm_jax.rl.config import (

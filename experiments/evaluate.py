@@ -23,7 +23,9 @@ import pathlib
 
 from absl import flags
 
-from experiments import entry, evaluating
+from experiments import entry
+from glm_jax.evaluation import results, tasks
+from glm_jax.evaluation.subject import Settings, open_subject, read_tokenizer
 
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Work directory of a run, or a Hugging Face folder with a tokenizer.json."
@@ -81,7 +83,7 @@ THINKING = flags.DEFINE_bool("thinking", True, "In chat, let the model reason fi
 def main(argv: list[str]):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
-    settings = evaluating.Settings(
+    settings = Settings(
         limit=LIMIT.value, context=CONTEXT.value, num_rows=NUM_ROWS.value,
         batch_tokens=BATCH_TOKENS.value,
         draft_tokens=DRAFT_TOKENS.value, max_new_tokens=MAX_NEW_TOKENS.value,
@@ -89,14 +91,12 @@ def main(argv: list[str]):
         num_examples=EXAMPLES.value, chat=CHAT.value, thinking=THINKING.value,
     )  # fmt: skip
     path = pathlib.Path(WORKDIR.value)
-    tokenizer = evaluating.read_tokenizer(path)
-    tasks = evaluating.prepare(TASKS.value, path, DATA.value, tokenizer, settings)
-    output, known = evaluating.find_output(path, STEP.value, OUTPUT.value)
-    subject = evaluating.open_subject(path, STEP.value, tokenizer, settings)
-    results = evaluating.run(tasks, subject, output, known)
-    print(
-        evaluating.table({name: entry for name, entry in results.items() if entry["task"] in tasks})
-    )
+    tokenizer = read_tokenizer(path)
+    prepared = tasks.prepare(TASKS.value, path, DATA.value, tokenizer, settings)
+    output, known = results.find_output(path, STEP.value, OUTPUT.value)
+    subject = open_subject(path, STEP.value, tokenizer, settings)
+    found = tasks.run(prepared, subject, output, known)
+    print(results.table({n: entry for n, entry in found.items() if entry["task"] in prepared}))
     print(f"\n{output}")
 
 

@@ -11,7 +11,8 @@ from absl import flags
 from data.fim import fim_prompt
 from experiments import entry
 from glm_jax import load
-from glm_jax.infer.engine import SamplingParams, generate
+from glm_jax.infer.engine import generate
+from glm_jax.infer.sampling import SamplingParams
 
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Work directory of a run, or a Hugging Face folder with a tokenizer.json."

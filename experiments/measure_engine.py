@@ -24,9 +24,11 @@ from experiments import entry
 from glm_jax import load
 from glm_jax.config import from_mapping
 from glm_jax.infer.agreement import agreement
-from glm_jax.infer.engine import Engine, EngineConfig, SamplingParams
+from glm_jax.infer.config import EngineConfig
+from glm_jax.infer.engine import Engine
+from glm_jax.infer.sampling import SamplingParams
 from glm_jax.model.transformer import GLM
-from glm_jax.train.checkpoint import read_config
+from glm_jax.run.checkpoints import read_config
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a finished run.")
 PROMPTS = flags.DEFINE_integer(

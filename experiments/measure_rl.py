@@ -15,15 +15,14 @@ import tempfile
 
 import numpy as np
 from absl import flags
-from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import rl_math_tiny
 from experiments import entry
+from glm_jax.envs.worker import SamplingSpec
 from glm_jax.rewards import verifiers
-from glm_jax.rewards.task import Reward
 from glm_jax.rl import loop
-from glm_jax.rl.collector import Draw
+from glm_jax.rollouts.task import Reward
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of the run to start from.")
 STEPS = flags.DEFINE_integer("steps", 3, "Steps to time of each size.", lower_bound=1)
@@ -35,20 +34,20 @@ SIZES = flags.DEFINE_list(
 PHASES = ("generate", "score", "train", "swap")
 
 
-def step(run: loop.Run, draw: Draw, number: int) -> dict[str, float]:
+def step(run: loop.Run, spec: SamplingSpec, number: int) -> dict[str, float]:
     """Seconds of each phase."""
-    tasks = run.tasks.take(run.config.rollout.prompts_per_step)
-    groups = run.roller.roll(tasks, draw, number)
-    asked = [task for task in tasks for _ in range(draw.group_size)]
+    tasks = run.controllers.take(run.config.rollout.prompts_per_step)
+    groups = run.source.rollouts(tasks, spec, number)
+    asked = [task for task in tasks for _ in range(spec.group_size)]
     with run.timed("score"):
         verifiers.score(asked, [{"role": "assistant", "content": r"\boxed{5}"}] * len(asked))
     for group in groups:
         for place, rollout in enumerate(group.rollouts):
             rollout.reward = Reward(float(place % 2), {})
     with run.timed("train"):
-        run.learn(groups, draw.temperature)
+        run.learner.learn(groups, spec.temperature, number)
     with run.timed("swap"):
-        run.roller.engine.set_weights(nnx.state(run.model()), recompute=True, version=run.version)
+        run.source.set_weights(run.learner.weights(), run.learner.version)
     return run.phases()
 
 
@@ -62,13 +61,13 @@ def measure(config: ConfigDict, group_size: int, length: int) -> dict[str, float
     config.grpo.row_length = 2 * -(-context // 16) * 16
     config.rollout.group_size, config.control.length_stages = group_size, ((0, length),)
     rl, start = entry.rl_config(config)
-    draw = Draw(group_size, length, 1.0, rl.loop.seed, rl.tasks.thinking)
+    spec = SamplingSpec(group_size, length, 1.0, rl.loop.seed, rl.tasks.thinking)
     with tempfile.TemporaryDirectory() as folder:
         run = loop.open_run(
             rl, start, pathlib.Path(folder), config_json=config.to_json(), progress=False
         )
-        run.roller.stop_tokens = ()
-        found = [step(run, draw, i * rl.rollout.prompts_per_step) for i in range(STEPS.value + 1)][
+        run.source.worker.stop_tokens = ()
+        found = [step(run, spec, i * rl.rollout.prompts_per_step) for i in range(STEPS.value + 1)][
             1:
         ]
         run.close()

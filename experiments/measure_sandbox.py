@@ -17,10 +17,10 @@ import time
 from absl import flags
 
 from experiments import entry
-from experiments.evaluating_code import human_eval_tasks
 from glm_jax import sandbox
+from glm_jax.evaluation.human_eval import human_eval_tasks
 from glm_jax.rewards.code import CodeVerifier
-from glm_jax.rewards.task import Task
+from glm_jax.rollouts.task import Task
 
 WORKERS = flags.DEFINE_integer("workers", 2, "Solutions run at a time.", lower_bound=1)
 RUNS = flags.DEFINE_integer("runs", 30, "Sandboxed runs to time; answers to judge.", lower_bound=2)

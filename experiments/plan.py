@@ -24,7 +24,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import entry
-from glm_jax.infer.engine import EngineConfig
+from glm_jax.infer.config import EngineConfig
 from glm_jax.plan.page import page
 from glm_jax.plan.plan import plan_engine, plan_train, worst
 from pallas_kernels.compiler import tpu_devices

@@ -10,7 +10,7 @@ import pathlib
 
 import numpy as np
 
-from glm_jax.train.metrics import read_metrics
+from glm_jax.run.recorder import read_metrics
 
 MIN_ANSWERS = 10  # whose share solved is worth a point
 

@@ -19,9 +19,10 @@ from absl import flags
 
 from experiments import entry
 from glm_jax import load
-from glm_jax.infer.engine import Engine, EngineConfig
-from glm_jax.infer.server import Server, ServerConfig, bound_socket, create_app
-from glm_jax.infer.service import Service, ServiceConfig
+from glm_jax.infer.config import EngineConfig
+from glm_jax.infer.engine import Engine
+from glm_jax.serve.server import Server, ServerConfig, bound_socket, create_app
+from glm_jax.serve.service import Service, ServiceConfig
 
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Work directory of a run, or a Hugging Face folder with a tokenizer.json."

@@ -21,7 +21,8 @@ import sys
 
 from absl import flags
 
-from experiments import entry, sweep_results, sweep_rewards, sweeping
+from experiments import entry, sweep_results, sweep_rewards
+from experiments import sweep_runner as runner
 
 SWEEP = flags.DEFINE_string(
     "sweep", None, "A file of experiments/sweeps/: CONFIG, RUNS, METRIC, PLOT."
@@ -54,17 +55,17 @@ def main(argv: list[str]):
     if RESULTS_ONLY.value and INDEX.value is not None:
         raise ValueError("--results_only takes no --index")
     workdir = pathlib.Path(WORKDIR.value)
-    sweep = sweeping.load_sweep(SWEEP.value)
-    runs = sweeping.prepare(sweep, workdir, places())
+    sweep = runner.load_sweep(SWEEP.value)
+    runs = runner.prepare(sweep, workdir, places())
     failed = []
     if not RESULTS_ONLY.value:
         for run in runs:
-            sweeping.check_data(run)
+            runner.check_data(run)
         for run in chosen(runs, INDEX.value):
             if not execute(run):
                 failed.append(run.name)
     if INDEX.value is None:
-        write = sweep_rewards.write if sweep.metric in sweeping.REWARDS else sweep_results.write
+        write = sweep_rewards.write if sweep.metric in runner.REWARDS else sweep_results.write
         print(write(sweep, runs, workdir))
     if failed:
         raise ValueError(
@@ -83,7 +84,7 @@ def places() -> dict[str, object]:
     return found
 
 
-def chosen(runs: list[sweeping.Run], index: int | None) -> list[sweeping.Run]:
+def chosen(runs: list[runner.Run], index: int | None) -> list[runner.Run]:
     if index is None:
         return runs
     if index >= len(runs):
@@ -91,13 +92,13 @@ def chosen(runs: list[sweeping.Run], index: int | None) -> list[sweeping.Run]:
     return [runs[index]]
 
 
-def execute(run: sweeping.Run) -> bool:
+def execute(run: runner.Run) -> bool:
     """Runs or resumes one run; False where it failed. Exits where it was stopped."""
     if run.is_finished():
         print(f"{run.name}: finished before, skipped", flush=True)
         return True
     print(f"{run.name}: {' '.join(f'{k}={v}' for k, v in run.overrides.items())}", flush=True)
-    code, stopped = sweeping.execute(run, progress=sys.stderr.isatty())
+    code, stopped = runner.execute(run, progress=sys.stderr.isatty())
     if stopped or (code == 0 and not run.is_finished()):
         print(f"stopped in {run.name}; the same command goes on from there", file=sys.stderr)
         sys.exit(1)

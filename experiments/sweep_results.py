@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from experiments.sweeping import Run, Sweep, value_of
-from glm_jax.train.metrics import read_metrics
+from experiments.sweep_runner import Run, Sweep, value_of
+from glm_jax.run.recorder import read_metrics
 
 # one a group, one shade a run
 PALETTES = ("Blues", "Oranges", "Greens", "Purples", "Reds", "Greys")

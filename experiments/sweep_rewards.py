@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.sweep_results import SMOOTHING, write_with
-from experiments.sweeping import Run, Sweep
+from experiments.sweep_runner import Run, Sweep
 from glm_jax.rl.measures import held_out_scores
 
 COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:red", "tab:gray")

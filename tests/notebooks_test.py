@@ -21,7 +21,7 @@ from experiments import entry
 from glm_jax import hf, load
 from glm_jax.rl import loop as rl_loop
 from glm_jax.sharding import make_mesh
-from glm_jax.train.checkpoint import load_weights
+from glm_jax.train.start import load_weights
 
 NOTEBOOKS = sorted(pathlib.Path("experiments/notebooks").glob("*.ipynb"))
 

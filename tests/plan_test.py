@@ -7,7 +7,7 @@ import re
 import pytest
 
 from configs import glm45
-from glm_jax.infer.engine import EngineConfig
+from glm_jax.infer.config import EngineConfig
 from glm_jax.optim.optimizer import OptimizerConfig
 from glm_jax.plan import program
 from glm_jax.plan.page import page

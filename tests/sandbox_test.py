@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from glm_jax import sandbox
+from glm_jax import bubblewrap, sandbox
 from glm_jax.sandbox import STANDARD, Box, Status, run
 from tests.sandboxes import needs_sandbox, run_unprotected
 
@@ -356,7 +356,7 @@ def test_a_sandbox_ends_with_the_process_that_made_it():
         "import os, sys; os.execv(sys.executable, [sys.executable, '-c', 'import time;"
         f" time.sleep(1000)', {name!r}])"
     )
-    outside = f"from glm_jax import sandbox; sandbox.run({inside!r}, sandbox.STANDARD)"
+    outside = f"from glm_jax import bubblewrap, sandbox; sandbox.run({inside!r}, sandbox.STANDARD)"
     with subprocess.Popen(
         [sys.executable, "-c", outside], cwd=pathlib.Path(__file__).parent.parent
     ) as process:
@@ -504,4 +504,4 @@ def test_another_machine_is_refused(monkeypatch):
     with pytest.raises(
         ValueError, match="no sandbox for a 'm68k' machine; there is for x86_64, aarch64"
     ):
-        sandbox._filter.__wrapped__()
+        bubblewrap.seccomp_filter.__wrapped__()

@@ -5,9 +5,9 @@ to start from, reinforcement learning that fits it, and what of their records tw
 import json
 import pathlib
 
-from glm_jax.rewards.task import Reward
-from glm_jax.rl.rollout import RolloutStatus
-from glm_jax.train.metrics import read_metrics
+from glm_jax.rollouts.rollout import RolloutStatus
+from glm_jax.rollouts.task import Reward
+from glm_jax.run.recorder import read_metrics
 
 MEASURED = {"tokens_per_second", "mfu"}  # differ from run to run, as all seconds do
 
@@ -69,10 +69,10 @@ def parity(tasks, messages) -> list[Reward]:
     return [Reward(r, {"even": r}) for r in rewards]
 
 
-def read_anything(roller, task, request) -> tuple[RolloutStatus, dict]:
-    """For Roller.read: a toy cannot write GLM's format."""
-    del task
-    return RolloutStatus.COMPLETED, {"content": roller.tokenizer.decode(request.tokens)}
+def read_anything(worker, tools, request) -> tuple[RolloutStatus, dict]:
+    """For RolloutWorker.read: a toy cannot write GLM's format."""
+    del tools
+    return RolloutStatus.COMPLETED, {"content": worker.tokenizer.decode(request.tokens)}
 
 
 def records(workdir) -> list[dict]:

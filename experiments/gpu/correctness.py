@@ -13,7 +13,9 @@ import numpy as np
 from configs import glm45
 from experiments.gpu.measuring import Section
 from glm_jax.config import ModelConfig, from_mapping
-from glm_jax.infer.engine import Engine, EngineConfig, SamplingParams
+from glm_jax.infer.config import EngineConfig
+from glm_jax.infer.engine import Engine
+from glm_jax.infer.sampling import SamplingParams
 from glm_jax.optim.optimizer import OptimizerConfig
 from glm_jax.train.state import Trainee, TrainState, build_model, initial_weights
 from glm_jax.train.step import Knobs, gradients, update

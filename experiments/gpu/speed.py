@@ -13,7 +13,9 @@ from configs import gpu_1b
 from experiments.gpu.correctness import TOY
 from experiments.gpu.measuring import GIB, Section, peak_gib
 from glm_jax.config import ModelConfig, from_mapping
-from glm_jax.infer.engine import Engine, EngineConfig, SamplingParams
+from glm_jax.infer.config import EngineConfig
+from glm_jax.infer.engine import Engine
+from glm_jax.infer.sampling import SamplingParams
 from glm_jax.optim.optimizer import OptimizerConfig
 from glm_jax.sharding import MeshConfig, make_mesh
 from glm_jax.train.metrics import flops_per_token, peak_flops

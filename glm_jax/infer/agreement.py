@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from glm_jax.infer.engine import Request
+from glm_jax.infer.request import Request
 from glm_jax.model.transformer import GLM
 
 CHUNK = 128  # positions whose logits exist at a time

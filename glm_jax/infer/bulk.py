@@ -14,7 +14,8 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from glm_jax.infer.engine import Engine, Request
+from glm_jax.infer.engine import Engine
+from glm_jax.infer.request import Request
 from glm_jax.infer.sampling import SamplingParams
 
 MIN_LENGTH = 32  # tokens a row; from here on each power of two that occurs compiles a program

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import itertools
 import logging
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -21,8 +19,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from glm_jax.config import ModelConfig, check_choice
 from glm_jax.infer import quantize
+from glm_jax.infer.config import EngineConfig, num_shards
 from glm_jax.infer.pages import NO_KEY, PagePool, page_key
 from glm_jax.infer.request import Request, best_of
 from glm_jax.infer.rows import Batch
@@ -30,7 +28,6 @@ from glm_jax.infer.sampling import SamplingParams
 from glm_jax.infer.steps import Drawn, Rows, decode, experts_of, prefill
 from glm_jax.model.cache import empty_pages
 from glm_jax.model.transformer import GLM, per_layer
-from glm_jax.sharding import BATCH_AXES
 
 MIN_TABLE = 4  # pages
 # Tokens drawn in one call for the other rows, where one has a constraint: that one gets a single
@@ -38,87 +35,6 @@ MIN_TABLE = 4  # pages
 STEPS_BESIDE_CONSTRAINT = 4
 DecodeText = Callable[[Sequence[int]], str]  # of token ids
 logger = logging.getLogger(__name__)
-CACHE_DTYPES = ("compute", "float32", "bfloat16", "float8_e4m3fn")
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineConfig:
-    """Sizes of the engine. What runs on the device compiles once for each size of batch (powers of
-    two from min_rows on) that occurs; a prefill also for each length of chunk (min_chunk, times 4,
-    times 16, ...) and of page table (powers of two from MIN_TABLE on).
-    """
-
-    # most tokens of a request, prompt and continuation; at most the model's max_length
-    context: int
-    num_rows: int  # requests in the batch at a time
-    # rows of the smallest batch: more compiles less, and computes more where few requests run
-    min_rows: int
-    page_size: int  # tokens
-    num_pages: int
-    prefill_chunk: int  # most tokens of a row in one prefill call
-    min_chunk: int  # tokens of the shortest prefill call: the same trade
-    # tokens drawn in one call before the host looks: more is faster, and later to let requests in
-    decode_steps: int
-    # guessed by the MTP block and verified in one pass of the trunk; 0: no speculation
-    draft_tokens: int
-    # quantize.FORMATS: 'compute' precision, 'fp8' (128 x 128 blocks), 'int8' (columns)
-    weights: str
-    cache_dtype: str  # of keys and values: 'compute' precision or one of CACHE_DTYPES
-    keep_experts: bool  # give every request the experts that its tokens were routed to
-
-    def __post_init__(self):
-        check_choice("engine.weights", self.weights, quantize.FORMATS)
-        check_choice("engine.cache_dtype", self.cache_dtype, CACHE_DTYPES)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (
-                type(value) is not int or value < (field.name != "draft_tokens")
-            ):
-                raise ValueError(
-                    f"engine.{field.name}={value!r} must be a positive integer; draft_tokens may"
-                    " be 0"
-                )
-        for small, large in (("min_rows", "num_rows"), ("min_chunk", "prefill_chunk")):
-            if getattr(self, small) > getattr(self, large):
-                raise ValueError(
-                    f"engine.{small}={getattr(self, small)} exceeds {large}={getattr(self, large)}"
-                )
-        longest = self.context + self.draft_tokens
-        if self.num_pages * self.page_size < longest:
-            raise ValueError(
-                f"engine.num_pages={self.num_pages} of {self.page_size} tokens hold no request of"
-                f" {longest} with its drafts"
-            )
-
-    def check(self, model: ModelConfig, mesh: Mesh | None):
-        """Raises ValueError where an engine of these sizes cannot run the model, or be split over
-        the mesh.
-        """
-        shards = num_shards(mesh)
-        for field in ("num_rows", "num_pages"):
-            if getattr(self, field) % shards:
-                raise ValueError(
-                    f"engine.{field}={getattr(self, field)} cannot be split over {shards} shards of"
-                    " the mesh"
-                )
-        if self.num_pages // shards * self.page_size < self.context + self.draft_tokens:
-            raise ValueError(
-                f"engine.num_pages={self.num_pages} over {shards} shards hold no request of"
-                f" {self.context} tokens"
-            )
-        if self.context > model.max_length:
-            raise ValueError(
-                f"engine.context={self.context} exceeds the model's max_length={model.max_length}"
-            )
-        if self.draft_tokens and not model.num_mtp_layers:
-            raise ValueError(
-                f"engine.draft_tokens={self.draft_tokens}: this model has no MTP block"
-            )
-
-
-def num_shards(mesh: Mesh | None) -> int:
-    """Parts that rows and pages are split into."""
-    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 class Engine:

@@ -18,7 +18,8 @@ import llguidance
 import numpy as np
 
 from data import json_schema as schemas
-from data.chat_template import STOP_TOKENS, TemplateError, check_tools
+from data.chat_messages import TemplateError, check_tools
+from data.chat_template import STOP_TOKENS
 from data.tokenizer import Tokenizer
 
 TEXT = "/(.|\\n)*/"

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh
 
 from glm_jax.config import ModelConfig
-from glm_jax.infer.engine import EngineConfig
+from glm_jax.infer.config import EngineConfig
 from glm_jax.optim.optimizer import OptimizerConfig
 from glm_jax.plan import program as programs_text
 from glm_jax.plan.program import Operation, Program

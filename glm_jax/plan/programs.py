@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from glm_jax.config import ModelConfig
 from glm_jax.infer import quantize
-from glm_jax.infer.engine import EngineConfig
+from glm_jax.infer.config import EngineConfig
 from glm_jax.infer.sampling import MAX_STOP_TOKENS, RowParams
 from glm_jax.infer.steps import Rows, decode, prefill
 from glm_jax.model.cache import PAGES, empty_pages

@@ -11,7 +11,7 @@ import string
 from collections.abc import Mapping, Sequence
 
 from glm_jax.rewards.answer_format import boxed_answer
-from glm_jax.rewards.task import Reward, Task
+from glm_jax.rollouts.task import Reward, Task
 
 MAX_OPTIONS = len(string.ascii_uppercase)
 # B, (B) or B). Nothing else beside the letter; marks around the answer and a final full stop are

@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from glm_jax import sandbox
 from glm_jax.rewards import code_guest, code_tester, fences
-from glm_jax.rewards.task import Reward, Task
+from glm_jax.rollouts.task import Reward, Task
 from glm_jax.sandbox import Box, Limits, Status
 
 FORMS = {  # required fields, optional ones

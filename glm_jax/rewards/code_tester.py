@@ -85,34 +85,11 @@ def _forward(owner, method, do, reflected=False):
     setattr(owner, method, forward)
 
 
-for _name in (
-    "len",
-    "bool",
-    "str",
-    "repr",
-    "int",
-    "float",
-    "next",
-    "getitem",
-    "setitem",
-    "delitem",
-):
+for _name in "len bool str repr int float next getitem setitem delitem".split():
     _forward(Proxy, f"__{_name}__", _name)
-for _name in ("eq", "ne", "lt", "le", "gt", "ge", "contains", "neg", "pos", "abs"):
+for _name in "eq ne lt le gt ge contains neg pos abs".split():
     _forward(Made, f"__{_name}__", _name)
-for _name in (
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "matmul",
-    "and_",
-    "or_",
-    "xor",
-):
+for _name in "add sub mul truediv floordiv mod pow matmul and_ or_ xor".split():
     _forward(Made, f"__{_name.rstrip('_')}__", _name)
     _forward(Made, f"__r{_name.rstrip('_')}__", _name, reflected=True)
 

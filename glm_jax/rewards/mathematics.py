@@ -35,7 +35,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from glm_jax.rewards.answer_format import boxed_answer
-from glm_jax.rewards.task import Reward, Task
+from glm_jax.rollouts.task import Reward, Task
 
 MAX_LENGTH = 1_000  # characters of an answer; nobody asks for more
 MAX_JUDGES = 8

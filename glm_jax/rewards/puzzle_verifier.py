@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from data.chat_template import visible_text
+from data.chat_messages import visible_text
 from glm_jax.rewards import puzzles
 from glm_jax.rewards.answer_format import boxed_answer
-from glm_jax.rewards.task import Reward, Task
+from glm_jax.rollouts.task import Reward, Task
 
 LAST_SEED = max(end for _, end in puzzles.SEEDS.values()) - 1
 

@@ -16,8 +16,7 @@ import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 
-from glm_jax.rewards.answer_format import boxed_answer
-from glm_jax.rewards.task import Task
+from glm_jax.rollouts.task import Task
 
 SEEDS = {"train": (0, 2**31), "held_out": (2**31, 2**32)}  # the first, and the one behind the last
 HELD_OUT_ONE_IN = 8  # questions, by the hash of their text
@@ -90,17 +89,20 @@ def puzzle_of(generator: str, seed: int) -> Puzzle:
     return Puzzle(generator, seed, entry["question"].strip(), entry["answer"], entry)
 
 
-def tasks(generator: str, split: str, count: int, first: int = 0) -> list[Task]:
-    """`distinct(generator, split, count, first)` as tasks of verifier `puzzle`. Errors as there."""
+def task_of(puzzle: Puzzle) -> Task:
+    """The puzzle as a task of verifier `puzzle`, asked as a chat."""
+    generator = puzzle.generator
     group = next((name for name, generators in GROUPS.items() if generator in generators), "")
-    return [
-        Task(
-            id=f"{generator}/{puzzle.seed}", group=f"{group}/{generator}", verifier="puzzle",
-            messages=({"role": "user", "content": chat_request(puzzle)},),
-            answer={"generator": generator, "seed": puzzle.seed},
-        )
-        for puzzle in distinct(generator, split, count, first)
-    ]  # fmt: skip
+    return Task(
+        id=f"{generator}/{puzzle.seed}", group=f"{group}/{generator}", verifier="puzzle",
+        messages=({"role": "user", "content": chat_request(puzzle)},),
+        answer={"generator": generator, "seed": puzzle.seed},
+    )  # fmt: skip
+
+
+def tasks(generator: str, split: str, count: int, first: int = 0) -> list[Task]:
+    """`distinct(generator, split, count, first)` as tasks. Errors as there."""
+    return [task_of(puzzle) for puzzle in distinct(generator, split, count, first)]
 
 
 def distinct(generator: str, split: str, count: int, first: int = 0) -> list[Puzzle]:
@@ -164,18 +166,6 @@ def completion_answer(text: str) -> str | None:
 def chat_request(puzzle: Puzzle) -> str:
     """What the user says to a chat model."""
     return f"{puzzle.question}\n\nPut the final answer into \\boxed{{}}."
-
-
-def chat_answer(text: str) -> str | None:
-    r"""The answer in a chat model's turn: inside the last `\boxed{...}` behind its reasoning.
-
-    None where there is no such box, where its braces do not close, or where the reasoning has not
-    ended.
-    """
-    _, ended, visible = text.rpartition("</think>")
-    if not ended and "<think>" in text:
-        return None
-    return boxed_answer(visible)
 
 
 @functools.cache

@@ -7,8 +7,25 @@ import dataclasses
 import functools
 import importlib
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
-from glm_jax.rewards.task import Reward, Task, Verifier
+from glm_jax.rollouts.task import Reward, Task
+
+
+class Verifier(Protocol):
+    """Judges answers of one kind. Pure: the same task and message give the same reward, whoever
+    asks.
+    """
+
+    def check(self, tasks: Sequence[Task]) -> None:
+        """Raises ValueError naming the first task whose answer it cannot use, and why; or what is
+        not installed.
+        """
+
+    def score(self, tasks: Sequence[Task], messages: Sequence[Mapping]) -> list[Reward]:
+        """A reward for the assistant's message (as data.chat_output.parse gives it) to each task;
+        never raises for what it says.
+        """
 
 
 @dataclasses.dataclass(frozen=True)

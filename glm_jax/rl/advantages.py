@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from glm_jax.rl.rollout import Group, Rollout
+from glm_jax.rollouts.rollout import Group, Rollout
 
 STD_FLOOR = 1e-6
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from glm_jax.rl.advantages import token_weights
-from glm_jax.rl.rollout import Rollout
+from glm_jax.rollouts.rollout import Rollout
 
 
 def place(lengths: Sequence[int], row_length: int) -> list[list[int]]:
@@ -49,7 +49,7 @@ def pack(
             f"a rollout of {max(lengths) + 1} tokens does not fit into row_length={row_length}"
         )
     counts = [
-        0 if mask_truncated and r.status.value == "truncated" else r.num_drawn for r, _ in pairs
+        0 if mask_truncated and r.status.value == "truncated" else r.num_sampled for r, _ in pairs
     ]
     weights = token_weights(counts, aggregation)
     placed = place(lengths, row_length)
@@ -70,14 +70,14 @@ def pack(
         start = 0
         for segment, index in enumerate(indices, 1):
             (rollout, advantage), end = pairs[index], start + lengths[index]
-            tokens = np.asarray(rollout.tokens)
-            learnt = np.asarray(rollout.mask[1:], np.float32) * (counts[index] > 0)
+            tokens = rollout.tokens
+            loss_mask = rollout.mask[1:].astype(np.float32) * (counts[index] > 0)
             at = row, slice(start, end)
             batch["tokens"][at], batch["targets"][at] = tokens[:-1], tokens[1:]
             batch["segment_ids"][at], batch["positions"][at] = segment, np.arange(lengths[index])
-            batch["loss_weights"][at] = learnt * weights[index]
-            batch["advantages"][at] = learnt * advantage
-            batch["engine_logprobs"][at] = learnt * np.asarray(rollout.logprobs[1:], np.float32)
+            batch["loss_weights"][at] = loss_mask * weights[index]
+            batch["advantages"][at] = loss_mask * advantage
+            batch["engine_logprobs"][at] = loss_mask * rollout.logprobs[1:]
             if replay:
                 experts[row // rows, :, row % rows, start : start + len(rollout.experts)] = (
                     rollout.experts.swapaxes(0, 1)

@@ -8,7 +8,7 @@ import dataclasses
 import math
 
 from glm_jax.config import ModelConfig, check_choice, check_types
-from glm_jax.infer.engine import EngineConfig
+from glm_jax.infer.config import EngineConfig
 from glm_jax.optim.optimizer import OptimizerConfig
 from glm_jax.sharding import MeshConfig
 

@@ -13,8 +13,8 @@ import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from glm_jax.rewards.task import Task
 from glm_jax.rl.temperature import has_plateaued
+from glm_jax.rollouts.task import Task
 
 
 @dataclasses.dataclass(frozen=True)

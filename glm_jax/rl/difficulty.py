@@ -7,26 +7,26 @@ import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
-from glm_jax.rewards.task import Task
-from glm_jax.rl.collector import Draw, Roller
+from glm_jax.envs.worker import RolloutWorker, SamplingSpec
 from glm_jax.rl.curriculum import Difficulty
+from glm_jax.rollouts.task import Task
 
 
 def measure(
-    roller: Roller,
+    worker: RolloutWorker,
     tasks: Sequence[Task],
-    draw: Draw,
+    spec: SamplingSpec,
     many: int,
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Difficulty]:
-    """Task id -> difficulty: of draw.group_size rollouts; for those never solved of further rounds
+    """Task id -> difficulty: of spec.group_size rollouts; for those never solved of further rounds
     of as many, up to `many` in all, until the first success. progress: told how many rollouts have
     ended.
     """
     found = {task.id: Difficulty(0, 0) for task in tasks}
     left, number = list(tasks), 0
     while left:
-        for group in roller.roll(left, draw, number, progress):
+        for group in worker.rollouts(left, spec, number, progress):
             before, solved = found[group.task.id], sum(r.reward.value > 0 for r in group.learnable)
             found[group.task.id] = Difficulty(
                 before.solved + solved, before.tried + len(group.rollouts)
@@ -35,7 +35,7 @@ def measure(
         left = [
             t
             for t in left
-            if found[t.id].solved == 0 and found[t.id].tried + draw.group_size <= many
+            if found[t.id].solved == 0 and found[t.id].tried + spec.group_size <= many
         ]
     return found
 

@@ -8,19 +8,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from data.tokenizer import Tokenizer
-from glm_jax.rl.rollout import Group, RolloutStatus
+from glm_jax.rollouts.rollout import Group, RolloutStatus
 
 
 def of_groups(groups: Sequence[Group]) -> dict[str, float]:
     """`reward` (mean over rollouts that say something about the model), by part and by group of
-    tasks; `length` in drawn tokens and its 90th percentile; the share of every status. Nothing of
+    tasks; `length` in sampled tokens and its 90th percentile; the share of every status. Nothing of
     no groups.
     """
     rollouts = [r for g in groups for r in g.rollouts]
     if not rollouts:
         return {}
     counted = [r for r in rollouts if r.status.is_models]
-    lengths = [r.num_drawn for r in rollouts]
+    lengths = [r.num_sampled for r in rollouts]
     statuses = collections.Counter(r.status for r in rollouts)
     by_group, by_part = collections.defaultdict(list), collections.defaultdict(list)
     for rollout in counted:
@@ -72,12 +72,12 @@ def readable(groups: Sequence[Group], tokenizer: Tokenizer) -> list[dict]:
     lines = []
     for group in groups:
         for rollout in group.rollouts:
-            first = rollout.mask.index(True)
+            first = int(rollout.mask.argmax())
             lines.append({
                 "task": group.task.id, "group": group.task.group, "status": rollout.status.value,
                 "reward": rollout.reward.value,
                 "parts": dict(rollout.reward.parts), "version": rollout.oldest,
-                "length": rollout.num_drawn,
+                "length": rollout.num_sampled,
                 "prompt": tokenizer.decode(rollout.tokens[:first]),
                 "output": tokenizer.decode(rollout.tokens[first:]),
                 "answer": group.task.answer,

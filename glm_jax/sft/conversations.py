@@ -16,7 +16,8 @@ import grain
 import numpy as np
 from grain import experimental as grain_experimental
 
-from data.chat_template import TemplateError, encode_for_training
+from data.chat_messages import TemplateError
+from data.chat_template import encode_for_training
 from data.pipeline import READ_OPTIONS, PackedBatches, assemble
 from data.tokenizer import Tokenizer
 from glm_jax.config import check_types

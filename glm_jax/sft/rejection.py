@@ -13,7 +13,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from data.chat_template import TemplateError, arguments_of, check_tools, visible_text
+from data.chat_messages import TemplateError, arguments_of, check_tools, visible_text
 
 STATUSES = ("completed", "truncated", "format_error", "environment_error", "aborted")
 FILTERS = ("form", "correctness", "preference", "tools")

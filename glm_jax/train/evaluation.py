@@ -13,7 +13,8 @@ from data.fim import fim_prompt
 from data.held_out import HeldOutBatches
 from data.tokenizer import Tokenizer
 from glm_jax.config import ModelConfig
-from glm_jax.infer.engine import SamplingParams, generate
+from glm_jax.infer.engine import generate
+from glm_jax.infer.sampling import SamplingParams
 from glm_jax.losses import chunked_cross_entropy
 from glm_jax.sharding import named
 from glm_jax.train.state import TrainState, build_model

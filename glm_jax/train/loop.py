@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import pathlib
-import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -21,17 +19,12 @@ from data.tokenizer import Tokenizer
 from glm_jax.config import ModelConfig, check_types
 from glm_jax.optim.optimizer import OptimizerConfig
 from glm_jax.optim.schedules import Point, Schedule, ScheduleConfig
+from glm_jax.run.checkpoints import Checkpoints
+from glm_jax.run.recorder import naming
+from glm_jax.run.workdir import WorkDir
 from glm_jax.sharding import MeshConfig, make_mesh, named
-from glm_jax.train.checkpoint import Checkpoints, finished_steps
 from glm_jax.train.evaluation import Evaluator, Sampler
-from glm_jax.train.metrics import (
-    Recorder,
-    check_finite,
-    flops_per_token,
-    load_statistics,
-    naming,
-    peak_flops,
-)
+from glm_jax.train.metrics import flops_per_token, load_statistics, peak_flops
 from glm_jax.train.start import CHANGEABLE, StartConfig, check_start, starting_state
 from glm_jax.train.state import Trainee, TrainState
 from glm_jax.train.step import Knobs, compile_step, map_routers
@@ -133,32 +126,6 @@ class Batches:
         }, parts
 
 
-class Stop:
-    """Set by SIGTERM or SIGINT: the loop then saves and returns. On several processes they agree on
-    the step.
-    """
-
-    def __init__(self):
-        self.requested = False
-        self.previous = {
-            s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)
-        }
-
-    def _on_signal(self, *_):
-        self.requested = True
-
-    def now(self, checkpoints: Checkpoints, step: int) -> bool:
-        return (
-            self.requested
-            if jax.process_count() == 1
-            else checkpoints.manager.reached_preemption(step)
-        )
-
-    def restore_handlers(self):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-
 def train(
     config: RunConfig,
     workdir: pathlib.Path,
@@ -180,11 +147,12 @@ def train(
         config.data, jax.process_index(), jax.process_count(), config.loop.eval_batches or None
     )
     tokenizer = batches.iterator.tokenizer
-    check_config(workdir, config_json)
-    resuming = bool(finished_steps(workdir))
-    if resuming:
-        checkpoints = open_checkpoints(config, workdir)
-        first, tokens, state = resume(checkpoints, abstract, batches)
+    folder = WorkDir(
+        workdir, config_json, fixed=FIXED, changeable=RESUME_CHANGEABLE,
+        keep=config.loop.keep_checkpoints, merge=merge_progress,
+    )  # fmt: skip
+    if folder.resuming:
+        first, tokens, state = resume(folder.checkpoints, abstract, batches)
     else:
         check_start(config.start, config.model, tokenizer)
         first, tokens = 0, 0
@@ -193,29 +161,21 @@ def train(
     )
 
     # Everything that can be wrong was read; from here on the work directory is written.
-    write_config(workdir, config_json)
-    (workdir / "tokenizer.json").write_text(tokenizer.to_json())
-    if not resuming:
-        checkpoints = open_checkpoints(config, workdir)
+    folder.begin(tokenizer)
+    if not folder.resuming:
         state = starting_state(config.start, trainee, mesh, config.loop.seed)
-    run = _Run(
-        config, workdir, mesh, trainee, schedule, checkpoints, tokenizer, first, progress, held_out
-    )
+    run = _Run(config, folder, mesh, trainee, schedule, tokenizer, first, progress, held_out)
     try:
         return run.loop(state, batches)
     finally:
         run.close()
 
 
-def open_checkpoints(config: RunConfig, workdir: pathlib.Path) -> Checkpoints:
-    """The run's checkpoints; their progress is the position in the data and the tokens that the
-    model has seen.
+def merge_progress(states: list[dict]) -> dict:
+    """One progress of all processes': the position in the data, and the tokens that the model has
+    seen.
     """
-
-    def merge(states):
-        return {"data": merge_states([s["data"] for s in states]), "tokens": states[0]["tokens"]}
-
-    return Checkpoints(workdir, keep=config.loop.keep_checkpoints, merge=merge)
+    return {"data": merge_states([s["data"] for s in states]), "tokens": states[0]["tokens"]}
 
 
 def resume(
@@ -234,47 +194,9 @@ def resume(
     return first, progress["tokens"], state
 
 
-def check_config(
-    workdir: pathlib.Path,
-    config_json: str,
-    fixed: Sequence[str] = ("model", "data", "optimizer", "start"),
-):
-    """Raises ValueError where the run in workdir has another value in a section of `fixed`, or
-    another seed.
-    """
-    path = workdir / "config.json"
-    if not path.exists():
-        return
-    old, new = json.loads(path.read_text()), json.loads(config_json)
-    if old.keys() != new.keys():
-        raise ValueError(
-            f"{workdir} holds a run of another kind: its config.json has {', '.join(old)}; use"
-            " another --workdir"
-        )
-    keys = [
-        (section, key)
-        for section in fixed
-        for key in sorted(old[section].keys() | new[section].keys())
-    ]
-    for section, key in [*keys, ("loop", "seed")]:
-        before, now = old[section].get(key), new[section].get(key)
-        if before != now and (section, key) not in RESUME_CHANGEABLE:
-            raise ValueError(
-                f"{workdir} was started with {section}.{key}={before!r}, not {now!r}; use another"
-                " --workdir"
-            )
-
-
-def write_config(workdir: pathlib.Path, config_json: str):
-    """Writes config.json, all of it or nothing."""
-    path = workdir / "config.json"
-    workdir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(config_json)
-    temporary.replace(path)
-
-
-# Keys that a resumed run may change: how it computes or where things lie, not what.
+# Sections that a resumed run may not change, and keys of them that it may: how it computes or where
+# things lie, not what.
+FIXED = ("model", "data", "optimizer", "start")
 RESUME_CHANGEABLE = {("model", key) for key in CHANGEABLE} | {
     ("data", "paths"),
     ("data", "verify_checksums"),
@@ -287,16 +209,22 @@ class _Run:
     config.
     """
 
-    def __init__(self, config, workdir, mesh, trainee, schedule, checkpoints, tokenizer: Tokenizer,
-                 first: int, progress: bool,
-                 held_out):  # fmt: skip
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: WorkDir,
+        mesh: Mesh,
+        trainee: Trainee,
+        schedule: Schedule,
+        tokenizer: Tokenizer,
+        first: int,
+        progress: bool,
+        held_out,
+    ):
         self.config = config
-        self.workdir = workdir
+        self.folder = folder
         self.schedule = schedule
-        self.checkpoints = checkpoints
         self.mesh, self.first = mesh, first
-        self.is_main = jax.process_index() == 0
-        self.recorder = Recorder(workdir, first) if self.is_main else None
         self.step_function = compile_step(trainee, config.schedule.balance_weight, mesh)
         self.evaluator = Evaluator(config.model, mesh, held_out)
         self.sampler = Sampler(config.model, tokenizer, config.loop)
@@ -308,16 +236,13 @@ class _Run:
             initial=first,
             desc="train",
             unit="step",
-            disable=not (progress and self.is_main),
+            disable=not (progress and folder.is_main),
         )
-        self.stop = Stop()
+        folder.start(first)
 
     def close(self):
-        self.stop.restore_handlers()
         self.bar.close()
-        self.checkpoints.close()
-        if self.recorder:
-            self.recorder.close()
+        self.folder.close()
 
     def loop(self, state: TrainState, batches: Batches) -> int:
         loop, last = self.config.loop, self.schedule.num_steps
@@ -333,7 +258,7 @@ class _Run:
             if pending is not None:
                 mark = self.record(*pending, mark)
             pending = (point, metrics, host_batch)
-            stop = self.stop.now(self.checkpoints, step)
+            stop = self.folder.should_stop(step)
             saving = step == last or stop or step % loop.checkpoint_every == 0
             evaluating = step == last or (loop.eval_every and step % loop.eval_every == 0)
             sampling = loop.sample_every and (step == last or step % loop.sample_every == 0)
@@ -345,7 +270,7 @@ class _Run:
             mark = self.record(*pending, mark, extra | self.router_biases(state))
             pending = None
             if saving:
-                self.checkpoints.save(
+                self.folder.checkpoints.save(
                     step,
                     state,
                     {
@@ -358,7 +283,7 @@ class _Run:
             mark = time.perf_counter() if evaluating or sampling else mark
             if stop:
                 break
-        self.checkpoints.wait()
+        self.folder.checkpoints.wait()
         return step
 
     def record(
@@ -371,13 +296,7 @@ class _Run:
             f"{name}_{i}": x for i, part in enumerate(host_batch) for name, x in part.items()
         }
         observed = metrics | (extra or {})
-        check_finite(
-            observed,
-            step=point.step,
-            workdir=self.workdir,
-            batch=parts,
-            good=self.checkpoints.written,
-        )
+        self.folder.check_finite(observed, step=point.step, batch=parts)
         loss = float(metrics["loss"])
         tokens = self.schedule.tokens_before(point.step + 1)
         speed = (tokens - point.tokens) / max(now - mark, 1e-9)
@@ -398,8 +317,7 @@ class _Run:
             violation, entropy = load_statistics(metrics.pop("expert_counts"))
             record |= {"max_violation": violation, "load_entropy": entropy}
         record |= {name: float(value) for name, value in metrics.items()} | (extra or {})
-        if self.recorder:
-            self.recorder.write(record)
+        self.folder.record(record)
         self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
         self.bar.update(1)
         return now
@@ -413,9 +331,10 @@ class _Run:
 
     def write_samples(self, step: int, state: TrainState):
         text = self.sampler(state)
-        if self.recorder:
-            folder = self.workdir / "samples"
-            with naming(file := folder / f"{step:07d}.txt"):
-                folder.mkdir(exist_ok=True)
-                file.write_text(text)
-            self.recorder.text(step, "samples", text)
+        if not self.folder.is_main:
+            return
+        folder = self.folder.path / "samples"
+        with naming(file := folder / f"{step:07d}.txt"):
+            folder.mkdir(exist_ok=True)
+            file.write_text(text)
+        self.folder.record_text(step, "samples", text)

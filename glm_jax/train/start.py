@@ -9,12 +9,13 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from data.tokenizer import Tokenizer
 from glm_jax.config import ModelConfig, check_types, from_mapping
-from glm_jax.train.checkpoint import finished_steps, load_weights, newest_step, read_config
-from glm_jax.train.state import Trainee, TrainState
+from glm_jax.run.checkpoints import finished_steps, newest_step, read_config, reading
+from glm_jax.train.state import Trainee, TrainState, logical_axes
 
 # What a later stage may change of the model: how it computes, and how far it reaches; not what it
 # is.
@@ -65,6 +66,47 @@ def check_start(start: StartConfig, model: ModelConfig, tokenizer: Tokenizer | N
         raise ValueError(
             f"start.workdir={start.workdir!r} has another tokenizer than this run's data"
         )
+
+
+def load_weights(
+    workdir: str | pathlib.Path,
+    step: int | None = None,
+    shardings: dict | None = None,
+    *,
+    dtype: str | None = "float32",
+) -> tuple[ModelConfig, dict, dict]:
+    """(config, params, router) of a run's newest checkpoint or the given step; no optimizer state.
+
+    shardings: trees of `params` and `router`; None: on the default device. dtype: None keeps the
+    types of the checkpoint, which are those of the Hugging Face folder where it was imported from
+    one.
+    Raises ValueError where the directory holds no finished checkpoint.
+    """
+    config = from_mapping(ModelConfig, read_config(workdir)["model"], "model")
+    step = newest_step(workdir) if step is None else step
+    path = pathlib.Path(workdir).absolute() / "checkpoints" / str(step) / "state"
+    if step not in (steps := finished_steps(workdir)):
+        raise ValueError(
+            f"{workdir} holds no finished checkpoint of step {step}; it has"
+            f" {', '.join(map(str, steps)) or 'none'}"
+        )
+    params, router = logical_axes(config, stacked=False)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = shardings or jax.tree.map(
+        lambda _: device, {"params": params, "router": router}, is_leaf=_is_axes
+    )
+    marks = jax.tree.map(
+        lambda sharding: ocp.ArrayRestoreArgs(sharding=sharding, dtype=dtype), shardings
+    )
+    item = jax.tree.map(lambda _: 0, {"params": params, "router": router}, is_leaf=_is_axes)
+    with ocp.PyTreeCheckpointer() as reader:
+        args = ocp.args.PyTreeRestore(item=item, restore_args=marks, partial_restore=True)
+        weights = reading(path.parent, lambda: reader.restore(path, args=args))
+    return config, weights["params"], weights["router"]
+
+
+def _is_axes(x) -> bool:
+    return isinstance(x, tuple)
 
 
 def starting_tokenizer(start: StartConfig) -> Tokenizer:

@@ -3,9 +3,10 @@
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from data.chat_messages import TemplateError
 from data.chat_output import MalformedOutput
 from data.chat_reading import read_conversation
-from data.chat_template import TOOLS_AFTER, TOOLS_BEFORE, TemplateError, encode, encode_for_training
+from data.chat_template import TOOLS_AFTER, TOOLS_BEFORE, encode, encode_for_training
 from tests.data.conversations import NOW, RUN, call, conversations, losses, small_tokenizer
 
 

@@ -5,8 +5,9 @@ import json
 import pytest
 from hypothesis import given, settings
 
+from data.chat_messages import TemplateError
 from data.chat_output import OutputReader, parse, parse_tokens
-from data.chat_template import Segment, TemplateError, encode, encode_to_continue, render, segments
+from data.chat_template import Segment, encode, encode_to_continue, render, segments
 from data.tokenizer import SPECIAL_TOKENS
 from tests.data.conversations import RUN, call, messages_of, nasty, small_tokenizer, tame
 

@@ -13,7 +13,8 @@ import time
 import pytest
 import toy
 
-from experiments import entry, sweep_results, sweep_rewards, sweeping
+from experiments import entry, sweep_results, sweep_rewards
+from experiments import sweep_runner as runner
 from glm_jax.hf import parameter_count
 
 SHIPPED = sorted(pathlib.Path("experiments/sweeps").glob("[!_]*.py"))
@@ -56,17 +57,17 @@ def fake_run(run, losses, finished=True):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_shipped_sweep_is_valid(path, tmp_path):
-    sweep = sweeping.load_sweep(str(path))
-    if sweep.metric in sweeping.REWARDS:
+    sweep = runner.load_sweep(str(path))
+    if sweep.metric in runner.REWARDS:
         places = {"start.workdir": "some/run"} | (
             {"control.difficulty": "some/file"} if path.stem == "rl_curriculum" else {}
         )
     else:
         places = {"data.paths": ("some/data",)}
-    runs = sweeping.prepare(sweep, tmp_path, places)
+    runs = runner.prepare(sweep, tmp_path, places)
     assert len(runs) >= 4 and len({r.num_steps for r in runs}) == 1
     assert all(
-        sweeping.value_of(r.config, key) == value for r in runs for key, value in places.items()
+        runner.value_of(r.config, key) == value for r in runs for key, value in places.items()
     )
 
 
@@ -75,7 +76,7 @@ def test_shipped_sweep_is_valid(path, tmp_path):
 )
 def test_sweeps_of_rewards_differ_in_one_key_and_have_three_seeds(path, tmp_path):
     """And their two groups are those that are compared, each with the paper's claim beside it."""
-    sweep = sweeping.load_sweep(str(path))
+    sweep = runner.load_sweep(str(path))
     keys = {key for overrides in sweep.runs.values() for key in overrides}
     varied = {key for key in keys if len({repr(o.get(key)) for o in sweep.runs.values()}) > 1}
     assert varied == {sweep.plot["group"], "loop.seed", "tasks.seed"} and sweep.plot["claim"]
@@ -86,9 +87,7 @@ def test_sweeps_of_rewards_differ_in_one_key_and_have_three_seeds(path, tmp_path
 
 
 def test_muon_and_adamw_differ_in_optimizer_and_rate_only(tmp_path):
-    runs = sweeping.prepare(
-        sweeping.load_sweep("experiments/sweeps/muon_vs_adamw.py"), tmp_path, {}
-    )
+    runs = runner.prepare(runner.load_sweep("experiments/sweeps/muon_vs_adamw.py"), tmp_path, {})
     rates = {"optimizer.name", "schedule.learning_rate", "schedule.final_learning_rate"}
     rest = {json.dumps({k: v for k, v in r.overrides.items() if k not in rates}) for r in runs}
     assert len(rest) == 1
@@ -99,7 +98,7 @@ def test_muon_and_adamw_differ_in_optimizer_and_rate_only(tmp_path):
 
 
 def test_deep_and_wide_have_equal_parameters(tmp_path):
-    runs = sweeping.prepare(sweeping.load_sweep("experiments/sweeps/deep_vs_wide.py"), tmp_path, {})
+    runs = runner.prepare(runner.load_sweep("experiments/sweeps/deep_vs_wide.py"), tmp_path, {})
     configs = [entry.run_config(r.config).model for r in runs]
     counts = [parameter_count(c)["total"] for c in configs]
     assert max(counts) <= 1.01 * min(counts)
@@ -124,28 +123,26 @@ def test_deep_and_wide_have_equal_parameters(tmp_path):
 )
 def test_wrong_sweep_stops_before_anything_runs(sweep_file, tmp_path, old, new, complaint):
     with pytest.raises(ValueError, match=complaint):
-        sweeping.prepare(sweeping.load_sweep(sweep_file(old, new)), tmp_path / "w", {})
+        runner.prepare(runner.load_sweep(sweep_file(old, new)), tmp_path / "w", {})
     assert not (tmp_path / "w").exists()
 
 
 def test_folder_of_another_run_is_refused(sweep_file, tmp_path):
-    first = sweeping.prepare(sweeping.load_sweep(sweep_file()), tmp_path / "w", {})
+    first = runner.prepare(runner.load_sweep(sweep_file()), tmp_path / "w", {})
     fake_run(first[1], [3.0])
-    changed = sweeping.load_sweep(
+    changed = runner.load_sweep(
         sweep_file(
             '"adamw", "schedule.total_tokens": 20480', '"adamw", "schedule.total_tokens": 40960'
         )
     )
     with pytest.raises(ValueError, match=r"schedule.total_tokens=20480, not 40960"):
-        sweeping.prepare(changed, tmp_path / "w", {})
+        runner.prepare(changed, tmp_path / "w", {})
     # where the data lies may change
-    sweeping.prepare(
-        sweeping.load_sweep(sweep_file()), tmp_path / "w", {"data.paths": ("moved/data",)}
-    )
+    runner.prepare(runner.load_sweep(sweep_file()), tmp_path / "w", {"data.paths": ("moved/data",)})
 
 
 def test_command_carries_every_override(sweep_file, tmp_path):
-    run = sweeping.prepare(sweeping.load_sweep(sweep_file()), tmp_path, {"data.paths": ("d",)})[0]
+    run = runner.prepare(runner.load_sweep(sweep_file()), tmp_path, {"data.paths": ("d",)})[0]
     command = run.command(progress=False)
     assert command[1:3] == ["-m", "experiments.train"]
     assert {
@@ -156,8 +153,8 @@ def test_command_carries_every_override(sweep_file, tmp_path):
 
 
 def test_results_name_the_share_of_steps(sweep_file, tmp_path):
-    sweep = sweeping.load_sweep(sweep_file())
-    runs = sweeping.prepare(sweep, tmp_path, {})
+    sweep = runner.load_sweep(sweep_file())
+    runs = runner.prepare(sweep, tmp_path, {})
     fake_run(runs[0], [8, 7, 6, 5, 4.5, 4, 3.8, 3.7, 3.6, 3.65])
     fake_run(runs[1], [8, 7.5, 7, 6.5, 6, 5.5, 5, 4.5, 4.2, 4.0])
     text = sweep_results.write(sweep, runs, tmp_path)
@@ -174,8 +171,8 @@ def test_results_name_the_share_of_steps(sweep_file, tmp_path):
 
 
 def test_results_of_an_unfinished_sweep_say_so(sweep_file, tmp_path):
-    sweep = sweeping.load_sweep(sweep_file())
-    runs = sweeping.prepare(sweep, tmp_path, {})
+    sweep = runner.load_sweep(sweep_file())
+    runs = runner.prepare(sweep, tmp_path, {})
     with pytest.raises(ValueError, match="none of the sweep's 2 runs has begun"):
         sweep_results.write(sweep, runs, tmp_path)
     fake_run(runs[0], [8, 7], finished=False)
@@ -184,8 +181,8 @@ def test_results_of_an_unfinished_sweep_say_so(sweep_file, tmp_path):
 
 
 def test_better_baseline_is_never_reached(sweep_file, tmp_path):
-    sweep = sweeping.load_sweep(sweep_file())
-    runs = sweeping.prepare(sweep, tmp_path, {})
+    sweep = runner.load_sweep(sweep_file())
+    runs = runner.prepare(sweep, tmp_path, {})
     fake_run(runs[0], [5.0] * 10)
     fake_run(runs[1], [4.0] * 10)
     assert "never reaches" in sweep_results.write(sweep, runs, tmp_path)
@@ -274,8 +271,8 @@ RUNS = {
 )
 def test_rewards_are_averaged_over_seeds_and_judged(tmp_path, token, verdict):
     (tmp_path / "sweep.py").write_text(REWARDS)
-    sweep = sweeping.load_sweep(str(tmp_path / "sweep.py"))
-    runs = sweeping.prepare(sweep, tmp_path, {"start.workdir": "somewhere"})
+    sweep = runner.load_sweep(str(tmp_path / "sweep.py"))
+    runs = runner.prepare(sweep, tmp_path, {"start.workdir": "somewhere"})
     assert runs[0].command(progress=False)[1:3] == ["-m", "experiments.rl"]
     with pytest.raises(ValueError, match="none of the sweep's 4 runs has begun"):
         sweep_rewards.write(sweep, runs, tmp_path)
@@ -310,6 +307,4 @@ def test_rewards_are_averaged_over_seeds_and_judged(tmp_path, token, verdict):
 
 def test_metric_must_fit_the_config(sweep_file, tmp_path):
     with pytest.raises(ValueError, match=r"METRIC of configs/tiny.py.*held_out_loss"):
-        sweeping.prepare(
-            sweeping.load_sweep(sweep_file('"held_out_loss"', '"held_out"')), tmp_path, {}
-        )
+        runner.prepare(runner.load_sweep(sweep_file('"held_out_loss"', '"held_out"')), tmp_path, {})

@@ -15,8 +15,8 @@ import transformers
 
 from experiments import convert
 from glm_jax import hf
-from glm_jax.hf_config import RUNTIME_FIELDS
-from glm_jax.train.checkpoint import load_weights
+from glm_jax.hf.config import RUNTIME_FIELDS
+from glm_jax.train.start import load_weights
 from tests.model.oracle import RUNTIME, random_state, tiny_config
 
 CONFIG = tiny_config(mtp_embeddings="own")

@@ -19,7 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from glm_jax import hf, hf_config
+from glm_jax import hf
+from glm_jax.hf import config as hf_config
 from glm_jax.model.layers import axes_of
 from tests.model.oracle import RUNTIME, random_state, tiny_config
 

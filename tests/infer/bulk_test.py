@@ -10,7 +10,8 @@ from flax import nnx
 
 from glm_jax import hf
 from glm_jax.infer import bulk
-from glm_jax.infer.engine import Engine, EngineConfig
+from glm_jax.infer.config import EngineConfig
+from glm_jax.infer.engine import Engine
 from tests.model.oracle import Oracle, random_state, tiny_config, to_jax
 
 CONTEXT = 48  # no power of two, and below the model's max_length

@@ -2,7 +2,8 @@
 
 import pytest
 
-from glm_jax.infer.engine import Engine, EngineConfig
+from glm_jax.infer.config import EngineConfig
+from glm_jax.infer.engine import Engine
 from glm_jax.infer.sampling import SamplingParams
 from tests.infer.engine_test import SIZES, assert_all_returned, engine, model, prompts  # noqa: F401
 from tests.train.mesh_test import mesh_of

@@ -8,7 +8,9 @@ import pytest
 from flax import nnx
 
 from glm_jax import hf
-from glm_jax.infer.engine import Engine, EngineConfig, SamplingParams
+from glm_jax.infer.config import EngineConfig
+from glm_jax.infer.engine import Engine
+from glm_jax.infer.sampling import SamplingParams
 from glm_jax.model.transformer import GLM
 from glm_jax.plan.plan import plan_engine
 from glm_jax.sharding import MeshConfig

@@ -10,7 +10,9 @@ import torch
 from flax import nnx
 
 from glm_jax import hf
-from glm_jax.infer.engine import Engine, EngineConfig, SamplingParams
+from glm_jax.infer.config import EngineConfig
+from glm_jax.infer.engine import Engine
+from glm_jax.infer.sampling import SamplingParams
 from glm_jax.model.transformer import GLM
 from tests.model.oracle import Oracle, random_state, tiny_config, to_jax
 

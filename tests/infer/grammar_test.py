@@ -8,7 +8,7 @@ import pytest
 from data.chat_output import parse_tokens
 from data.chat_template import encode
 from glm_jax.infer import grammar
-from tests.infer.serving import tiny_tokenizer
+from tests.serve.serving import tiny_tokenizer
 
 STRICT = {
     "type": "object",

@@ -10,8 +10,15 @@ from flax import nnx
 from scipy import stats
 
 from glm_jax.infer import speculative
-from glm_jax.infer.engine import EngineConfig, SamplingParams
-from glm_jax.infer.sampling import MAX_STOP_TOKENS, RowParams, choose, keys, sampling_logits
+from glm_jax.infer.config import EngineConfig
+from glm_jax.infer.sampling import (
+    MAX_STOP_TOKENS,
+    RowParams,
+    SamplingParams,
+    choose,
+    keys,
+    sampling_logits,
+)
 from tests.infer.engine_test import SIZES, assert_all_returned, engine, model, prompts  # noqa: F401
 
 SAMPLES, VOCAB = 100_000, 12

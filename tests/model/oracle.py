@@ -20,7 +20,7 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeDecoderLayer, 
 
 from glm_jax import hf
 from glm_jax.config import ModelConfig
-from glm_jax.hf_config import RUNTIME_FIELDS
+from glm_jax.hf.config import RUNTIME_FIELDS
 
 TINY = {
     "vocab_size": 64, "hidden_size": 32, "num_layers": 4, "num_dense_layers": 2,

@@ -3,7 +3,7 @@
 import pytest
 
 from glm_jax.rewards import choice
-from glm_jax.rewards.task import Task
+from glm_jax.rollouts.task import Task
 
 
 def task(answer):

@@ -15,7 +15,7 @@ import pytest
 from glm_jax import sandbox
 from glm_jax.rewards import code, code_guest
 from glm_jax.rewards.code import CodeVerifier, Judgement, Verdict, extract_code, judge
-from glm_jax.rewards.task import Task
+from glm_jax.rollouts.task import Task
 from glm_jax.sandbox import STANDARD, Status
 from tests.sandboxes import needs_sandbox
 
@@ -556,8 +556,8 @@ def test_reference_solutions_pass_and_others_do_not():
     """Some of them, with all whose tests use the prompt's helpers; all: python -m
     experiments.measure_sandbox.
     """
-    from experiments.evaluating_code import human_eval_tasks
     from experiments.measure_sandbox import reference_solutions
+    from glm_jax.evaluation.human_eval import human_eval_tasks
 
     chosen = [
         t for n, t in enumerate(human_eval_tasks()) if n in (10, 32, 38, 50, 53) or n % 12 == 0

@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from glm_jax.rewards import math_judge, mathematics
-from glm_jax.rewards.task import Task
+from glm_jax.rollouts.task import Task
 
 
 def task(answer, name="t"):

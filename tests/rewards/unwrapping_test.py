@@ -5,7 +5,7 @@ is none.
 import pytest
 
 from glm_jax.rewards import choice, puzzle_verifier, puzzles
-from glm_jax.rewards.task import Task
+from glm_jax.rollouts.task import Task
 
 MARKS = (
     "%s", "\\text{%s}", "\\mathrm{%s}", "\\textbf{%s}", "\\mathbf{%s}", "$%s$", "\\(%s\\)",

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from glm_jax.rewards import puzzles, verifiers
-from glm_jax.rewards.task import Reward, Task
+from glm_jax.rollouts.task import Reward, Task
 
 CHOICE = Task(
     "c",

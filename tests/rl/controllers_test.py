@@ -8,11 +8,11 @@ import math
 import numpy as np
 import pytest
 
-from glm_jax.rewards.task import Task
+from glm_jax.rewards.sources import TaskOrder, with_wrong_answers
 from glm_jax.rl.curriculum import Curriculum, Difficulty, pass_at_k, read_difficulties, split_pools
 from glm_jax.rl.output_length import output_length
-from glm_jax.rl.pool import TaskOrder, with_wrong_answers
 from glm_jax.rl.temperature import TemperatureControl, choose_temperature, has_plateaued
+from glm_jax.rollouts.task import Task
 
 
 def tasks(count, group="g"):

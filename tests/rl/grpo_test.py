@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from glm_jax.losses import chunked_token_loss
-from glm_jax.rewards.task import Reward, Task
 from glm_jax.rl.advantages import advantages, token_weights
 from glm_jax.rl.batch import pack, place
 from glm_jax.rl.config import GrpoConfig
-from glm_jax.rl.rollout import Group, Rollout, RolloutStatus
 from glm_jax.rl.step import observe, token_loss
+from glm_jax.rollouts.rollout import Group, Rollout, RolloutStatus
+from glm_jax.rollouts.task import Reward, Task
 
 VOCAB, WIDTH = 11, 6
 GRPO = dict(
@@ -228,7 +228,7 @@ def test_what_the_model_did_not_draw_has_no_weight():
         replay=False,
     )
     assert np.isclose(batch["loss_weights"].sum(), 1)
-    drawn = sum(r.num_drawn for g in groups for r in g.learnable)
+    drawn = sum(r.num_sampled for g in groups for r in g.learnable)
     assert (batch["loss_weights"] > 0).sum() == drawn
     assert (batch["segment_ids"][batch["loss_weights"] > 0] > 0).all()
     assert (
@@ -262,7 +262,7 @@ def test_experts_lie_along_their_tokens():
     for rollout, _ in pairs:
         where = [
             (row, s) for row in range(len(tokens)) for s in set(segments[row]) - {0}
-            if tokens[row][segments[row] == s].tolist() == rollout.tokens[:-1]
+            if np.array_equal(tokens[row][segments[row] == s], rollout.tokens[:-1])
         ]  # fmt: skip
         assert any(
             (found[row][:, segments[row] == s].swapaxes(0, 1) == rollout.experts).all()

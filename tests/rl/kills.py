@@ -29,10 +29,12 @@ from absl import app, flags, logging
 
 from configs import curate as curate_config
 from data.curation import CurateConfig, curate
+from glm_jax.envs import worker
 from glm_jax.infer.engine import Engine
-from glm_jax.rl import collector
+from glm_jax.rl.learner import Learner
 from glm_jax.rl.loop import Run
-from glm_jax.train.checkpoint import Checkpoints, finished_steps, load_weights
+from glm_jax.run.checkpoints import Checkpoints, finished_steps
+from glm_jax.train.start import load_weights
 
 KILLS = flags.DEFINE_integer("kills", 10, "SIGKILLs before the run is left to end.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
@@ -40,9 +42,10 @@ START = flags.DEFINE_string(
     "start", None, "Work directory of a toy run to start from; by default one is made."
 )
 PHASES = {
-    "train": (Run, "learn"), "save": (Checkpoints, "save"), "generate": (collector.Roller, "roll"),
+    "train": (Learner, "learn"), "save": (Checkpoints, "save"),
+    "generate": (worker.RolloutWorker, "rollouts"),
     "swap": (Engine, "set_weights"),
-    "score": (collector.Roller, "judge"),
+    "score": (worker.RolloutWorker, "judge"),
 }  # fmt: skip
 SAVE_EVERY, NEVER = 2, 10**9
 
@@ -56,7 +59,8 @@ def run_and_die(phase: str, first: int, share: float, arguments: list[str]):
     """
     from experiments import entry, rl
 
-    collector.verifiers.score, collector.Roller.read = toy.parity, toy.read_anything
+    worker.verifiers.score = toy.parity
+    worker.RolloutWorker.read = toy.read_anything
     owner, name = PHASES[phase]
     original, one_step, steps, seconds = getattr(owner, name), Run.one_step, [-1], [0.0]
 

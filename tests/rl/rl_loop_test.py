@@ -12,17 +12,18 @@ import toy
 from toy import records
 
 from experiments import entry
-from glm_jax.rl import collector as collecting
+from glm_jax.envs import worker
 from glm_jax.rl import loop
-from glm_jax.train.checkpoint import load_weights
-from glm_jax.train.metrics import NonFinite
+from glm_jax.rl.learner import Learner
+from glm_jax.run.recorder import NonFinite
+from glm_jax.train.start import load_weights
 
 
 @pytest.fixture
 def easy(monkeypatch):
     """Any output can be read, and is judged by its parity."""
-    monkeypatch.setattr(collecting.verifiers, "score", toy.parity)
-    monkeypatch.setattr(collecting.Roller, "read", toy.read_anything)
+    monkeypatch.setattr(worker.verifiers, "score", toy.parity)
+    monkeypatch.setattr(worker.RolloutWorker, "read", toy.read_anything)
 
 
 def run(config, workdir):
@@ -84,14 +85,14 @@ def test_an_engine_that_is_far_off_does_not_break_the_weights(
 ):
     """One log-probability is 100 nats off: exp(100) is infinite in float32."""
     rl_config.grpo.update(old_logprobs="engine", importance_cap=0.0)
-    original = loop.Run.batch
+    original = Learner.batch
 
     def far_off(self, groups):
         batch, used = original(self, groups)
         batch["engine_logprobs"][batch["loss_weights"] > 0] -= 100.0
         return batch, used
 
-    monkeypatch.setattr(loop.Run, "batch", far_off)
+    monkeypatch.setattr(Learner, "batch", far_off)
     assert run(rl_config, tmp_path / "run") == 4
     assert all(np.isfinite(x).all() for x in weights(tmp_path / "run"))
     assert all(np.isfinite(r["grad_norm"]) for r in records(tmp_path / "run") if "grad_norm" in r)
@@ -100,17 +101,23 @@ def test_an_engine_that_is_far_off_does_not_break_the_weights(
 def test_weights_that_are_not_finite_reach_neither_the_engine_nor_a_checkpoint(
     rl_config, tmp_path, easy, monkeypatch
 ):
-    def broken(self, groups, original=loop.Run.batch):
+    steps, swaps = [], []
+
+    def noted(self, groups, temperature, step, original=Learner.learn):
+        steps.append(step)
+        return original(self, groups, temperature, step)
+
+    def broken(self, groups, original=Learner.batch):
         batch, used = original(self, groups)
-        if self.step == 2:
+        if steps[-1] == 2:
             batch["advantages"][batch["loss_weights"] > 0] = np.inf
         return batch, used
 
-    swaps = []
-    monkeypatch.setattr(loop.Run, "batch", broken)
-    set_weights = collecting.Engine.set_weights
+    monkeypatch.setattr(Learner, "learn", noted)
+    monkeypatch.setattr(Learner, "batch", broken)
+    set_weights = worker.Engine.set_weights
     monkeypatch.setattr(
-        collecting.Engine,
+        worker.Engine,
         "set_weights",
         lambda self, *a, **k: swaps.append(k["version"]) or set_weights(self, *a, **k),
     )
@@ -129,6 +136,6 @@ def test_weights_that_are_not_finite_reach_neither_the_engine_nor_a_checkpoint(
 
 def test_on_policy_is_asserted(rl_config, tmp_path, easy, monkeypatch):
     # an engine that keeps its old weights
-    monkeypatch.setattr(collecting.Engine, "set_weights", lambda self, state, **_: None)
+    monkeypatch.setattr(worker.Engine, "set_weights", lambda self, state, **_: None)
     with pytest.raises(RuntimeError, match="version 0 to train version 1, max_staleness=0"):
         run(rl_config, tmp_path / "w")

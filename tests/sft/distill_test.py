@@ -12,20 +12,20 @@ import toy
 
 from data import chat_output, chat_template
 from data.tokenizer import Tokenizer
-from experiments import distilling, rolling
-from glm_jax.rewards.task import Reward, Task
-from glm_jax.rl.collector import Draw
-from glm_jax.rl.rollout import Group, Rollout, RolloutStatus
-from glm_jax.sft import rejection
+from glm_jax.envs.worker import SamplingSpec
+from glm_jax.evaluation import run_worker
+from glm_jax.rollouts.rollout import Group, Rollout, RolloutStatus
+from glm_jax.rollouts.task import Reward, Task
+from glm_jax.sft import distillation, rejection
 from glm_jax.sft.conversations import ConversationConfig, encode_all, read_conversations
 from glm_jax.sft.rejection import RejectionConfig
 
-DRAW = Draw(group_size=4, max_new_tokens=24, temperature=1.0, seed=0, thinking=True)
+SPEC = SamplingSpec(group_size=4, max_new_tokens=24, temperature=1.0, seed=0, thinking=True)
 FILTERS = RejectionConfig(
     min_tokens=1, min_reward=1.0, min_preference=0.0, drop_shortest=0.25, hard_pass_rate=0.5,
     hard_responses=4, easy_responses=1
 )  # fmt: skip
-ROLLOUTS = chatting.NUM_TASKS * DRAW.group_size
+ROLLOUTS = chatting.NUM_TASKS * SPEC.group_size
 NUM_ROWS = 16
 
 
@@ -47,14 +47,14 @@ def tasks(tmp_path):
     return toy.write_tasks(tmp_path / "tasks.jsonl", 0, chatting.NUM_TASKS)
 
 
-def distill(run, tasks, output, draw=DRAW, config=FILTERS):
-    return distilling.distill(str(run), [tasks], output, draw, NUM_ROWS, config, progress=False)
+def distill(run, tasks, output, spec=SPEC, config=FILTERS):
+    return distillation.distill(str(run), [tasks], output, spec, NUM_ROWS, config, progress=False)
 
 
 def right(run, tasks):
     """Share of the rollouts."""
-    opened, roller = rolling.open_run(str(run), [tasks], DRAW, NUM_ROWS)
-    rollouts = [r for g in roller.roll(opened, DRAW, first=1000) for r in g.rollouts]
+    opened, rollout_worker = run_worker.open_worker(str(run), [tasks], SPEC, NUM_ROWS)
+    rollouts = [r for g in rollout_worker.rollouts(opened, SPEC, first=1000) for r in g.rollouts]
     return sum(r.reward.value for r in rollouts) / len(rollouts)
 
 
@@ -64,7 +64,7 @@ def test_what_is_kept_is_right_and_fine_tuning_on_it_goes_round(
     # two experts of one unified stage
     files = [tmp_path / "new" / "folder" / f"{seed}.jsonl" for seed in (1, 2)]
     for seed, file in enumerate(files, 1):
-        counts = distill(expert, tasks, file, dataclasses.replace(DRAW, seed=seed))
+        counts = distill(expert, tasks, file, dataclasses.replace(SPEC, seed=seed))
         assert (
             counts.total() == ROLLOUTS
             and counts["correctness/wrong"] > 0
@@ -107,12 +107,12 @@ def test_the_command_gives_what_the_seed_says_in_every_process(expert, tasks, tm
     assert done.returncode == 0, done.stderr
     here = {seed: tmp_path / f"{seed}.jsonl" for seed in (3, 4)}
     counts = {
-        seed: distill(expert, tasks, file, dataclasses.replace(DRAW, seed=seed))
+        seed: distill(expert, tasks, file, dataclasses.replace(SPEC, seed=seed))
         for seed, file in here.items()
     }
     assert here[3].read_text() == (tmp_path / "there.jsonl").read_text() != here[4].read_text()
     assert (
-        done.stdout == f"{distilling.table(counts[3])}\n{counts[3]['kept']} conversations in"
+        done.stdout == f"{distillation.table(counts[3])}\n{counts[3]['kept']} conversations in"
         f" {tmp_path / 'there.jsonl'}\n"
     )
     assert done.stdout.split()[:4] == ["rollouts", str(ROLLOUTS), "100.0%", "kept"]
@@ -141,7 +141,7 @@ REFUSED = {
 def test_refusals_are_named_and_leave_no_file(
     source, draw, filters, message, expert, tasks, tmp_path
 ):
-    draw, filters = dataclasses.replace(DRAW, **draw), dataclasses.replace(FILTERS, **filters)
+    draw, filters = dataclasses.replace(SPEC, **draw), dataclasses.replace(FILTERS, **filters)
     with pytest.raises(ValueError, match=message):
         distill(expert, source or tasks, tmp_path / "o.jsonl", draw, filters)
     assert [p.name for p in tmp_path.iterdir()] == ["tasks.jsonl"]
@@ -180,7 +180,7 @@ def test_calls_and_failures_of_the_judge_are_samples_as_well(corpus_folder):
         Rollout(task, whole, mask, logprobs, versions, status, Reward(1.0, {}))
         for status in statuses
     ]
-    first, *others = distilling.samples([Group(task, rollouts)], tokenizer, thinking=True)
+    first, *others = distillation.samples([Group(task, rollouts)], tokenizer, thinking=True)
     assert first.response == (turn,) and first.num_tokens == count and first.tools == task.tools
     assert [s.response for s in others] == [(), ()]
     kept, counts = rejection.apply_filters([first, *others], FILTERS)

@@ -25,7 +25,7 @@ from glm_jax.sft.conversations import (
     write_conversations,
 )
 from glm_jax.train import loop
-from glm_jax.train.checkpoint import load_weights
+from glm_jax.train.start import load_weights
 
 NOW = {"type": "function", "function": {"name": "now"}}
 

@@ -21,10 +21,11 @@ import toy
 from toy import records
 
 from experiments.entry import run_config
+from glm_jax.run.checkpoints import finished_steps, newest_step
+from glm_jax.run.recorder import NonFinite, check_finite
 from glm_jax.sharding import make_mesh
 from glm_jax.train import loop
-from glm_jax.train.checkpoint import finished_steps, load_weights, newest_step
-from glm_jax.train.metrics import NonFinite, check_finite
+from glm_jax.train.start import load_weights
 from glm_jax.train.state import Trainee
 from glm_jax.train.step import update
 

@@ -1,0 +1,88 @@
+"""What experiments.distill does: a run's rollouts on tasks, judged and filtered, become
+conversations to fine-tune on.
+"""
+
+from __future__ import annotations
+
+import collections
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+
+from tqdm import tqdm
+
+from data import chat_output
+from data.tokenizer import Tokenizer
+from glm_jax.envs.worker import SamplingSpec
+from glm_jax.evaluation import run_worker
+from glm_jax.rollouts.rollout import Group, Rollout, RolloutStatus
+from glm_jax.sft import rejection
+from glm_jax.sft.conversations import write_conversations
+from glm_jax.sft.rejection import RejectionConfig, Sample
+
+
+def distill(
+    workdir: str,
+    sources: Sequence[str],
+    output: pathlib.Path,
+    spec: SamplingSpec,
+    num_rows: int,
+    config: RejectionConfig,
+    *,
+    progress: bool,
+) -> collections.Counter:
+    """Writes what is kept of spec.group_size rollouts of each task. Returns what became of all of
+    them, as rejection.select counts it.
+
+    Raises ValueError where nothing is kept; then nothing is written.
+    """
+    if output.is_dir():
+        raise ValueError(f"output {str(output)!r} is a folder: give a file")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    tasks, worker = run_worker.open_worker(workdir, sources, spec, num_rows)
+    with tqdm(
+        total=len(tasks) * spec.group_size, unit="rollout", desc="distill", disable=not progress
+    ) as bar:
+        groups = worker.rollouts(tasks, spec, 0, bar.update)
+    conversations, counts = rejection.select(
+        list(samples(groups, worker.tokenizer, spec.thinking)), config
+    )
+    if not conversations:
+        became = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise ValueError(
+            f"no rollout of {workdir} was kept, {str(output)!r} is not written; of"
+            f" {counts.total()}: {became}"
+        )
+    write_conversations(output, conversations)
+    return counts
+
+
+def samples(groups: Iterable[Group], tokenizer: Tokenizer, thinking: bool) -> Iterable[Sample]:
+    """Every rollout as what the filters judge."""
+    for group in groups:
+        for rollout in group.rollouts:
+            readable = rollout.status is RolloutStatus.COMPLETED
+            yield Sample(
+                task=group.task.id, prompt=group.task.messages,
+                response=(message(rollout, tokenizer),) if readable else (),
+                thinking=thinking, num_tokens=rollout.num_sampled, status=rollout.status.value,
+                reward=rollout.reward.value,
+                tools=group.task.tools,
+            )  # fmt: skip
+
+
+def message(rollout: Rollout, tokenizer: Tokenizer) -> dict:
+    """The assistant's turn of a rollout that is one turn and can be read."""
+    sampled = rollout.tokens[rollout.mask].tolist()
+    return chat_output.parse_tokens(tokenizer, sampled, rollout.task.tools or None)
+
+
+def table(counts: Mapping[str, int]) -> str:
+    """A line for what was kept and for every reason of a drop: how many, which share of all."""
+    total = sum(counts.values())
+    rows = [
+        ("rollouts", total),
+        ("kept", counts["kept"]),
+        *((f"  {name}", n) for name, n in counts.items() if name != "kept"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {count:>8,}  {count / total:>6.1%}" for name, count in rows)
