@@ -23,7 +23,13 @@ from data.shards import TokenizedDocument, token_dtype, write_shard
 from data.sources import Document, file_documents, stdlib_documents
 from data.tokenizer import Tokenizer, train_tokenizer
 
-SOURCES = ("stdlib", "files")
+# name -> the documents of a CurateConfig
+SOURCES = {
+    "stdlib": lambda config: stdlib_documents(),
+    "files": lambda config: file_documents(
+        config.files_root, config.files_glob, config.code_suffixes
+    ),
+}
 # Documents tokenized at a time: enough to keep all cores busy, few enough for a lively progress
 # bar.
 _BATCH = 32
@@ -33,7 +39,7 @@ _BATCH = 32
 class CurateConfig:
     """What to curate. The same config on the same corpus gives the same dataset.
 
-    source: 'stdlib' (this interpreter's standard library) or 'files'.
+    source: a name of SOURCES: 'stdlib' (this interpreter's standard library) or 'files'.
     files_root, files_glob: folder and pattern of 'files'; unread by 'stdlib'.
     code_suffixes: names of 'files' that end so are code.
     held_out_fraction: share of the files, by a hash of seed and path, that training never sees.
@@ -130,14 +136,8 @@ def _plain(config: CurateConfig) -> dict:
 
 def _read_corpus(config: CurateConfig) -> tuple[list[Document], dict[str, int]]:
     """All documents that have text, in hash order, and the number of those left out by reason."""
-    from_files = config.source == "files"
-    found = (
-        file_documents(config.files_root, config.files_glob, config.code_suffixes)
-        if from_files
-        else stdlib_documents()
-    )
     documents, skipped = [], {"empty": 0, "undecodable": 0}
-    for document in found:
+    for document in SOURCES[config.source](config):
         if not document.content:
             skipped["empty"] += 1
         elif document.text() is None:

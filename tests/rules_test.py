@@ -515,9 +515,14 @@ def test_every_command_named_exists():
     fail_on(broken)
 
 
-def test_every_path_that_the_readme_names_exists():
-    text = (ROOT / "README.md").read_text("utf-8")
-    named = set(re.findall(r"\]\(([^)#]+)\)", text))
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_path_that_a_page_names_exists(page):
+    text = page.read_text("utf-8")
+    named = set()
     for quoted in re.findall(r"`([^`\n]+)`", text) + re.findall(
         r"```.*?\n(.*?)```", text, re.DOTALL
     ):
@@ -535,5 +540,5 @@ def test_every_path_that_the_readme_names_exists():
         if "://" in path or not ours or re.search(r"\b(W|DIR|NAME|runs)\b", path):
             continue
         if not any(ROOT.glob(path.rstrip("/"))) and not any(ROOT.glob(f"*/{path.rstrip('/')}")):
-            broken.append(f"README.md: {path} does not exist")
+            broken.append(f"{name_of(page)}: {path} does not exist")
     fail_on(broken)

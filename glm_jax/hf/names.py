@@ -1,9 +1,9 @@
 """The table of Hugging Face names, which import and export derive from.
 
 Tensor names, shapes and config keys are those of `glm4_moe` in transformers 5 and of the released
-GLM-4.5 folders (FACTS 1); the MTP block stands behind the last layer, under index num_layers. The
-table derives from the abstract model, so a parameter that model/ declares is a parameter that is
-read and written here.
+GLM-4.5 folders (docs/glm45.md, "Checkpoints"); the MTP block follows the last layer, under index
+num_layers. The table derives from the abstract model, so a parameter that model/ declares is a
+parameter that is read and written here.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Weights of the engine in fewer bits: FP8 in blocks of 128 x 128, as rollouts use it, and int8 a
-column (FACTS 1).
+column (docs/glm45.md, "FP8 for rollouts").
 
 A quantised matrix stands in the model where the float32 one stood and turns into compute precision
 where it is used. It is made again at every swap of weights, on the device.

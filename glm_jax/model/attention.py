@@ -1,5 +1,5 @@
-"""Grouped-query attention with partial rotary embedding and optional QK-Norm (FACTS: paper section
-2.1).
+"""Grouped-query attention with partial rotary embedding and optional QK-Norm (arXiv 2508.06471,
+section 2.1).
 """
 
 from __future__ import annotations

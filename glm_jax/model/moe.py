@@ -1,5 +1,5 @@
 """Mixture of experts: sigmoid router with a loss-free correction bias, routed and shared experts
-(FACTS 2).
+(docs/glm45.md, "Router").
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Multi-token prediction: one more MoE block that predicts the token after the next (FACTS 1)."""
+"""Multi-token prediction: one more MoE block that predicts the token after the next (docs/glm45.md,
+"Multi-token prediction").
+"""
 
 from __future__ import annotations
 

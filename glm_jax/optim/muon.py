@@ -1,7 +1,7 @@
 """Muon (momentum orthogonalised by Newton-Schulz) as an optax transformation over stacks of
 matrices.
 
-Formulas: Moonlight, arXiv 2502.16982, section 2; GLM-4.5, arXiv 2508.06471, section 2.3 (N = 5,
+Formulas: Moonlight, arXiv 2502.16982, section 2; GLM-4.5, arXiv 2508.06471, section 2.4 (N = 5,
 momentum 0.95, update RMS 0.2). The last two dimensions of a leaf are one matrix; all before them
 (layers, experts) are a batch of matrices.
 

@@ -16,7 +16,7 @@ GROUPS = ("muon", "embedding", "vector")  # matrices; word embeddings; biases an
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """GLM-4.5's optimizer (FACTS 3), or AdamW everywhere as the ablation."""
+    """GLM-4.5's optimizer (docs/glm45.md, "Muon"), or AdamW everywhere as the ablation."""
 
     name: str  # 'muon': matrices on Muon, the rest on AdamW; 'adamw': everything on AdamW
     momentum: float

@@ -1,5 +1,5 @@
 """What changes along a run, in tokens: learning rate, batch size, MTP weight, router bias rate
-(FACTS 4).
+(arXiv 2508.06471, section 2.4).
 
 Computed on the host in exact integers from the step alone and handed to the compiled step as
 scalars, so that nothing recompiles and a resumed run cannot disagree with an undisturbed one.

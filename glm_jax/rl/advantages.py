@@ -1,5 +1,5 @@
-"""Group-relative advantages (FACTS 6: r(x, y_i) - mean r), and how much each token of a batch
-weighs.
+"""Group-relative advantages (r(x, y_i) - mean r: arXiv 2508.06471, section 3.3.2), and the loss
+weight of each token of a batch.
 """
 
 from __future__ import annotations

@@ -81,8 +81,8 @@ class RolloutConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GrpoConfig:
-    """GRPO without KL term (FACTS 6; clip-higher and token-weighted loss as in DAPO, arXiv
-    2503.14476).
+    """GRPO without KL term (docs/glm45.md, "Reinforcement learning"; clip-higher and token-weighted
+    loss as in DAPO, arXiv 2503.14476).
     """
 
     learning_rate: float
@@ -133,7 +133,9 @@ class GrpoConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ControlConfig:
-    """The controllers: which tasks, at which temperature, how long (FACTS 6)."""
+    """The controllers: which tasks, at which temperature, how long (arXiv 2508.06471, section
+    3.2).
+    """
 
     curriculum: str  # CURRICULA; those but 'none' need a difficulty file
     difficulty: str  # path of the file that experiments.difficulty writes

@@ -1,5 +1,5 @@
-"""Difficulty curriculum (FACTS 6, Figure 5): moderate tasks first; then those hardly ever solved,
-whose answers are verified.
+"""Difficulty curriculum (arXiv 2508.06471, section 3.2, Figure 5): moderate tasks first; then those
+hardly ever solved, whose answers are verified.
 
 Difficulty is measured with the model that the run starts from, and kept in a file: an object a line
 with `id`, `solved` and `tried` (rollouts).

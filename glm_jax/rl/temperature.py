@@ -1,5 +1,5 @@
-"""The sampling temperature (FACTS 6): when the reward stops rising, the highest that costs at most
-1% on held-out prompts.
+"""The sampling temperature (arXiv 2508.06471, section 3.2): when the reward stops rising, the
+highest that costs at most 1% on held-out prompts.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
 
-# Written out a second time, from FACTS section 5: id offsets behind the 151,329 tokens of GLM's
-# base vocabulary.
+# Written out a second time, from docs/glm45.md, "Chat template": id offsets after the 151,329
+# tokens of GLM's base vocabulary.
 PUBLISHED_OFFSETS = {
     "<|endoftext|>": 0, "[gMASK]": 2, "<sop>": 4, "<|system|>": 6, "<|user|>": 7,
     "<|assistant|>": 8, "<|observation|>": 9,

@@ -1,5 +1,5 @@
-"""Parameter counts of the released models, from the abstract model: FACTS 1, without allocating
-them.
+"""Parameter counts of the released models, from the abstract model, without allocating them
+(docs/glm45.md, "Architecture").
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ def assert_same_bytes(first: dict[str, np.ndarray], second: dict[str, np.ndarray
 
 
 def write_like_hugging_face(folder, kind: str, dtype, seed: int = 0) -> dict[str, np.ndarray]:
-    """A folder made without our name table: names typed from FACTS 1, random bytes, two files and
-    an index.
+    """A folder made without our name table: names typed from docs/glm45.md, "Checkpoints",
+    random bytes, two files and an index.
     """
     c, rng = CONFIG, np.random.default_rng(seed)
     names: dict[str, tuple[int, ...]] = {

@@ -15,8 +15,9 @@ from experiments import entry
 from glm_jax.envs import worker
 from glm_jax.rl import loop
 from glm_jax.rl.learner import Learner
-from glm_jax.run.recorder import NonFinite
+from glm_jax.run.recorder import NonFinite, read_metrics
 from glm_jax.train.start import load_weights
+from tests import glossary
 
 
 @pytest.fixture
@@ -139,3 +140,17 @@ def test_on_policy_is_asserted(rl_config, tmp_path, easy, monkeypatch):
     monkeypatch.setattr(worker.Engine, "set_weights", lambda self, state, **_: None)
     with pytest.raises(RuntimeError, match="version 0 to train version 1, max_staleness=0"):
         run(rl_config, tmp_path / "w")
+
+
+# What only some runs have: a dropped group, groups that happen to be of one kind.
+SOMETIMES = {"groups_surplus", "groups_failed", "groups_solved", "groups_unsolved"}
+
+
+def test_the_glossary_has_every_metric_of_a_run_and_no_other(rl_config, tmp_path, easy):
+    rl_config.grpo.update(max_staleness=4, mtp_weight=0.1)
+    rl_config.control.update(temperatures=(1.0, 0.5), plateau_window=1, plateau_gain=10.0)
+    rl_config.loop.steps = 2
+    run(rl_config, tmp_path / "run")
+    found = read_metrics(tmp_path / "run")
+    assert not glossary.unknown(found, "rl")
+    assert glossary.unseen(found, "rl") <= SOMETIMES

@@ -1,6 +1,4 @@
-"""The same training steps on meshes of eight simulated devices as on one device (FACTS: number 7 of
-the first issue).
-"""
+"""The same training steps on meshes of eight simulated devices as on one device."""
 
 from __future__ import annotations
 
