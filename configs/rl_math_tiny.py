@@ -43,7 +43,7 @@ def _rollout() -> ConfigDict:
     rollout.group_size = 8
     rollout.over_sampling = 1.0
     rollout.dynamic_sampling = True
-    rollout.max_waves = 1  # no second wave for groups without variance
+    rollout.max_waves = 1  # no second round for groups without variance
     rollout.mask_truncated = False
     return rollout
 

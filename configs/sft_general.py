@@ -14,7 +14,7 @@ from configs import sft_unified
 def get_config() -> ConfigDict:
     config = sft_unified.get_config()
     config.data.paths = ("data/cold_start/general.jsonl",)
-    config.data.thinking_share = 0.5  # the quick answer is to be learnt, too; ours
+    config.data.thinking_share = 0.5  # the quick answer is trained on, too; ours
     schedule = config.schedule
     schedule.total_tokens = 1_000_000_000  # a small set; ours
     schedule.warmup_tokens = 40_000_000

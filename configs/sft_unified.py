@@ -38,7 +38,7 @@ def _data() -> ConfigDict:
 
 def get_config() -> ConfigDict:
     config = glm45.get_config()
-    config.start.workdir = "runs/glm45/long_context"  # the base model, behind mid-training
+    config.start.workdir = "runs/glm45/long_context"  # the base model, after mid-training
     config.model.rope_theta = 1e6  # from the 32K stage on
     config.data = _data()
 

@@ -18,7 +18,7 @@ _NEXT = {
     ("reasoning", "</think>"): "content",
     ("opening", "<tool_call>"): "call",
     ("content", "<tool_call>"): "call",
-    ("behind a call", "<tool_call>"): "call",
+    ("after a call", "<tool_call>"): "call",
 }
 _CALL_TAGS = (
     "<tool_call>",
@@ -151,8 +151,8 @@ class OutputReader:
             return []
         if is_control and text in _STRUCTURE:
             self._complain(self._part, f"{text} out of place")
-        if self._state == "behind a call" and text.strip():
-            self._complain("content", f"{text!r} behind a tool call")
+        if self._state == "after a call" and text.strip():
+            self._complain("content", f"{text!r} after a tool call")
         if self._state == "opening" and text.strip():
             self._state = "content"
         return self._write(text)
@@ -199,7 +199,7 @@ class OutputReader:
             self._state = "content"
             return self._write("".join(piece for piece, _ in self._call))
         self._num_calls += 1
-        self._state, self._space = "behind a call", ""
+        self._state, self._space = "after a call", ""
         return [Delta("tool_calls", call)]
 
 
@@ -225,12 +225,12 @@ def _tool_call(
             raise MalformedOutput(
                 where, f"{tags[start + wrong]} where {_ARGUMENT[wrong]} should be"
             )
-        key, between, text, behind = texts[start : start + len(_ARGUMENT)]
+        key, between, text, after = texts[start : start + len(_ARGUMENT)]
         if key in arguments:
             raise MalformedOutput(f"{where}.arguments.{key}", "is given twice")
-        if (between + behind).strip():
+        if (between + after).strip():
             raise MalformedOutput(
-                f"{where}.arguments.{key}", f"{(between + behind).strip()!r} between the tags"
+                f"{where}.arguments.{key}", f"{(between + after).strip()!r} between the tags"
             )
         try:
             arguments[key] = _value(
@@ -253,7 +253,7 @@ def _tool_call(
 
 
 def _by_tag(pieces: list[tuple[str, bool]]) -> tuple[list[str], list[str]]:
-    """The tags of a tool call, from <tool_call> to </tool_call>, and the text behind each."""
+    """The tags of a tool call, from <tool_call> to </tool_call>, and the text after each."""
     tags, texts = [], []
     for piece, is_control in pieces:
         if is_control and piece in _CALL_TAGS:
@@ -278,5 +278,5 @@ def _value(text: str, types: set[str] | None, where: str):
             where, f"{text!r} is no JSON of type {' or '.join(sorted(types))}: {error}"
         ) from None
     # Strings are written raw: one in quotes is a string that has quotes.
-    wanted = types is None or not string_will_do or json_schema.type_of(value) & types
-    return value if wanted and not (string_will_do and isinstance(value, str)) else text
+    fits = types is None or not string_will_do or json_schema.type_of(value) & types
+    return value if fits and not (string_will_do and isinstance(value, str)) else text

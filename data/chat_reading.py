@@ -140,5 +140,5 @@ def _content(body: Pieces, where: str) -> str:
         raise MalformedOutput(f"{where}.content", f"{wrong} out of place")
     text = body[0][0] if body else ""
     if not text.startswith("\n"):
-        raise MalformedOutput(f"{where}.content", "must begin behind a line break")
+        raise MalformedOutput(f"{where}.content", "must begin after a line break")
     return text[1:]

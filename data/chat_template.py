@@ -139,7 +139,7 @@ def encode_to_continue(
 def encode_reply(
     tokenizer: Tokenizer, messages: Sequence[Mapping], stop: str, *, thinking: bool = True
 ) -> list[int]:
-    """Token ids to put behind an assistant's turn that the model ended with the stop token `stop`,
+    """Token ids to put after an assistant's turn that the model ended with the stop token `stop`,
     so that the model goes on after the new messages, the user's or the tools'.
 
     The turn's own ids stay as they were sampled. With thinking they are followed by what `encode`
@@ -174,11 +174,11 @@ def encode_for_training(
     """Token ids of a finished conversation, and for each whether the model is to learn to predict
     it.
 
-    What is learnt of an assistant's turn is what the engine would have drawn: all behind
-    `<|assistant|>`, or behind `</think>` where that was given (thinking off) or the template has
+    What is trained on of an assistant's turn is what the engine would have sampled: all after
+    `<|assistant|>`, or after `</think>` where that was given (thinking off) or the template has
     dropped the reasoning (turns before the last user's); then the token that stops the turn,
-    `<|observation|>` behind tool calls and else `<|user|>`, where the conversation goes on with it.
-    The last turn's is appended. In front of every turn behind the last user's, the ids are those of
+    `<|observation|>` after tool calls and else `<|user|>`, where the conversation goes on with it.
+    The last turn's is appended. In front of every turn after the last user's, the ids are those of
     `encode` for the messages up to there. Raises TemplateError where the last turn is not the
     assistant's, and for reasoning that would have to be kept with thinking off.
     """
@@ -190,10 +190,10 @@ def encode_for_training(
             f"a finished conversation ends with the assistant, not {messages[last]['role']}",
         )
     parts += _own(_stop_of(messages[last]), "user")
-    learnt = _learnt(parts, messages, thinking)
+    trained = _learnt(parts, messages, thinking)
     ids = _ids(tokenizer, parts)
     flags = itertools.chain.from_iterable(
-        [flag] * len(own) for flag, own in zip(learnt, ids, strict=True)
+        [flag] * len(own) for flag, own in zip(trained, ids, strict=True)
     )
     return list(itertools.chain.from_iterable(ids)), list(flags)
 
@@ -215,7 +215,7 @@ def _learnt(parts: Sequence[Segment], messages: Sequence[Mapping], thinking: boo
             flags.append(written)
             written = written or (part.is_control and part.text == "</think>")
         else:
-            # Whatever else stands behind a turn (a system message, another turn) is nothing that
+            # Whatever else stands after a turn (a system message, another turn) is nothing that
             # the engine stops at.
             flags.append(part.is_control and part.text == stop)
             stop = None

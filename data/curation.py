@@ -216,15 +216,15 @@ def _existing(config: CurateConfig, corpus_sha256: str, output: pathlib.Path) ->
             f"{str(output)!r} exists, is not empty and is no dataset; nothing was written"
         )
     manifest = load_manifest(output, verify_checksums=True)
-    wanted = _plain(config)
+    expected = _plain(config)
     differing = [
         key
-        for key in sorted(wanted | manifest.config)
-        if wanted.get(key) != manifest.config.get(key)
+        for key in sorted(expected | manifest.config)
+        if expected.get(key) != manifest.config.get(key)
     ]
     if differing:
         changes = ", ".join(
-            f"{key}: {manifest.config.get(key)!r} there, {wanted.get(key)!r} now"
+            f"{key}: {manifest.config.get(key)!r} there, {expected.get(key)!r} now"
             for key in differing
         )
         raise ValueError(

@@ -39,8 +39,8 @@ def rearrange(
     """
     if level not in LEVELS:
         raise ValueError(f"fim_level={level!r}; valid: {list(LEVELS)}")
-    # Drawn in a fixed order and always, so that a changed rate or share leaves the other draws as
-    # they were.
+    # Sampled in a fixed order and always, so that a changed rate or share leaves the other samples
+    # as they were.
     is_fim, is_psm = rng.random() < rate, rng.random() < psm_fraction
     if not is_fim:
         return ids

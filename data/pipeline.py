@@ -34,7 +34,7 @@ class DataConfig:
     """Which rows training sees, in which order. Nothing here depends on the machines.
 
     paths: dataset folders; all must have been made with the same tokenizer.
-    weights: share of the tokens from each path, any positive scale (documents are drawn by weight
+    weights: share of the tokens from each path, any positive scale (documents are sampled by weight
     over mean document length).
     batch_size: rows of one global microbatch; a multiple of virtual_shards.
     sequence_length: tokens a row, L.
@@ -321,11 +321,11 @@ def _check_enough(config: DataConfig, manifests: Sequence[Manifest]) -> None:
     num_documents = sum(manifest.train.num_documents for manifest in manifests)
     # Two inputs more a document than it has tokens: [gMASK] and <sop>.
     num_tokens = sum(manifest.train.num_tokens for manifest in manifests) + 2 * num_documents
-    wanted = config.batch_size * config.sequence_length
-    if num_tokens < wanted:
+    needed = config.batch_size * config.sequence_length
+    if num_tokens < needed:
         raise ValueError(
             f"{list(config.paths)} hold {num_tokens} training tokens in {num_documents} documents,"
-            f" fewer than one batch of {config.batch_size} x {config.sequence_length} = {wanted}"
+            f" fewer than one batch of {config.batch_size} x {config.sequence_length} = {needed}"
         )
     if num_documents < config.virtual_shards:
         raise ValueError(
@@ -402,7 +402,7 @@ class _CutToLength(grain_experimental.FlatMapTransform):
 
 
 def _with_tuples(state):
-    """Grain compares slices in its state with tuples, which JSON turned into lists."""
+    """Grain compares slices in its state with tuples, which JSON made lists."""
     if isinstance(state, dict):
         return {key: _with_tuples(value) for key, value in state.items()}
     return tuple(state) if isinstance(state, list) else state

@@ -201,7 +201,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # A special token that the split leaves whole (`/nothink`) could be learnt as a merge; its id
+    # A special token that the split leaves whole (`/nothink`) could be learned as a merge; its id
     # would then lie in the base.
     whole = [
         name for name in SPECIAL_TOKENS if len(backend.pre_tokenizer.pre_tokenize_str(name)) == 1

@@ -17,8 +17,8 @@ from glm_jax.infer.engine import Engine
 from glm_jax.infer.sampling import SamplingParams
 from glm_jax.model.transformer import GLM
 from glm_jax.sharding import make_mesh
-from glm_jax.train.state import Trainee
-from glm_jax.train.step import Knobs, compile_step
+from glm_jax.train.state import TrainSpec
+from glm_jax.train.step import StepScalars, compile_step
 
 LEARNING_RATE = 1e-3
 
@@ -31,7 +31,7 @@ def batch_tokens(run):
 
 def ours(run, optimizer: str):
     """A function that runs one step of our training step and returns its loss."""
-    trainee = Trainee.create(
+    spec = TrainSpec.create(
         run.model, dataclasses.replace(run.optimizer, name=optimizer, max_grad_norm=0.0)
     )
     mesh = make_mesh(run.mesh)
@@ -42,19 +42,19 @@ def ours(run, optimizer: str):
         "segment_ids": jnp.ones_like(positions),
         "loss_weights": jnp.ones(positions.shape, jnp.float32),
     }
-    knobs = Knobs(
+    scalars = StepScalars(
         jnp.int32(1),
         jnp.float32(LEARNING_RATE),
         jnp.float32(0),
         jnp.float32(run.schedule.bias_rate),
     )
-    step = compile_step(trainee, run.schedule.balance_weight, mesh)
-    state = trainee.create_state(mesh, run.loop.seed)
+    step = compile_step(spec, run.schedule.balance_weight, mesh)
+    state = spec.create_state(mesh, run.loop.seed)
 
     def one():
         nonlocal state
         with jax.set_mesh(mesh):
-            state, metrics = step(state, batch, knobs)
+            state, metrics = step(state, batch, scalars)
         jax.block_until_ready(state)
         return float(metrics["cross_entropy"])
 
@@ -97,7 +97,7 @@ def theirs(run):
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Prompts and how many tokens to draw behind each."""
+    """Prompts and how many tokens to sample after each."""
 
     prompts: list[list[int]]
     new_tokens: list[int]

@@ -19,7 +19,7 @@ WORKDIR = flags.DEFINE_string(
 )
 PROMPT = flags.DEFINE_string("prompt", None, r"Text to continue; \n stands for a line break.")
 SUFFIX = flags.DEFINE_string(
-    "suffix", None, "Text behind the gap: completes the middle between prompt and suffix."
+    "suffix", None, "Text after the gap: completes the middle between prompt and suffix."
 )
 LENGTH = flags.DEFINE_integer("length", 128, "Most new tokens.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float(

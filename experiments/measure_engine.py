@@ -3,7 +3,7 @@ its held-out text.
 
     python -m experiments.measure_engine --workdir=runs/demo/run
 
-Prints two tables: log-probabilities of drawn tokens, engine beside the training forward in the
+Prints two tables: log-probabilities of sampled tokens, engine beside the training forward in the
 model's own precision, for each format of weights and cache; and tokens a pass, accepted drafts and
 tokens/s for each number of drafts.
 """
@@ -35,7 +35,7 @@ PROMPTS = flags.DEFINE_integer(
     "prompts", 16, "Prompts, each the beginning of a held-out document.", lower_bound=1
 )
 PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 32, "Tokens of a prompt.", lower_bound=1)
-NEW_TOKENS = flags.DEFINE_integer("new_tokens", 128, "Tokens drawn behind each.", lower_bound=1)
+NEW_TOKENS = flags.DEFINE_integer("new_tokens", 128, "Tokens sampled after each.", lower_bound=1)
 DRAFTS = flags.DEFINE_integer("drafts", 3, "Most drafts to try.", lower_bound=0)
 # (compute type, weights, cache)
 FORMATS = [

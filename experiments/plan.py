@@ -38,7 +38,9 @@ PAGE_SIZE = flags.DEFINE_integer("page_size", 128, "Tokens of a page of the cach
 PREFILL_CHUNK = flags.DEFINE_integer(
     "prefill_chunk", 512, "Tokens of a row that one prefill call takes.", lower_bound=1
 )
-DECODE_STEPS = flags.DEFINE_integer("decode_steps", 16, "Tokens drawn in one call.", lower_bound=1)
+DECODE_STEPS = flags.DEFINE_integer(
+    "decode_steps", 16, "Tokens sampled in one call.", lower_bound=1
+)
 DRAFT_TOKENS = flags.DEFINE_integer("draft_tokens", 0, "Guessed by the MTP block.", lower_bound=0)
 WEIGHTS = flags.DEFINE_string(
     "weights", "compute", "Format of the weights: compute precision, fp8 or int8."

@@ -43,7 +43,7 @@ PORT = flags.DEFINE_integer(
 )
 MODEL_NAME = flags.DEFINE_string("model_name", "glm", "What requests call the model.")
 API_KEY_FILE = flags.DEFINE_string(
-    "api_key_file", None, "File with the key that requests must show; without it none is asked for."
+    "api_key_file", None, "File with the key that requests must show; without it none is required."
 )
 CONTEXT = flags.DEFINE_integer(
     "context",
@@ -119,8 +119,8 @@ def read_key(path: str | None) -> str | None:
 def allow_many_connections():
     """Each is an open file, and the usual soft limit of 1,024 is for programs that use select()."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    limit = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
 
 
 def main(argv: list[str]):

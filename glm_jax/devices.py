@@ -1,4 +1,4 @@
-"""Which devices there are: found at start-up and said, and no TPU is asked for where there is none.
+"""Which devices there are: found at start-up and said, and no TPU is requested where there is none.
 What is compiled for them is kept.
 """
 

@@ -26,9 +26,9 @@ def chunked_token_loss(token_loss, h_BLD, head_DV, targets_BL, inputs, chunk: in
     """sum over positions of token_loss(log softmax(h head)[target], inputs), holding logits of
     `chunk` positions at a time.
 
-    The gradient of a scalar needs nothing from behind it but a factor, so the forward pass already
-    computes it chunk by chunk (as Liger Kernel, arXiv 2410.10989, does): three products in all and
-    no logits are kept or computed twice.
+    The gradient of a scalar needs nothing from later layers but a factor, so the forward pass
+    already computes it chunk by chunk (as Liger Kernel, arXiv 2410.10989, does): three products in
+    all and no logits are kept or computed twice.
 
     Args:
       token_loss: elementwise, (log-probabilities, inputs) -> losses; differentiated by JAX in its

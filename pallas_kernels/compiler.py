@@ -48,7 +48,7 @@ class Chip:
     macs_per_cycle: int  # bfloat16 multiply-adds
     hbm_bytes_per_cycle: float
     vmem_bytes: int
-    unit_size: int  # rows and columns of a matrix unit, 128 or 256
+    unit_size: int  # rows and columns of a MXU, 128 or 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Probe:
     computed_macs: int | None = None  # total_macs
 
     def cycles(self, rate: float, chip: Chip) -> tuple[float, float]:
-        """Of the whole call: those of the matrix unit at a rate, and those that HBM takes."""
+        """Of the whole call: those of the MXU at a rate, and those that HBM takes."""
         computed = self.total_macs if self.computed_macs is None else self.computed_macs
         return computed / (rate * chip.macs_per_cycle), self.hbm_bytes / chip.hbm_bytes_per_cycle
 

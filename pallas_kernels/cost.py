@@ -1,4 +1,4 @@
-"""What a kernel costs, for XLA, which hides collectives behind it, and for the planner."""
+"""What a kernel costs, for XLA, which overlaps collectives with it, and for the planner."""
 
 from __future__ import annotations
 

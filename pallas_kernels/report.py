@@ -7,7 +7,7 @@ libtpu, no TPU.
 Every figure is compiled or counted, none measured. First table, a line a kernel, shape and pass:
 `rate` is the useful multiply-adds of a full tile over what its cycles could do; `HBM MiB` what the
 blocks of the call move, beside what it needs (every operand and result once); `wall` what binds the
-call, the matrix unit or HBM; `share` the call's useful multiply-adds over what its time at that
+call, the MXU or HBM; `share` the call's useful multiply-adds over what its time at that
 wall could do; then registers filled from and spilled to VMEM in the hot region. Second table: work
 visited over work needed.
 """

@@ -14,7 +14,7 @@ KIND_OF_DEVICE = {
     "TPU v6 lite": "v6e",
     "TPU7x": "tpu7x",
 }
-WIDE_UNITS = ("v6e", "tpu7x")  # kinds whose matrix units are 256 wide, not 128
+WIDE_UNITS = ("v6e", "tpu7x")  # kinds whose MXUs are 256 wide, not 128
 # kinds whose chips have two cores, which share a grid's parallel dimensions
 TWO_CORES = ("v4", "v5p")
 

@@ -3,7 +3,7 @@ libtpu, no TPU.
 
     python -m pallas_kernels.tune --topology=v5p:2x2x1 [--kernel=attention]
 
-A candidate's score is the time of the call at the wall that it meets: cycles of the matrix unit by
+A candidate's score is the time of the call at the wall that it meets: cycles of the MXU by
 its schedule, or HBM bytes by the chip's bandwidth. What does not compile is left out; of candidates
 within half a percent the one with the fewest spills wins.
 """

@@ -17,8 +17,8 @@ from glm_jax.infer.config import EngineConfig
 from glm_jax.infer.engine import Engine
 from glm_jax.infer.sampling import SamplingParams
 from glm_jax.optim.optimizer import OptimizerConfig
-from glm_jax.train.state import Trainee, TrainState, build_model, initial_weights
-from glm_jax.train.step import Knobs, gradients, update
+from glm_jax.train.state import TrainSpec, TrainState, build_model, initial_weights
+from glm_jax.train.step import StepScalars, gradients, update
 
 ROWS, LENGTH, PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 2, 64, 4, 24, 8
 TOY = {
@@ -77,17 +77,17 @@ def numbers(config: ModelConfig, params, router, *, engine_attention: str) -> di
     """
     data = batch()
     optimizer = glm45.get_config().optimizer.to_dict() | {"ns_dtype": "float32"}
-    trainee = Trainee.create(config, from_mapping(OptimizerConfig, optimizer, "optimizer"))
+    spec = TrainSpec.create(config, from_mapping(OptimizerConfig, optimizer, "optimizer"))
     rate = jnp.float32(1e-2)
-    knobs = Knobs(jnp.int32(1), rate, jnp.float32(0.3), jnp.float32(1e-3))
+    scalars = StepScalars(jnp.int32(1), rate, jnp.float32(0.3), jnp.float32(1e-3))
 
     def everything(params, router):
         model = build_model(config, params, router)
         parts = {name: data[name][0] for name in ("segment_ids", "positions")}
         logits = model(data["tokens"][0], **parts)
-        state = TrainState(jnp.int32(0), params, router, trainee.optimizer.init(params))
-        (loss, aux), grads = gradients(trainee, state, data, knobs, 1e-4)
-        new, _ = update(trainee, state, grads, aux["expert_counts"], rate, knobs.bias_rate)
+        state = TrainState(jnp.int32(0), params, router, spec.optimizer.init(params))
+        (loss, aux), grads = gradients(spec, state, data, scalars, 1e-4)
+        new, _ = update(spec, state, grads, aux["expert_counts"], rate, scalars.bias_rate)
         return logits, loss, grads, new.params
 
     logits, loss, grads, new = jax.jit(everything)(params, router)

@@ -54,7 +54,7 @@ def device(section: Section):
 
 
 def _product(n: int) -> dict:
-    # random: constants draw less power and run faster
+    # random: constants use less power and run faster
     x = jax.random.normal(jax.random.key(0), (n, n), jnp.bfloat16)
     program, _ = compiled(jnp.matmul, x, x)
     return {"tflops": round(2 * n**3 / seconds(program, x, x, calls=4) / 1e12, 1)}

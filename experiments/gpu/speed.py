@@ -19,8 +19,8 @@ from glm_jax.infer.sampling import SamplingParams
 from glm_jax.optim.optimizer import OptimizerConfig
 from glm_jax.sharding import MeshConfig, make_mesh
 from glm_jax.train.metrics import flops_per_token, peak_flops
-from glm_jax.train.state import Trainee, build_model, initial_weights
-from glm_jax.train.step import Knobs, compile_step
+from glm_jax.train.state import TrainSpec, build_model, initial_weights
+from glm_jax.train.step import StepScalars, compile_step
 
 DOCUMENT = 1024  # tokens of each of a packed row's documents
 
@@ -48,12 +48,12 @@ def _train(section: Section, changes: dict[str, str]):
     rows, length = (
         (2, 64) if section.rehearse else (given.data.batch_size, given.data.sequence_length)
     )
-    trainee = Trainee.create(
+    spec = TrainSpec.create(
         config, from_mapping(OptimizerConfig, given.optimizer.to_dict(), "optimizer")
     )
     mesh = make_mesh(MeshConfig(1, 1, 1, 1, 1), jax.devices()[:1])
     start = time.perf_counter()
-    state = trainee.create_state(mesh, 0)
+    state = spec.create_state(mesh, 0)
     tokens = (
         np.random.default_rng(0)
         .integers(0, config.vocab_size, (1, rows, length + 1))
@@ -70,7 +70,7 @@ def _train(section: Section, changes: dict[str, str]):
     batch = jax.device_put(
         batch | {"loss_weights": np.ones(place.shape, np.float32)}, jax.devices()[0]
     )
-    knobs = Knobs(jnp.int32(1), jnp.float32(1e-4), jnp.float32(0.3), jnp.float32(1e-3))
+    scalars = StepScalars(jnp.int32(1), jnp.float32(1e-4), jnp.float32(0.3), jnp.float32(1e-3))
     fields = {
         "attention": config.attention,
         "grouped_matmul": config.grouped_matmul,
@@ -78,13 +78,13 @@ def _train(section: Section, changes: dict[str, str]):
         "length": length,
     }
     with jax.set_mesh(mesh):
-        program = compile_step(trainee, 1e-4, mesh).lower(state, batch, knobs).compile()
+        program = compile_step(spec, 1e-4, mesh).lower(state, batch, scalars).compile()
         fields["ready_s"] = round(time.perf_counter() - start, 1)
         memory = program.memory_analysis()
         times, losses = [], []
         for _ in range(4 if section.rehearse else 12):
             start = time.perf_counter()
-            state, metrics = program(state, batch, knobs)
+            state, metrics = program(state, batch, scalars)
             losses.append(float(metrics["cross_entropy"]))
             times.append(time.perf_counter() - start)
     speed = rows * length / statistics.median(times[2:])

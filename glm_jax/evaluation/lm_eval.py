@@ -79,7 +79,7 @@ class EngineLM(LM):
         return totals
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """The text behind each context, up to the first of its `until` strings (left out),
+        """The text after each context, up to the first of its `until` strings (left out),
         <|endoftext|> or max_gen_toks tokens.
         """
         prompts, params, stops = [], [], []
@@ -110,16 +110,16 @@ class EngineLM(LM):
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Token ids of both parts, split as lm-eval splits them: spaces at the context's end belong
-        to the continuation, and its tokens are those of the whole text behind as many as the
+        to the continuation, and its tokens are those of the whole text after as many as the
         context has alone.
         """
         bare = context.rstrip()
         continuation = context[len(bare) :] + continuation
         whole, before = self.tokenizer.encode_batch([bare + continuation, bare])
-        # Where both melt into fewer tokens nothing is left behind the context, which lm-eval's own
+        # Where both melt into fewer tokens nothing is left after the context, which lm-eval's own
         # adapter refuses to score.
-        behind = whole[len(before) :] or self.tokenizer.encode(continuation)
-        return [*self.tokenizer.start_ids, *before], behind
+        after = whole[len(before) :] or self.tokenizer.encode(continuation)
+        return [*self.tokenizer.start_ids, *before], after
 
     def _score(self, pairs) -> list[tuple[float, bool]]:
         return score_all(

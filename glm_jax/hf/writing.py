@@ -106,7 +106,7 @@ def export_checkpoint(
 
     Raises:
       ValueError: for a folder that is not empty, or a state that does not fit the config. OSError
-        where writing fails; then nothing is left behind.
+        where writing fails; then nothing remains.
     """
     types = export_types(state, dtype)
     folder = pathlib.Path(folder)

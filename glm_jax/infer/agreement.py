@@ -50,12 +50,12 @@ def replay_of(requests: Sequence[Request], num_layers: int, length: int) -> np.n
 
 
 def agreement(model: GLM, requests: Sequence[Request], *, replay: bool) -> dict[str, float]:
-    """Metrics of finished requests against the model they should have been drawn from.
+    """Metrics of finished requests against the model they should have been sampled from.
 
     replay: route the training forward to the engine's experts; needs an engine with keep_experts,
     as the expert metric does.
 
-    Returns `logprob_difference_mean` and `_max` (absolute, over drawn tokens); with experts kept,
+    Returns `logprob_difference_mean` and `_max` (absolute, over sampled tokens); with experts kept,
     `experts_differ`: share of computed tokens whose set of experts differs in at least one layer;
     without replay only, as with it none can.
     """

@@ -30,7 +30,7 @@ class EngineConfig:
     num_pages: int
     prefill_chunk: int  # most tokens of a row in one prefill call
     min_chunk: int  # tokens of the shortest prefill call: the same trade
-    # tokens drawn in one call before the host looks: more is faster, and later to let requests in
+    # tokens sampled in one call before the host looks: more is faster, and later to let requests in
     decode_steps: int
     # guessed by the MTP block and verified in one pass of the trunk; 0: no speculation
     draft_tokens: int

@@ -1,8 +1,8 @@
 """The inference engine: continuous batching over a paged key-value cache.
 
 Requests join and leave between calls of `step`. One step gives every row that lacks computed tokens
-a chunk of them (prefill), then draws up to `decode_steps` tokens for every row that lacks none, in
-one loop on the device. What a request gets depends on its prompt, parameters and seed alone, but
+a chunk of them (prefill), then samples up to `decode_steps` tokens for every row that lacks none,
+in one loop on the device. What a request gets depends on its prompt, parameters and seed alone, but
 for the last bits of sums that another batch shape rounds otherwise.
 """
 
@@ -25,12 +25,12 @@ from glm_jax.infer.pages import NO_KEY, PagePool, page_key
 from glm_jax.infer.request import Request, best_of
 from glm_jax.infer.rows import Batch
 from glm_jax.infer.sampling import SamplingParams
-from glm_jax.infer.steps import Drawn, Rows, decode, experts_of, prefill
+from glm_jax.infer.steps import Rows, Sampled, decode, experts_of, prefill
 from glm_jax.model.cache import empty_pages
 from glm_jax.model.transformer import GLM, per_layer
 
 MIN_TABLE = 4  # pages
-# Tokens drawn in one call for the other rows, where one has a constraint: that one gets a single
+# Tokens sampled in one call for the other rows, where one has a constraint: that one gets a single
 # token a call.
 STEPS_BESIDE_CONSTRAINT = 4
 DecodeText = Callable[[Sequence[int]], str]  # of token ids
@@ -118,7 +118,7 @@ class Engine:
             request.status = "paused"
 
     def resume(self, request: Request):
-        """Queues a paused request again; it goes on with the token that it would have drawn
+        """Queues a paused request again; it goes on with the token that it would have sampled
         next.
         """
         if request.status == "paused":
@@ -127,7 +127,7 @@ class Engine:
 
     def set_weights(self, state, *, recompute: bool, version: int | None = None):
         """Swaps in other weights (an nnx state like the model's) between steps, and quantises them
-        as configured; tokens drawn from now on carry their version, by default the next.
+        as configured; tokens sampled from now on carry their version, by default the next.
 
         recompute: compute the running requests' keys and values anew; else they go on with those of
         the older weights.
@@ -163,7 +163,7 @@ class Engine:
         return not self.waiting and not self.running
 
     def step(self) -> list[Request]:
-        """Admits what fits, computes, draws. Returns the requests that finished in it."""
+        """Admits what fits, computes, samples. Returns the requests that finished in it."""
         self._admit()
         batch = list(self.running)
         with self._on_mesh():
@@ -243,7 +243,7 @@ class Engine:
 
     def _complete_keys(self, request: Request, num_pages: int):
         """Keys of the first num_pages pages. The MTP block's part of a page depends on the token
-        behind it, too.
+        after it, too.
         """
         size, keys = self.config.page_size, request.keys
         if len(keys) < num_pages:
@@ -256,7 +256,7 @@ class Engine:
         return -(-num_tokens // self.config.page_size)
 
     def _prefill(self):
-        """One chunk for every row that lacks more than its last token, or has not drawn yet."""
+        """One chunk for every row that lacks more than its last token, or has not sampled yet."""
         rows = [r for r in self.running if r.missing > 1 or not r.tokens]
         if not rows:
             return
@@ -271,18 +271,18 @@ class Engine:
         for place, request, count in zip(batch.places, rows, counts, strict=True):
             chunk = [*request.sequence[request.stored : request.stored + count + 1], -1]
             tokens[place, :count], next_tokens[place, :count] = chunk[:count], chunk[1 : count + 1]
-        drawn, scores, self.pages = prefill(
+        sampled, scores, self.pages = prefill(
             self.graphdef, self.state, self.pages, self._rows(batch, counts), tokens, next_tokens,
             self._tables(batch, counts),
             self.config.draft_tokens > 0, _with_top(rows), any(r.unscored for r in rows),
         )  # fmt: skip
-        drawn, scores = jax.device_get((drawn, scores))
+        sampled, scores = jax.device_get((sampled, scores))
         for place, request, count in zip(batch.places, rows, counts, strict=True):
             if request.unscored:
                 logprobs, (top_tokens, top_logprobs) = scores
                 request.add_scores(logprobs[place, :count], top_tokens[place], top_logprobs[place])
             if request.missing == count:
-                self._extend(request, drawn, place, 1)
+                self._extend(request, sampled, place, 1)
             self._store(request, count)
 
     def _decode(self):
@@ -307,7 +307,7 @@ class Engine:
         tables = self._tables(
             batch, [b + ahead for b in budgets], self._pages_for(self.config.context + ahead)
         )
-        drawn, self.pages = decode(
+        sampled, self.pages = decode(
             self.graphdef,
             self.state,
             self.pages,
@@ -318,13 +318,13 @@ class Engine:
             ahead,
             _with_top(rows),
         )
-        drawn = jax.device_get(drawn)
+        sampled = jax.device_get(sampled)
         for place, request in zip(batch.places, rows, strict=True):
-            count, before = drawn.count_S[place], len(request.tokens)
-            request.passes += int(drawn.passes_S[place])
-            request.accepted += int(drawn.accepted_S[place])
-            self._extend(request, drawn, place, count)
-            # Stored are the token from before and those drawn but the last.
+            count, before = sampled.count_S[place], len(request.tokens)
+            request.passes += int(sampled.passes_S[place])
+            request.accepted += int(sampled.accepted_S[place])
+            self._extend(request, sampled, place, count)
+            # Stored are the token from before and those sampled but the last.
             self._store(request, len(request.tokens) - before)
 
     def _batch(self, requests: list[Request]) -> Batch:
@@ -338,7 +338,7 @@ class Engine:
         return Batch(requests, rows * self.shards, [shard * rows + place for shard, place in order])
 
     def _room(self, request: Request) -> int:
-        """Tokens that the request may still draw."""
+        """Tokens that the request may still sample."""
         return min(request.params.max_new_tokens, self.config.context - len(request.prompt)) - len(
             request.tokens
         )
@@ -375,7 +375,7 @@ class Engine:
 
     def _finish(self, request: Request, reason: str):
         if self.config.keep_experts:
-            # At an end of its own the last token drawn, and it alone, is not in the cache.
+            # At an end of its own the last token sampled, and it alone, is not in the cache.
             stored = request.stored if reason == "abort" else len(request.sequence) - 1
             request.experts = self._experts(request)[:stored]
         self._leave(request)
@@ -402,18 +402,18 @@ class Engine:
         for index in range(before // size, request.stored // size):
             self.pools[request.shard].publish(request.pages[index], request.keys[index])
 
-    def _extend(self, request: Request, drawn: Drawn, place: int, count: int):
-        """Appends the first `count` tokens drawn in the row at `place`, and ends the request where
-        it stops.
+    def _extend(self, request: Request, sampled: Sampled, place: int, count: int):
+        """Appends the first `count` tokens sampled in the row at `place`, and ends the request
+        where it stops.
         """
         for number in range(count):
-            token = int(drawn.tokens[place, number])
+            token = int(sampled.tokens[place, number])
             request.tokens.append(token)
-            request.logprobs.append(float(drawn.logprobs[place, number]))
+            request.logprobs.append(float(sampled.logprobs[place, number]))
             request.versions.append(self.version)
             if request.params.top_logprobs:
                 request.top_logprobs.append(
-                    best_of(request.params.top_logprobs, *(x[place, number] for x in drawn.top))
+                    best_of(request.params.top_logprobs, *(x[place, number] for x in sampled.top))
                 )
             try:
                 if (

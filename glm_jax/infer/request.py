@@ -21,12 +21,12 @@ class Request:
     params: SamplingParams
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
-    # of the weights that each token was drawn with
+    # of the weights that each token was sampled with
     versions: list[int] = dataclasses.field(default_factory=list)
-    passes: int = 0  # of the trunk in which tokens were drawn, prefill aside
+    passes: int = 0  # of the trunk in which tokens were sampled, prefill aside
     accepted: int = 0  # drafts among the tokens
     # With keep_experts, once finished: what each token of `sequence` but the last was routed to,
-    # int16 [tokens, MoE layers, K]; the MTP block's behind them where it drafts.
+    # int16 [tokens, MoE layers, K]; the MTP block's after them where it drafts.
     experts: np.ndarray | None = None
     # (token, log-probability), best first
     top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
@@ -62,7 +62,7 @@ class Request:
 
     @property
     def missing(self) -> int:
-        """Tokens to compute before the next can be drawn; 1 where only the last one drawn is
+        """Tokens to compute before the next can be sampled; 1 where only the last one sampled is
         missing.
         """
         return len(self.prompt) + len(self.tokens) - self.stored
@@ -86,7 +86,7 @@ class Request:
 
     @property
     def unscored(self) -> bool:
-        """Log-probabilities of the prompt are asked for and not all there yet."""
+        """Log-probabilities of the prompt are requested and not all there yet."""
         return self.params.prompt_logprobs and len(self.prompt_logprobs) < len(self.prompt)
 
     def add_scores(

@@ -25,7 +25,7 @@ class Batch:
         return Rows(
             stored_S=self._column([r.stored for r in self.requests], np.int32),
             counts_S=self._column(counts, np.int32),
-            drawn_S=self._column([len(r.tokens) for r in self.requests], np.int32),
+            sampled_S=self._column([len(r.tokens) for r in self.requests], np.int32),
             params=RowParams(
                 temperature=self._of_params("temperature", np.float32),
                 top_k=self._of_params("top_k", np.int32),

@@ -149,7 +149,7 @@ class LogitChanges:
     without any has no LogitChanges.
     """
 
-    prompts_SC: jax.Array  # the prompts' tokens; the vocabulary's size behind their ends
+    prompts_SC: jax.Array  # the prompts' tokens; the vocabulary's size after their ends
     outputs_SC: jax.Array  # the tokens sampled so far, likewise
     presence_S: jax.Array
     frequency_S: jax.Array

@@ -29,26 +29,26 @@ SCORED_AT_A_TIME = 16  # positions of a prompt whose logits exist at a time
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Rows:
-    """Where each row stands: tokens stored; tokens to compute (prefill) or to draw at most
-    (decode); tokens drawn before.
+    """Where each row stands: tokens stored; tokens to compute (prefill) or to sample at most
+    (decode); tokens sampled before.
 
     changes: None where no row of the batch changes its logits.
     """
 
     stored_S: jax.Array
     counts_S: jax.Array
-    drawn_S: jax.Array
+    sampled_S: jax.Array
     params: RowParams
     changes: LogitChanges | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class Drawn:
+class Sampled:
     """What a decode call drew: tokens and log-probabilities [S, steps], their number, and how many
     passes and accepted drafts.
 
-    top: where asked for, the most likely tokens at each place and their log-probabilities, both [S,
+    top: where requested, the most likely tokens at each place and their log-probabilities, both [S,
     steps, T].
     """
 
@@ -111,11 +111,11 @@ def prefill(
     drafting: bool,
     with_top: bool,
     scoring: bool,
-) -> tuple[Drawn, tuple | None, tuple]:
-    """Stores counts_S tokens of each row; returns the token drawn after them, the scores of the
+) -> tuple[Sampled, tuple | None, tuple]:
+    """Stores counts_S tokens of each row; returns the token sampled after them, the scores of the
     next tokens, and the pages.
 
-    next_tokens_SL: the token after each; -1 after the row's last, where the drawn one takes its
+    next_tokens_SL: the token after each; -1 after the row's last, where the sampled one takes its
     place. Read if `drafting`: then the MTP block's keys and values are stored, too; and if
     `scoring`: then the scores are their log-probabilities [S, L] and the most likely tokens with
     theirs [S, L, T], else None.
@@ -129,7 +129,7 @@ def prefill(
     if rows.changes is not None:
         counts_SV = rows.changes.counts(model.config.vocab_size)
         changed_SV = rows.changes.apply(logits_SV[:, None], counts_SV[:, None])[:, 0]
-    token_S = choose(changed_SV, params, rows.drawn_S)
+    token_S = choose(changed_SV, params, rows.sampled_S)
     scores = _scores(model, h_SLD, next_tokens_SL, params.logprob_temperature) if scoring else None
     if drafting:
         next_tokens_SL = jnp.where(next_tokens_SL < 0, token_S[:, None], next_tokens_SL)
@@ -137,7 +137,7 @@ def prefill(
     logprob_S = model_logprobs(logits_SV, token_S, params.logprob_temperature)
     top = top_logprobs(logits_SV, params.logprob_temperature) if with_top else None
     ones = jnp.ones_like(token_S)
-    drawn = Drawn(
+    sampled = Sampled(
         token_S[:, None],
         logprob_S[:, None],
         ones,
@@ -145,7 +145,7 @@ def prefill(
         0 * ones,
         jax.tree.map(lambda x: x[:, None], top),
     )
-    return drawn, scores, pages
+    return sampled, scores, pages
 
 
 def _scores(model, h_SLD, next_tokens_SL, temperature_S):
@@ -179,10 +179,10 @@ def decode(
     steps: int,
     num_drafts: int,
     with_top: bool = False,
-) -> tuple[Drawn, tuple]:
+) -> tuple[Sampled, tuple]:
     """Draws up to counts_S tokens a row, at most `steps`, until its stop token; num_drafts of them
     are guessed by the MTP block and verified in one pass (0: none). token_S: each row's last token,
-    not stored yet. Returns what was drawn, and the pages.
+    not stored yet. Returns what was sampled, and the pages.
 
     A row's first pass is without drafts: one with a constraint, whose mask is for one token, has a
     count of 1.
@@ -195,8 +195,8 @@ def decode(
         return jnp.any(carry["live"])
 
     def body(carry):
-        drawn, live, pages = carry["drawn"], carry["live"], carry["pages"]
-        stored_S, index_S = rows.stored_S + drawn.count_S, rows.drawn_S + drawn.count_S
+        sampled, live, pages = carry["sampled"], carry["live"], carry["pages"]
+        stored_S, index_S = rows.stored_S + sampled.count_S, rows.sampled_S + sampled.count_S
         drafts = carry["drafts"]
         tokens_SL = jnp.concatenate([carry["token"][:, None], drafts.tokens], axis=1)
         h_SLD, pages = trunk(
@@ -216,13 +216,13 @@ def decode(
         # its limit.
         is_stop = jnp.any(new_SL[..., None] == params.stop_tokens[:, None], axis=-1)
         place = jnp.arange(new_SL.shape[1])
-        last_S = jnp.minimum(accepted_S, rows.counts_S - drawn.count_S - 1)
+        last_S = jnp.minimum(accepted_S, rows.counts_S - sampled.count_S - 1)
         stop_S = jnp.min(
             jnp.where(is_stop & (place <= last_S[:, None]), place, new_SL.shape[1]), axis=1
         )
         last_S = jnp.where(live, jnp.minimum(last_S, stop_S), -1)
         taken_S = last_S + 1
-        to = jnp.where(place < taken_S[:, None], drawn.count_S[:, None] + place, steps)
+        to = jnp.where(place < taken_S[:, None], sampled.count_S[:, None] + place, steps)
         logprobs_SL = jax.vmap(model_logprobs, in_axes=(1, 1, None), out_axes=1)(
             logits_SLV, new_SL, params.logprob_temperature
         )
@@ -232,20 +232,20 @@ def decode(
                 logits_SLV, params.logprob_temperature
             )
             top = jax.tree.map(
-                lambda all_, new: all_.at[row, to].set(new, mode="drop"), drawn.top, new_top
+                lambda all_, new: all_.at[row, to].set(new, mode="drop"), sampled.top, new_top
             )
-        drawn = Drawn(
-            tokens=drawn.tokens.at[row, to].set(new_SL, mode="drop"),
-            logprobs=drawn.logprobs.at[row, to].set(logprobs_SL, mode="drop"),
-            count_S=drawn.count_S + taken_S,
-            passes_S=drawn.passes_S + live,
-            accepted_S=drawn.accepted_S + jnp.where(live, jnp.minimum(accepted_S, taken_S), 0),
+        sampled = Sampled(
+            tokens=sampled.tokens.at[row, to].set(new_SL, mode="drop"),
+            logprobs=sampled.logprobs.at[row, to].set(logprobs_SL, mode="drop"),
+            count_S=sampled.count_S + taken_S,
+            passes_S=sampled.passes_S + live,
+            accepted_S=sampled.accepted_S + jnp.where(live, jnp.minimum(accepted_S, taken_S), 0),
             top=top,
         )
         if changes is not None:
             counts_SV = count_tokens(counts_SV, jnp.where(place < taken_S[:, None], new_SL, vocab))
         token_S = jnp.take_along_axis(new_SL, jnp.maximum(last_S, 0)[:, None], axis=1)[:, 0]
-        live = live & (stop_S > last_S) & (drawn.count_S < rows.counts_S)
+        live = live & (stop_S > last_S) & (sampled.count_S < rows.counts_S)
         if num_drafts:
             block = functools.partial(mtp, model, tables_SP=tables_SP)
 
@@ -259,7 +259,7 @@ def decode(
                 block, head, pages, h_SLD, new_SL, stored_S, taken_S, num_drafts, params, index_S
             )
         return {
-            "drawn": drawn,
+            "sampled": sampled,
             "live": live,
             "token": token_S,
             "drafts": drafts,
@@ -268,16 +268,18 @@ def decode(
         }
 
     start = {
-        "drawn": _nothing_drawn(size, steps, min(MAX_TOP_LOGPROBS, vocab) if with_top else None),
+        "sampled": _nothing_sampled(
+            size, steps, min(MAX_TOP_LOGPROBS, vocab) if with_top else None
+        ),
         "live": rows.counts_S > 0, "token": token_S,
         "drafts": speculative.no_drafts(size, num_drafts),
         "counts": None if changes is None else changes.counts(vocab), "pages": pages,
     }  # fmt: skip
     end = jax.lax.while_loop(unfinished, body, start)
-    return end["drawn"], end["pages"]
+    return end["sampled"], end["pages"]
 
 
-def _nothing_drawn(size: int, steps: int, num_top: int | None) -> Drawn:
+def _nothing_sampled(size: int, steps: int, num_top: int | None) -> Sampled:
     zeros = jnp.zeros(size, jnp.int32)
     tokens, logprobs = jnp.zeros((size, steps), jnp.int32), jnp.zeros((size, steps), jnp.float32)
     top = (
@@ -285,4 +287,4 @@ def _nothing_drawn(size: int, steps: int, num_top: int | None) -> Drawn:
         if num_top is None
         else tuple(jnp.zeros((size, steps, num_top), x.dtype) for x in (tokens, logprobs))
     )
-    return Drawn(tokens, logprobs, zeros, zeros, zeros, top)
+    return Sampled(tokens, logprobs, zeros, zeros, zeros, top)

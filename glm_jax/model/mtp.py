@@ -65,7 +65,7 @@ class MTP(nnx.Module):
         cache: Cache | None = None,
     ):
         """Normed state [B, L, D] whose product with the head predicts t_{i+2}, the router's
-        observation, and the cache: its layer behind the trunk's is this block's.
+        observation, and the cache: its layer after the trunk's is this block's.
         """
         x_BLD = self.eh_proj(
             jnp.concatenate([self.enorm(next_embedding_BLD), self.hnorm(h_BLD)], axis=-1)

@@ -171,8 +171,8 @@ class GLM(nnx.Module):
         """Float32 logits [B, L, V]; for training use losses.chunked_cross_entropy, which never
         holds them whole.
 
-        sampling: no gradient is needed, and few rows go through a kernel. Not of several tokens:
-        XLA would lay out the kernel's anew.
+        sampling: no gradient is needed, and small batches go through a kernel. Not of several
+        tokens: XLA would lay out the kernel's anew.
         """
         param, implementation = (head or self.lm_head).weight, self.config.grouped_matmul
         weight = param.astype(h_BLD.dtype)

@@ -49,7 +49,7 @@ def scale_by_muon(
     about update_rms.
 
     M = momentum * M + g; with Nesterov the direction is momentum * M + g. Add weight decay and the
-    learning rate behind it.
+    learning rate after it.
 
     Args:
       momentum, nesterov: as above.
@@ -234,7 +234,7 @@ def _orthogonalize(stacks: list[_Stack], steps: int, dtype: str) -> list[jax.Arr
 
 def _dealt(stack: _Stack, x):
     """This device's share of whole matrices, the shorter side first, some of them zeros; and the
-    way back.
+    reverse move.
     """
     share, put_together = _share(stack, x, stack.parts(stack.over))
     if stack.over:
@@ -252,7 +252,7 @@ def _dealt(stack: _Stack, x):
 
 def _columns(stack: _Stack, x):
     """Some matrices, the shorter side first, and of each this device's part of the longer side; and
-    the way back.
+    the reverse move.
     """
     share, put_together = _share(stack, x, 1)
     swap, parts = stack.sides[0] > stack.sides[1], stack.parts(stack.over)
@@ -272,7 +272,7 @@ def _columns(stack: _Stack, x):
 
 def _share(stack: _Stack, x, parts: int):
     """Of matrices that are repeated over the free axes, this device's, their number a multiple of
-    `parts`; and the way back.
+    `parts`; and the reverse move.
     """
     count, among = len(x), stack.parts(stack.free)
     x = jnp.pad(x, ((0, -count % (parts * among)), (0, 0), (0, 0)))

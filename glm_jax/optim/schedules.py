@@ -45,7 +45,7 @@ class ScheduleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Point:
+class ScheduleValues:
     """Values for one step; `tokens` is what the model has seen before it."""
 
     step: int
@@ -57,7 +57,7 @@ class Point:
 
 
 class Schedule:
-    """schedule[step] -> Point, for steps first_step .. num_steps - 1.
+    """schedule[step] -> ScheduleValues, for steps first_step .. num_steps - 1.
 
     A run that was stopped goes on from the step and the tokens of its checkpoint: they are what it
     has seen, whatever another schedule would have made of the same steps. Raises ValueError where
@@ -94,10 +94,10 @@ class Schedule:
             raise IndexError(f"step {step} is not one of {self.first_step}..{self.num_steps}")
         return self._tokens[step - self.first_step]
 
-    def __getitem__(self, step: int) -> Point:
+    def __getitem__(self, step: int) -> ScheduleValues:
         tokens, config = self.tokens_before(step), self.config
         late = tokens >= config.switch_tokens
-        return Point(
+        return ScheduleValues(
             step=step,
             tokens=tokens,
             microbatches=self.microbatches(tokens),

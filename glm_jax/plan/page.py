@@ -78,7 +78,7 @@ def page(plan: Plan, worst: list[tuple[Operation, int]]) -> str:
 <h2>Where the time goes</h2><div class="bar">{bar}</div>{listed}
 <h2>Most of XLA's cycles</h2>{operations}
 <p>Compiled and estimated, nothing measured: XLA's operations by its own cycles, kernels at the
-rate of the matrix unit or HBM, collectives by their bytes over one axis of the torus, less what is
+rate of the MXU or HBM, collectives by their bytes over one axis of the torus, less what is
 scheduled beside them; routing is balanced, and the host is left out.</p>""",
     )
 

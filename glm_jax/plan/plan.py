@@ -2,7 +2,7 @@
 does its time go?
 
 Needs libtpu, no hardware. Everything here is *compiled* or *estimated*, nothing measured. What the
-estimate of time leaves out: kernels run at the rate of their limit (matrix unit or HBM) after
+estimate of time leaves out: kernels run at the rate of their limit (MXU or HBM) after
 LEAST_CYCLES, a collective that XLA starts early is hidden by all that is scheduled until its end,
 routing is balanced, links carry their full rate, and nothing is said about the host.
 """

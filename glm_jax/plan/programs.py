@@ -20,8 +20,8 @@ from glm_jax.model.cache import PAGES, empty_pages
 from glm_jax.model.transformer import abstract_model
 from glm_jax.optim.optimizer import OptimizerConfig
 from glm_jax.sharding import BATCH_AXES, named
-from glm_jax.train.state import Trainee
-from glm_jax.train.step import Knobs, compile_step
+from glm_jax.train.state import TrainSpec
+from glm_jax.train.step import StepScalars, compile_step
 
 
 def trace_train(
@@ -35,18 +35,18 @@ def trace_train(
     """The training step of one microbatch of `rows` rows, traced for the mesh; and its state as
     placed shapes.
     """
-    trainee = Trainee.create(model, optimizer)
-    state, shape = trainee.abstract_state(mesh), (1, rows, length)
+    spec = TrainSpec.create(model, optimizer)
+    state, shape = spec.abstract_state(mesh), (1, rows, length)
     array = lambda dtype: jax.ShapeDtypeStruct(
         shape, dtype, sharding=named(mesh, (None, "batch", "length"), shape, "batch")
     )
     batch = {name: array(jnp.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
     scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=named(mesh, ()))
-    knobs = Knobs(scalar(jnp.int32), *[scalar(jnp.float32)] * 3)
-    step = compile_step(trainee, balance_weight, mesh)
+    scalars = StepScalars(scalar(jnp.int32), *[scalar(jnp.float32)] * 3)
+    step = compile_step(spec, balance_weight, mesh)
     # not around the above, which runs operations of its own: the devices are not here
     with jax.set_mesh(mesh):
-        return step.trace(state, batch | {"loss_weights": array(jnp.float32)}, knobs), state
+        return step.trace(state, batch | {"loss_weights": array(jnp.float32)}, scalars), state
 
 
 def trace_engine(model: ModelConfig, engine: EngineConfig, mesh: Mesh, *, prefilling: bool):
@@ -54,7 +54,7 @@ def trace_engine(model: ModelConfig, engine: EngineConfig, mesh: Mesh, *, prefil
     shapes.
 
     prefilling: a chunk of engine.prefill_chunk tokens of each row; else engine.decode_steps tokens
-    are drawn.
+    are sampled.
     """
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     for field in ("num_rows", "num_pages"):

@@ -80,13 +80,13 @@ def format_parts(
     *,
     thinking: bool,
 ) -> dict[str, float]:
-    """1 or 0 for each demand on a turn, from the tokens behind the generation prompt, the one that
+    """1 or 0 for each demand on a turn, from the tokens after the generation prompt, the one that
     stopped it included.
 
     readable: `data.chat_output.parse_tokens` takes it, so that nothing is out of place. thinking:
     it begins with a reasoning that ends, maybe empty; with thinking off, it has none. tool_calls:
     those that it makes are well-formed, and of `tools` where given.
-    ended: by the stop token that fits, `<|observation|>` behind tool calls and else another, which
+    ended: by the stop token that fits, `<|observation|>` after tool calls and else another, which
     comes last. boxed: its content has a boxed answer.
     """
     ids = list(ids)

@@ -336,15 +336,15 @@ def same_output(found: str, expected: str, tolerance: float) -> bool:
     """Compared as judges do: line by line, without white space at their ends and empty lines at the
     end.
     """
-    lines, wanted = (
+    lines, expected = (
         [line.rstrip() for line in text.rstrip().splitlines()] for text in (found, expected)
     )
-    if lines == wanted or tolerance == 0:
-        return lines == wanted
+    if lines == expected or tolerance == 0:
+        return lines == expected
     pairs = [
-        list(zip(a.split(), b.split(), strict=False)) for a, b in zip(lines, wanted, strict=False)
+        list(zip(a.split(), b.split(), strict=False)) for a, b in zip(lines, expected, strict=False)
     ]
-    same_shape = [len(line.split()) for line in lines] == [len(line.split()) for line in wanted]
+    same_shape = [len(line.split()) for line in lines] == [len(line.split()) for line in expected]
     return same_shape and all(a == b or is_near(a, b, tolerance) for line in pairs for a, b in line)
 
 

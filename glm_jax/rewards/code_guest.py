@@ -134,7 +134,7 @@ class Writer:
         return {"$dict": [[self.tree(key), self.tree(item)] for key, item in value.items()]}
 
     def _items(self, value):
-        """An iterator as the list of what comes from it; beyond MAX_ITEMS the rest is behind a
+        """An iterator as the list of what comes from it; beyond MAX_ITEMS the rest is after a
         reference, where there are any.
         """
         iterator = iter(value)
@@ -147,7 +147,7 @@ class Reader:
     """JSON trees to values. Raises ValueError or TypeError for a tree that Writer does not make.
 
     objects: as of the Writer. reference: the value of {"$ref": ...}. items: of an iterator's list
-    and the rest behind it.
+    and the rest after it.
     """
 
     def __init__(self, objects=None, reference=None, items=lambda values, _: values):

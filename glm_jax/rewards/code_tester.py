@@ -4,7 +4,7 @@ candidate is in another sandbox.
 The test is run whole: its top level, `check(candidate)`, functions `test_*`, methods `test_*` of
 classes `Test*`, and unittest.TestCases. Values that the candidate gives are this side's own copies,
 so that `==` is Python's and not the solution's. What the solution keeps (functions, objects of its
-own classes) is here a Proxy: its attributes, calls, items, length and text are asked for, its
+own classes) is here a Proxy: its attributes, calls, items, length and text are requested, its
 comparisons and arithmetic only where the task is a class and the test made the object by calling
 it.
 """
@@ -133,7 +133,7 @@ def make_candidate(send, messages, names, is_class):
 
     names: of the test, for the exceptions that it may define. is_class: whether the task asks for a
     class, see asks_for_class: only then may the solution's own operators see what the test compares
-    with. Where a function is asked for they would let it equal anything.
+    with. Where a function is required they would let it equal anything.
     """
     proxies, turn = {}, _thread.allocate_lock()  # a test may have threads
 
@@ -214,7 +214,7 @@ def asks_for_class(prompt, test, entry_point):
     uses the entry point as one.
 
     As a class is used what has attributes that no builtin type has, takes items, is entered by
-    `with`, or is asked for by isinstance.
+    `with`, or is named by isinstance.
     """
     is_defined = any(
         isinstance(node, ast.ClassDef) and node.name == entry_point

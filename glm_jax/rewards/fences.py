@@ -8,7 +8,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-# A fence may stand in a quotation or a list item. An info string behind backticks has none itself.
+# A fence may stand in a quotation or a list item. An info string after backticks has none itself.
 OPENING = re.compile(
     r"(?P<before>[ \t]*(?:(?:>|[-*+]|\d{1,9}[.)])["
     r" \t]+|>)*)(?P<fence>`{3,}(?=[^`]*$)|~{3,})(?P<info>.*)$"

@@ -4,7 +4,7 @@
 A question is one line of JSON, [reference, answer], and its verdict one line: same, different or
 failed. As `10^{10^{10^{10}}}` or a hard simplification ends in C code that nothing interrupts,
 every question is judged by a child of its own, which the kernel kills once its CPU time is used up
-and refuses memory beyond its limit. Nor can a child leave anything behind for the next question.
+and refuses memory beyond its limit. Nor can a child leave anything for the next question.
 Run as a script: it imports nothing of ours, so that it starts in a second.
 """
 

@@ -4,7 +4,7 @@ evaluation and for RL.
 Two walls stand between what is trained on and what is measured. Seeds below 2**31 are for training,
 those from there on are held out. And because small puzzles repeat (two seeds may ask for 7 * 8),
 every question belongs to one split by the hash of its text, and a split leaves out what its seeds
-give of the other: no held-out question is ever met in training, however many seeds are drawn.
+give of the other: no held-out question is ever met in training, however many seeds are sampled.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 
 from glm_jax.rollouts.task import Task
 
-SEEDS = {"train": (0, 2**31), "held_out": (2**31, 2**32)}  # the first, and the one behind the last
+SEEDS = {"train": (0, 2**31), "held_out": (2**31, 2**32)}  # the first, and the one after the last
 HELD_OUT_ONE_IN = 8  # questions, by the hash of their text
 MAX_REPEATS = 2_000  # seeds without a new question, after which a generator counts as exhausted
 
@@ -68,7 +68,7 @@ def puzzles(generator: str, split: str, first: int = 0) -> Iterator[Puzzle]:
     """The generator's puzzles of a split ('train' or 'held_out') in the order of their seeds, from
     the split's seed number `first` on.
 
-    The same wherever and whenever it is called; to go on behind a puzzle, first = puzzle.seed -
+    The same wherever and whenever it is called; to go on after a puzzle, first = puzzle.seed -
     SEEDS[split][0] + 1. Questions may come again. Raises ValueError for an unknown generator or
     split, or where reasoning-gym is not installed.
     """

@@ -28,13 +28,13 @@ def advantages(group: Group, *, normalize_std: bool) -> list[tuple[Rollout, floa
 
 
 def token_weights(counts: Sequence[int], aggregation: str) -> list[float]:
-    """Weight of each drawn token of rollouts with so many drawn tokens; all tokens' weights sum to
-    1.
+    """Weight of each sampled token of rollouts with so many sampled tokens; all tokens' weights sum
+    to 1.
 
     'token': the same for all, so that long rollouts weigh more. 'sequence': every rollout weighs
     the same.
     """
     if aggregation == "token":
         return [1 / max(sum(counts), 1)] * len(counts)
-    drawn = sum(count > 0 for count in counts)
-    return [1 / (max(count, 1) * max(drawn, 1)) for count in counts]
+    sampled = sum(count > 0 for count in counts)
+    return [1 / (max(count, 1) * max(sampled, 1)) for count in counts]

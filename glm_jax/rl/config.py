@@ -50,11 +50,12 @@ class TasksConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    """How rollouts are drawn for a step. Groups in which all rewards are equal teach nothing."""
+    """How rollouts are sampled for a step. Groups in which all rewards are equal teach nothing."""
 
     prompts_per_step: int
     group_size: int  # rollouts of a prompt
-    # prompts of a wave over those still wanted; what is left over waits, or is dropped and counted
+    # prompts of a round over those still missing; what is left over waits, or is dropped and
+    # counted
     over_sampling: float
     dynamic_sampling: bool  # replace groups without variance, in further waves
     max_waves: int  # then the step goes on with what it has
@@ -203,7 +204,7 @@ def _are_stages(stages) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class RlLoopConfig:
-    seed: int  # of everything that is drawn
+    seed: int  # of everything that is sampled
     steps: int
     checkpoint_every: int  # steps; the last is always saved
     keep_checkpoints: int

@@ -82,8 +82,8 @@ def split_pools(
 
 
 class Curriculum:
-    """Which pool a step draws from. 'none': all tasks. 'moderate': that pool only. 'two_stage':
-    moderate until the reward stops rising, then hard.
+    """Which pool a step takes its tasks from. 'none': all tasks. 'moderate': that pool only.
+    'two_stage': moderate until the reward stops rising, then hard.
     """
 
     def __init__(

@@ -14,22 +14,22 @@ from glm_jax.model.transformer import GLM
 from glm_jax.rl.advantages import advantages
 from glm_jax.rl.batch import pack
 from glm_jax.rl.config import RlConfig
-from glm_jax.rl.step import PolicyKnobs, compile_policy_step, trainer_logprobs
+from glm_jax.rl.step import PolicyScalars, compile_policy_step, trainer_logprobs
 from glm_jax.rollouts.rollout import Group
 from glm_jax.run.workdir import WorkDir
 from glm_jax.train.metrics import load_statistics
-from glm_jax.train.state import Trainee, TrainState, build_model
+from glm_jax.train.state import TrainSpec, TrainState, build_model
 
 
 class Learner:
-    """Owns the train state. version: of the weights, the number of updates behind them."""
+    """Owns the train state. version: of the weights, the number of updates so far."""
 
     def __init__(
-        self, config: RlConfig, mesh: Mesh, trainee: Trainee, state: TrainState, folder: WorkDir
+        self, config: RlConfig, mesh: Mesh, spec: TrainSpec, state: TrainState, folder: WorkDir
     ):
         self.config, self.mesh, self.state, self.folder = config, mesh, state, folder
         self.version = int(state.step)
-        self._update = compile_policy_step(trainee, config.grpo, mesh)
+        self._update = compile_policy_step(spec, config.grpo, mesh)
 
     def model(self) -> GLM:
         return build_model(self.config.model, self.state.params, self.state.router)
@@ -56,8 +56,8 @@ class Learner:
             for batch, used in batches:
                 warm = min(1.0, (self.version + 1) / max(grpo.warmup_updates, 1))
                 rate = jnp.float32(grpo.learning_rate * warm)
-                knobs = PolicyKnobs(jnp.int32(used), rate, temperature)
-                self.state, metrics = self._update(self.state, batch, knobs)
+                scalars = PolicyScalars(jnp.int32(used), rate, temperature)
+                self.state, metrics = self._update(self.state, batch, scalars)
                 self.version += 1
                 updates.append(jax.device_get(metrics))
                 part = lambda batch=batch: batch

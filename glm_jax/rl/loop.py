@@ -30,7 +30,7 @@ from glm_jax.run.workdir import WorkDir
 from glm_jax.sharding import make_mesh, named
 from glm_jax.train.loop import RESUME_CHANGEABLE
 from glm_jax.train.start import StartConfig, check_start, starting_state, starting_tokenizer
-from glm_jax.train.state import Trainee
+from glm_jax.train.state import TrainSpec
 
 logger = logging.getLogger(__name__)
 # sections that a resumed run may not change
@@ -63,8 +63,8 @@ def open_run(
     if jax.process_count() > 1:
         raise ValueError("experiments.rl runs in one process; its mesh may have many devices")
     mesh = make_mesh(config.mesh)
-    trainee = Trainee.create(config.model, config.optimizer)
-    abstract = trainee.abstract_state(mesh)
+    spec = TrainSpec.create(config.model, config.optimizer)
+    abstract = spec.abstract_state(mesh)
     config.engine.check(config.model, mesh)
     rows = config.grpo.rows, config.grpo.row_length
     named(mesh, ("batch", "length"), rows, "grpo.rows x grpo.row_length")
@@ -87,11 +87,11 @@ def open_run(
     folder.begin(tokenizer)
     first, saved = folder.checkpoints.latest(), None
     if first is None:
-        first, state = 0, starting_state(start, trainee, mesh, config.loop.seed)
+        first, state = 0, starting_state(start, spec, mesh, config.loop.seed)
     else:
         state, saved = folder.checkpoints.restore(first, abstract)
         logger.info("resumed from step %d", first)
-    learner = Learner(config, mesh, trainee, state, folder)
+    learner = Learner(config, mesh, spec, state, folder)
     engine = Engine(
         learner.model(),
         config.engine,

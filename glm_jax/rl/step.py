@@ -13,7 +13,7 @@ from glm_jax import losses
 from glm_jax.config import ModelConfig
 from glm_jax.rl.config import GrpoConfig
 from glm_jax.sharding import constrain
-from glm_jax.train.state import Trainee, TrainState, build_model
+from glm_jax.train.state import TrainSpec, TrainState, build_model
 from glm_jax.train.step import LOSS_CHUNK, accumulate, jit_step, update
 
 # Log-ratios beyond it are taken as it: exp of 89 is infinite in float32, and infinity times 0 in a
@@ -25,12 +25,12 @@ SUMS = ("entropy", "clip_share", "importance", "importance_capped", "difference"
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class PolicyKnobs:
+class PolicyScalars:
     """Scalars of one update, traced: changing them compiles nothing."""
 
     microbatches: jax.Array
     learning_rate: jax.Array
-    temperature: jax.Array  # that the rollouts were drawn with
+    temperature: jax.Array  # that the rollouts were sampled with
 
 
 def token_loss(grpo: GrpoConfig, logprobs, given):
@@ -49,11 +49,11 @@ def token_loss(grpo: GrpoConfig, logprobs, given):
 
 def ratios(grpo: GrpoConfig, logprobs, given):
     """pi / pi_old, and the truncated importance weight of pi_old over the engine's distribution (1
-    where it is off); no gradient flows through the second. Both 1 where no token is learnt. Their
+    where it is off); no gradient flows through the second. Both 1 where the loss mask is 0. Their
     logarithms are clamped to +-MAX_LOG_RATIO.
     """
-    exp = lambda x: jnp.exp(jnp.clip(jnp.where(learnt, x, 0.0), -MAX_LOG_RATIO, MAX_LOG_RATIO))
-    learnt = given["loss_weights"] > 0
+    exp = lambda x: jnp.exp(jnp.clip(jnp.where(trained, x, 0.0), -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    trained = given["loss_weights"] > 0
     old = (
         given["engine_logprobs"]
         if grpo.old_logprobs == "engine"
@@ -66,12 +66,12 @@ def ratios(grpo: GrpoConfig, logprobs, given):
     return ratio, jax.lax.stop_gradient(jnp.minimum(weight, grpo.importance_cap))
 
 
-def loss_function(trainee: Trainee, grpo: GrpoConfig, router, params, batch, tokens, temperature):
+def loss_function(spec: TrainSpec, grpo: GrpoConfig, router, params, batch, tokens, temperature):
     """Loss of one microbatch [B, L], a part of the whole update's, and what it observed: `policy`,
     `balance`, `mtp` (before weights), `expert_counts`, the sums of SUMS and `difference_max`.
     tokens: real ones of the whole update.
     """
-    model = build_model(trainee.config, params, router)
+    model = build_model(spec.config, params, router)
     segment_ids, positions = batch["segment_ids"], batch["positions"]
     out = model.trunk(batch["tokens"], segment_ids, positions, replay=batch.get("experts"))
     given = {
@@ -103,7 +103,7 @@ def loss_function(trainee: Trainee, grpo: GrpoConfig, router, params, batch, tok
         # An MTP block that rests chose no experts, and its biases stay.
         aux["expert_counts"] = jnp.pad(
             routers.expert_counts,
-            ((0, trainee.config.num_routers - len(routers.expert_counts)), (0, 0)),
+            ((0, spec.config.num_routers - len(routers.expert_counts)), (0, 0)),
         )
     return loss, aux | observe(grpo, logprobs, entropy, given)
 
@@ -126,24 +126,24 @@ def observe(grpo: GrpoConfig, logprobs, entropy, given) -> dict[str, jax.Array]:
 
 
 def policy_step(
-    trainee: Trainee, grpo: GrpoConfig, state: TrainState, batch, knobs: PolicyKnobs
+    spec: TrainSpec, grpo: GrpoConfig, state: TrainState, batch, scalars: PolicyScalars
 ) -> tuple[TrainState, dict]:
     """Gradients, clipping, optimizer, router biases. Returns the new state and metrics: those of
     loss_function and `update`, `loss`.
     """
     batch = place(batch)
-    live = jnp.arange(len(batch["tokens"]))[:, None, None] < knobs.microbatches
+    live = jnp.arange(len(batch["tokens"]))[:, None, None] < scalars.microbatches
     tokens = jnp.maximum(jnp.sum(live & (batch["segment_ids"] > 0)), 1)
     loss = lambda params, part: loss_function(
-        trainee, grpo, state.router, params, part, tokens, knobs.temperature
+        spec, grpo, state.router, params, part, tokens, scalars.temperature
     )
-    (total, aux), grads = accumulate(loss, state.params, batch, knobs.microbatches)
+    (total, aux), grads = accumulate(loss, state.params, batch, scalars.microbatches)
     state, metrics = update(
-        trainee,
+        spec,
         state,
         grads,
         aux.get("expert_counts"),
-        knobs.learning_rate,
+        scalars.learning_rate,
         jnp.float32(grpo.bias_rate),
     )
     return state, {"loss": total, **aux, **metrics}
@@ -160,18 +160,18 @@ def place(batch):
     }
 
 
-def compile_policy_step(trainee: Trainee, grpo: GrpoConfig, mesh: Mesh):
-    """The jitted policy_step(state, batch, knobs); donates the state. Call it under
+def compile_policy_step(spec: TrainSpec, grpo: GrpoConfig, mesh: Mesh):
+    """The jitted policy_step(state, batch, scalars); donates the state. Call it under
     jax.set_mesh.
     """
-    return jit_step(functools.partial(policy_step, trainee, grpo), trainee, mesh)
+    return jit_step(functools.partial(policy_step, spec, grpo), spec, mesh)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def trainer_logprobs(
     config: ModelConfig, params, router, batch, microbatches, temperature
 ) -> jax.Array:
-    """Log-probabilities of the targets under the trainer's weights, float32 [A, B, L], 0 behind the
+    """Log-probabilities of the targets under the trainer's weights, float32 [A, B, L], 0 after the
     first `microbatches`: what several updates a step start from.
     """
     batch = place(batch)

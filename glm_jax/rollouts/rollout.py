@@ -14,7 +14,7 @@ from glm_jax.rollouts.task import Reward, Task
 class RolloutStatus(enum.Enum):
     """How a rollout ended."""
 
-    COMPLETED = "completed"  # by a stop token, in the format that was asked for; right or wrong
+    COMPLETED = "completed"  # by a stop token, in the required format; right or wrong
     TRUNCATED = "truncated"  # at the output length or the end of the context
     MAX_TURNS = "max_turns"  # the environment had not ended after the last turn
     FORMAT_ERROR = "format_error"  # what it wrote cannot be read

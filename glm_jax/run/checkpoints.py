@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 class Checkpoints:
     """checkpoints/<step>/ of a work directory; `step` is the number of steps that the state has
-    behind it.
+    after it.
 
     Folders of steps that are not finished are set aside as <step>.unfinished: they count neither as
     the newest nor among those kept.

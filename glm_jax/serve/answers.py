@@ -32,7 +32,7 @@ class Answer:
 
     def __init__(self, model: str, prompt_tokens: Sequence[int], num_samples: int):
         """prompt_tokens: the length of each prompt."""
-        self.num_prompt_tokens, self.num_drawn = sum(prompt_tokens), 0
+        self.num_prompt_tokens, self.num_sampled = sum(prompt_tokens), 0
         self._finish_reasons: list[str | None] = [None] * num_samples
         self._head = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
@@ -42,7 +42,7 @@ class Answer:
 
     def take(self, piece: Piece) -> dict | None:
         """Adds a piece; returns the chunk of a stream that it makes, if any."""
-        self.num_drawn += piece.num_drawn
+        self.num_sampled += piece.num_sampled
         choice, says_something = self._take(piece)
         if choice["finish_reason"] == "abort":  # a constraint that could not go on
             choice["finish_reason"] = "length"
@@ -69,10 +69,10 @@ class Answer:
 
     @property
     def usage(self) -> dict:
-        total = self.num_prompt_tokens + self.num_drawn
+        total = self.num_prompt_tokens + self.num_sampled
         return {
             "prompt_tokens": self.num_prompt_tokens,
-            "completion_tokens": self.num_drawn,
+            "completion_tokens": self.num_sampled,
             "total_tokens": total,
         }
 
@@ -115,7 +115,7 @@ class CompletionAnswer(Answer):
             self._echo is not None
             and self._logprobs
             and piece.finish_reason == "stop"
-            and piece.num_drawn == len(piece.tokens) + 1
+            and piece.num_sampled == len(piece.tokens) + 1
         ):
             # Whoever scores prompts drops one entry for the one sampled token: it has to be there
             # where it is the stop token, too.

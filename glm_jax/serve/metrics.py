@@ -32,7 +32,7 @@ class _EngineMetrics(Collector):
         yield CounterMetricFamily(
             "glm_prompt_tokens", "Tokens of prompts, for each sample.", status.prompt_tokens
         )
-        yield CounterMetricFamily("glm_generated_tokens", "Tokens drawn.", status.drawn_tokens)
+        yield CounterMetricFamily("glm_generated_tokens", "Tokens sampled.", status.sampled_tokens)
         yield CounterMetricFamily(
             "glm_decode_passes",
             "Passes of the trunk in which finished requests drew.",

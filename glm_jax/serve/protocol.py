@@ -229,7 +229,7 @@ class _Request(_Object):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def length(self, num_prompt_tokens: int, context: int, most: int, prompt: str) -> int:
-        """New tokens to draw at most: as asked, else what the context of `context` tokens leaves,
+        """New tokens to sample at most: as asked, else what the context of `context` tokens leaves,
         up to `most`.
 
         prompt: name of the field that the prompt came from. Raises ApiError.

@@ -1,5 +1,5 @@
-"""The engine behind a thread: requests from an event loop in, tokens and text out as they are
-drawn.
+"""The engine on a thread of its own: requests from an event loop in, tokens and text out as they
+are sampled.
 
 One daemon thread owns the engine, which is not thread-safe, and does everything with it between two
 of its steps: what other threads want of it comes as commands through a queue.
@@ -68,12 +68,12 @@ class Piece:
 
     index: int  # of the sample in its submission
     tokens: list[Token]  # without the stop token, and without what belongs to a stop string
-    num_drawn: int  # tokens drawn, those included
+    num_sampled: int  # tokens sampled, those included
     # stop, length or (a constraint that could not go on) abort in the last piece
     finish_reason: str | None
-    # where asked for, of each of `tokens`
+    # where requested, of each of `tokens`
     top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
-    prompt: Scores | None = None  # in the first piece, where asked for
+    prompt: Scores | None = None  # in the first piece, where requested
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,21 +85,21 @@ class Status:
     free_pages: int = 0
     weights_version: int = 0
     prompt_tokens: int = 0
-    drawn_tokens: int = 0
-    passes: int = 0  # of the trunk in which tokens were drawn, prefill aside
+    sampled_tokens: int = 0
+    passes: int = 0  # of the trunk in which tokens were sampled, prefill aside
     accepted_drafts: int = 0
     finished: tuple[tuple[str, int], ...] = ()  # requests by what ended them: stop, length, abort
 
 
 @dataclasses.dataclass(frozen=True)
-class _Drawn:
+class _Sampled:
     """From the engine's thread to a stream: what one sample drew."""
 
     index: int
     ids: list[int]
     logprobs: list[float]
     top_logprobs: list[list[tuple[int, float]]]
-    num_drawn: int
+    num_sampled: int
     finish_reason: str | None
     prompt: Scores | None
 
@@ -121,7 +121,7 @@ class Stream:
         self._deadline = self._loop.time() + seconds
         self._submitted = time.monotonic()
         self._seconds = seconds
-        self._events: asyncio.Queue[_Drawn | Exception] = asyncio.Queue()
+        self._events: asyncio.Queue[_Sampled | Exception] = asyncio.Queue()
         self._texts = [TextStream(service.decode_text, p.stop_strings) for p in params]
         self._tops = [collections.deque() for _ in params]  # of the tokens that the texts hold back
         self._open = set(range(len(params)))
@@ -148,13 +148,13 @@ class Stream:
             self._open.clear()
             self._service.give_up(self)
 
-    def post(self, event: _Drawn | Exception):
+    def post(self, event: _Sampled | Exception):
         """From the engine's thread. Raises RuntimeError where the event loop is closed."""
-        if isinstance(event, _Drawn) and event.num_drawn and self.first_token_seconds is None:
+        if isinstance(event, _Sampled) and event.num_sampled and self.first_token_seconds is None:
             self.first_token_seconds = time.monotonic() - self._submitted
         self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-    async def _next_event(self) -> _Drawn | Exception:
+    async def _next_event(self) -> _Sampled | Exception:
         try:
             async with asyncio.timeout_at(self._deadline):
                 if self._loop.time() >= self._deadline:
@@ -163,7 +163,7 @@ class Stream:
         except TimeoutError:
             return TimedOut(f"the request took longer than {self._seconds:g} s")
 
-    def _piece(self, event: _Drawn) -> Piece:
+    def _piece(self, event: _Sampled) -> Piece:
         text, tokens, reason = self._texts[event.index], [], event.finish_reason
         self._tops[event.index].extend(event.top_logprobs)
         for token, logprob in zip(event.ids, event.logprobs, strict=True):
@@ -180,7 +180,7 @@ class Stream:
         return Piece(
             event.index,
             tokens,
-            event.num_drawn,
+            event.num_sampled,
             reason,
             [tops.popleft() for _ in tokens if tops],
             event.prompt,
@@ -342,24 +342,24 @@ class Service:
         for stream, job in list(self._jobs.items()):
             for index, request in list(job.requests.items()):
                 done = request.status == "finished"
-                num_drawn = len(request.tokens) - job.sent[index]
-                if not (num_drawn or done):
+                num_sampled = len(request.tokens) - job.sent[index]
+                if not (num_sampled or done):
                     continue
                 shown = request.text_tokens
                 start, end = job.sent[index], len(shown)
                 scored = request.params.prompt_logprobs and start == 0
-                drawn = _Drawn(
+                sampled = _Sampled(
                     index, shown[start:], request.logprobs[start:end],
-                    request.top_logprobs[start:end], num_drawn,
+                    request.top_logprobs[start:end], num_sampled,
                     request.finish_reason,
                     Scores(request.prompt_logprobs,
                            request.prompt_top_logprobs) if scored else None,
                 )  # fmt: skip
-                job.sent[index] += num_drawn
+                job.sent[index] += num_sampled
                 if done:
                     del job.requests[index]
-                self._count(request, num_drawn)
-                if not self._post(stream, drawn):
+                self._count(request, num_sampled)
+                if not self._post(stream, sampled):
                     break
             if not job.requests:
                 self._jobs.pop(stream, None)
@@ -371,13 +371,13 @@ class Service:
             finished=tuple(sorted(self._finished.items())), **self._totals,
         )  # fmt: skip
 
-    def _count(self, request: Request, num_drawn: int):
-        self._totals["drawn_tokens"] += num_drawn
+    def _count(self, request: Request, num_sampled: int):
+        self._totals["sampled_tokens"] += num_sampled
         if request.status == "finished":
             self._totals.update(passes=request.passes, accepted_drafts=request.accepted)
             self._finished[request.finish_reason] += 1
 
-    def _post(self, stream: Stream, event: _Drawn | Exception) -> bool:
+    def _post(self, stream: Stream, event: _Sampled | Exception) -> bool:
         """False, and the stream is aborted, where its event loop is closed: nobody will read it or
         close it.
         """

@@ -1,5 +1,5 @@
-"""Drawn tokens to text while more are being drawn: never half a character, never the beginning of a
-stop string.
+"""Sampled tokens to text while more are being sampled: never half a character, never the beginning
+of a stop string.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _BROKEN = "\ufffd"  # what `decode` makes of bytes that are no character, or not
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """A drawn token and its text; a character that several tokens make up is the last one's."""
+    """A sampled token and its text; a character that several tokens make up is the last one's."""
 
     id: int
     logprob: float
@@ -38,14 +38,14 @@ class Detokenizer:
         """The text that is certain now and was not before: of the ids before `token`, and its
         own.
         """
-        behind = ""
+        rest = ""
         if self._ids:
             own = self._decode([token])
             if not own:  # an id that stands for nothing
                 return "", ""
             if self._decode([*self._ids, token]) == self._decode(self._ids) + own:
                 # no character lies across: what came before stays as broken as it is
-                behind = self.finish()
+                rest = self.finish()
         self._ids.append(token)
         text = self._decode(self._ids)
         # The bytes of an incomplete character make one U+FFFD at the end; what precedes it is
@@ -54,7 +54,7 @@ class Detokenizer:
         new, self._out = text[self._out : certain], certain
         if certain == len(text):
             self._ids, self._out = [], 0
-        return behind, new
+        return rest, new
 
     def finish(self) -> str:
         """The rest, where no more ids come."""
@@ -81,9 +81,9 @@ class TextStream:
         """The tokens that are certain now and were not before."""
         if self.stopped:
             return []
-        behind, own = self._detokenizer.push(token)
-        if behind:
-            self._held[-1] = dataclasses.replace(self._held[-1], text=self._held[-1].text + behind)
+        rest, own = self._detokenizer.push(token)
+        if rest:
+            self._held[-1] = dataclasses.replace(self._held[-1], text=self._held[-1].text + rest)
         self._held.append(Token(token, logprob, own))
         self._half = self._half + 1 if self._detokenizer.incomplete else 0
         if self._stops_now():

@@ -159,7 +159,7 @@ def encode_all(config: ConversationConfig, tokenizer: Tokenizer) -> Encoded:
 
 def thinks(entry: Mapping, config: ConversationConfig, key: bytes) -> bool:
     """Whether a conversation keeps its reasoning, or is asked with thinking off: what it says, else
-    by lot.
+    at random.
     """
     if "thinking" in entry:
         return entry["thinking"]
@@ -174,12 +174,12 @@ def encode(entry: Mapping, tokenizer: Tokenizer, thinking: bool) -> dict[str, np
     messages = entry["messages"]
     if not thinking:
         messages = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in messages]
-    ids, learnt = encode_for_training(tokenizer, messages, entry.get("tools"), thinking=thinking)
+    ids, trained = encode_for_training(tokenizer, messages, entry.get("tools"), thinking=thinking)
     sequence = np.asarray(ids, np.int32)
     return {
         "tokens": sequence[:-1],
         "targets": sequence[1:],
-        "loss_weights": np.asarray(learnt[1:], np.float32),
+        "loss_weights": np.asarray(trained[1:], np.float32),
     }
 
 

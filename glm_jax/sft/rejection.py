@@ -1,9 +1,9 @@
 """Rejection sampling (arXiv 2508.06471, section 3.1): which sampled responses become conversations
 to fine-tune on.
 
-Responses are drawn and judged elsewhere; here are the four filters, the selection of prompts by the
-length of their responses, and several responses for each hard prompt. Pure: the same samples give
-the same conversations, in the order of the samples.
+Responses are sampled and judged elsewhere; here are the four filters, the selection of prompts by
+the length of their responses, and several responses for each hard prompt. Pure: the same samples
+give the same conversations, in the order of the samples.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Sample:
     prompt: tuple[Mapping, ...]
     response: tuple[Mapping, ...]
     thinking: bool  # whether the model was asked to reason
-    num_tokens: int  # of the response, drawn by the model
+    num_tokens: int  # of the response, sampled by the model
     status: str  # of STATUSES
     reward: float | None  # by a verifier; None where the task has no objective answer
     tools: tuple[Mapping, ...] = ()

@@ -18,7 +18,7 @@ from data.pipeline import BatchIterator, DataConfig, merge_states
 from data.tokenizer import Tokenizer
 from glm_jax.config import ModelConfig, check_types
 from glm_jax.optim.optimizer import OptimizerConfig
-from glm_jax.optim.schedules import Point, Schedule, ScheduleConfig
+from glm_jax.optim.schedules import Schedule, ScheduleConfig, ScheduleValues
 from glm_jax.run.checkpoints import Checkpoints
 from glm_jax.run.recorder import naming
 from glm_jax.run.workdir import WorkDir
@@ -26,8 +26,8 @@ from glm_jax.sharding import MeshConfig, make_mesh, named
 from glm_jax.train.evaluation import Evaluator, Sampler
 from glm_jax.train.metrics import flops_per_token, load_statistics, peak_flops
 from glm_jax.train.start import CHANGEABLE, StartConfig, check_start, starting_state
-from glm_jax.train.state import Trainee, TrainState
-from glm_jax.train.step import Knobs, compile_step, map_routers
+from glm_jax.train.state import TrainSpec, TrainState
+from glm_jax.train.step import StepScalars, compile_step, map_routers
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ PRETRAINING = Source(BatchIterator, held_out_batches)
 
 
 class Batches:
-    """Device batches [A, B, L] of a step's microbatches, and the data position behind them."""
+    """Device batches [A, B, L] of a step's microbatches, and the data position after them."""
 
     def __init__(self, config: RunConfig, mesh: Mesh, source: Source):
         self.iterator = source.batches(config.data, jax.process_index(), jax.process_count())
@@ -134,14 +134,14 @@ def train(
     progress: bool,
     source: Source = PRETRAINING,
 ) -> int:
-    """Runs, or resumes, a run until schedule.total_tokens. Returns the number of steps behind it.
+    """Runs, or resumes, a run until schedule.total_tokens. Returns the number of steps done.
 
     Raises ValueError for anything wrong with config, data or checkpoint before the first step,
     metrics.NonFinite during one.
     """
     mesh = make_mesh(config.mesh)
-    trainee = Trainee.create(config.model, config.optimizer)
-    abstract = trainee.abstract_state(mesh)
+    spec = TrainSpec.create(config.model, config.optimizer)
+    abstract = spec.abstract_state(mesh)
     batches = Batches(config, mesh, source)
     held_out = source.held_out(
         config.data, jax.process_index(), jax.process_count(), config.loop.eval_batches or None
@@ -163,8 +163,8 @@ def train(
     # Everything that can be wrong was read; from here on the work directory is written.
     folder.begin(tokenizer)
     if not folder.resuming:
-        state = starting_state(config.start, trainee, mesh, config.loop.seed)
-    run = _Run(config, folder, mesh, trainee, schedule, tokenizer, first, progress, held_out)
+        state = starting_state(config.start, spec, mesh, config.loop.seed)
+    run = _Run(config, folder, mesh, spec, schedule, tokenizer, first, progress, held_out)
     try:
         return run.loop(state, batches)
     finally:
@@ -214,7 +214,7 @@ class _Run:
         config: RunConfig,
         folder: WorkDir,
         mesh: Mesh,
-        trainee: Trainee,
+        spec: TrainSpec,
         schedule: Schedule,
         tokenizer: Tokenizer,
         first: int,
@@ -225,7 +225,7 @@ class _Run:
         self.folder = folder
         self.schedule = schedule
         self.mesh, self.first = mesh, first
-        self.step_function = compile_step(trainee, config.schedule.balance_weight, mesh)
+        self.step_function = compile_step(spec, config.schedule.balance_weight, mesh)
         self.evaluator = Evaluator(config.model, mesh, held_out)
         self.sampler = Sampler(config.model, tokenizer, config.loop)
         peak = peak_flops(jax.local_devices()[0])
@@ -253,7 +253,7 @@ class _Run:
             point = self.schedule[step]
             batch, host_batch = batches.next(point.microbatches)
             with jax.set_mesh(self.mesh):
-                state, metrics = self.step_function(state, batch, Knobs.of(point))
+                state, metrics = self.step_function(state, batch, StepScalars.of(point))
             step += 1
             if pending is not None:
                 mark = self.record(*pending, mark)
@@ -287,7 +287,7 @@ class _Run:
         return step
 
     def record(
-        self, point: Point, metrics, host_batch, mark: float, extra: dict | None = None
+        self, point: ScheduleValues, metrics, host_batch, mark: float, extra: dict | None = None
     ) -> float:
         """Writes one step's line. Returns the time now, from which the next step is counted."""
         metrics = jax.device_get(metrics)

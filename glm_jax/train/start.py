@@ -1,5 +1,5 @@
-"""Where a run's first weights come from: drawn from the seed, or those of another run (the stage
-before, an import).
+"""Where a run's first weights come from: initialized from the seed, or those of another run (the
+stage before, an import).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from data.tokenizer import Tokenizer
 from glm_jax.config import ModelConfig, check_types, from_mapping
 from glm_jax.run.checkpoints import finished_steps, newest_step, read_config, reading
-from glm_jax.train.state import Trainee, TrainState, logical_axes
+from glm_jax.train.state import TrainSpec, TrainState, logical_axes
 
 # What a later stage may change of the model: how it computes, and how far it reaches; not what it
 # is.
@@ -114,18 +114,18 @@ def starting_tokenizer(start: StartConfig) -> Tokenizer:
     return Tokenizer.load(pathlib.Path(start.workdir) / "tokenizer.json")
 
 
-def starting_state(start: StartConfig, trainee: Trainee, mesh: Mesh, seed: int) -> TrainState:
+def starting_state(start: StartConfig, spec: TrainSpec, mesh: Mesh, seed: int) -> TrainState:
     """The state before the first step, every array on its own devices."""
     if not start.workdir:
-        return trainee.create_state(mesh, seed)
-    abstract = trainee.abstract_state(mesh)
+        return spec.create_state(mesh, seed)
+    abstract = spec.abstract_state(mesh)
     placed = jax.tree.map(lambda x: x.sharding, abstract)
     step = None if start.step < 0 else start.step
     _, params, router = load_weights(
         start.workdir, step, shardings={"params": placed.params, "router": placed.router}
     )
     with jax.set_mesh(mesh):
-        opt_state = jax.jit(trainee.optimizer.init, out_shardings=placed.opt_state)(params)
+        opt_state = jax.jit(spec.optimizer.init, out_shardings=placed.opt_state)(params)
         return TrainState(
             jax.device_put(jnp.zeros((), jnp.int32), placed.step), params, router, opt_state
         )

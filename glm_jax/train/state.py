@@ -84,7 +84,7 @@ def initial_weights(config: ModelConfig, key: jax.Array):
 
 
 @dataclasses.dataclass(frozen=True)
-class Trainee:
+class TrainSpec:
     """A model configuration with the optimizer over its parameters: what states are made for."""
 
     config: ModelConfig
@@ -93,7 +93,7 @@ class Trainee:
     max_grad_norm: float
 
     @classmethod
-    def create(cls, config: ModelConfig, optimizer: OptimizerConfig) -> Trainee:
+    def create(cls, config: ModelConfig, optimizer: OptimizerConfig) -> TrainSpec:
         axes = logical_axes(config, stacked=False)[0]
         shapes = jax.tree.map(lambda x: x.shape, nnx.to_pure_dict(abstract_model(config)[1]))
         transformation = make_optimizer(optimizer, axes, shapes, config.head_size)

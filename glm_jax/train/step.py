@@ -12,16 +12,16 @@ from jax.sharding import Mesh
 
 from glm_jax import losses
 from glm_jax.optim.optimizer import group_rms
-from glm_jax.optim.schedules import Point
+from glm_jax.optim.schedules import ScheduleValues
 from glm_jax.sharding import constrain
-from glm_jax.train.state import Trainee, TrainState, build_model
+from glm_jax.train.state import TrainSpec, TrainState, build_model
 
 LOSS_CHUNK = 128  # positions a row whose logits exist at a time
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class Knobs:
+class StepScalars:
     """Scalars of one step, traced: changing them compiles nothing."""
 
     microbatches: jax.Array
@@ -30,13 +30,13 @@ class Knobs:
     bias_rate: jax.Array
 
     @classmethod
-    def of(cls, point: Point) -> Knobs:
+    def of(cls, point: ScheduleValues) -> StepScalars:
         floats = (jnp.float32(v) for v in (point.learning_rate, point.mtp_weight, point.bias_rate))
         return cls(jnp.int32(point.microbatches), *floats)
 
 
 def loss_function(
-    trainee: Trainee, params, router, batch, totals, knobs: Knobs, balance_weight: float
+    spec: TrainSpec, params, router, batch, totals, scalars: StepScalars, balance_weight: float
 ):
     """Loss of one microbatch [B, L], already divided by the totals of the whole step, and what it
     observed.
@@ -44,7 +44,7 @@ def loss_function(
     Returns (loss, aux): aux holds `cross_entropy`, `mtp`, `balance` (each divided likewise, before
     weights) and `expert_counts` int32 [routers, E], the MTP router last.
     """
-    model = build_model(trainee.config, params, router)
+    model = build_model(spec.config, params, router)
     segment_ids, positions = batch["segment_ids"], batch["positions"]
     out = model.trunk(batch["tokens"], segment_ids, positions)
     head = model.lm_head.weight[...]
@@ -60,7 +60,7 @@ def loss_function(
             x, model.mtp_head.weight[...], targets, weights, LOSS_CHUNK
         )
         aux["mtp"] = mtp / totals["mtp_targets"]
-        loss += knobs.mtp_weight * aux["mtp"]
+        loss += scalars.mtp_weight * aux["mtp"]
         routers.append(jax.tree.map(lambda leaf: leaf[None], observation))
     if routers:
         routers = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routers)
@@ -83,16 +83,18 @@ def step_totals(batch, microbatches) -> dict[str, jax.Array]:
     }
 
 
-def gradients(trainee: Trainee, state: TrainState, batch, knobs: Knobs, balance_weight: float):
+def gradients(
+    spec: TrainSpec, state: TrainState, batch, scalars: StepScalars, balance_weight: float
+):
     """((loss, aux), gradients) summed over the microbatches of a step; batch arrays [A, B, L], the
     first `microbatches` count.
     """
     batch = {name: constrain(x, None, "batch", "length") for name, x in batch.items()}
-    totals = step_totals(batch, knobs.microbatches)
+    totals = step_totals(batch, scalars.microbatches)
     loss = lambda params, part: loss_function(
-        trainee, params, state.router, part, totals, knobs, balance_weight
+        spec, params, state.router, part, totals, scalars, balance_weight
     )
-    return accumulate(loss, state.params, batch, knobs.microbatches)
+    return accumulate(loss, state.params, batch, scalars.microbatches)
 
 
 def accumulate(loss, params, batch, microbatches):
@@ -113,22 +115,22 @@ def accumulate(loss, params, batch, microbatches):
 
 
 def train_step(
-    trainee: Trainee, balance_weight: float, state: TrainState, batch, knobs: Knobs
+    spec: TrainSpec, balance_weight: float, state: TrainState, batch, scalars: StepScalars
 ) -> tuple[TrainState, dict]:
     """Gradients, clipping, optimizer, router biases from global counts.
 
     Returns the new state and metrics: `loss`, `cross_entropy`, `mtp`, `balance`, `expert_counts`
     [routers, E] and those of `update`.
     """
-    (loss, aux), grads = gradients(trainee, state, batch, knobs, balance_weight)
+    (loss, aux), grads = gradients(spec, state, batch, scalars, balance_weight)
     state, metrics = update(
-        trainee, state, grads, aux.get("expert_counts"), knobs.learning_rate, knobs.bias_rate
+        spec, state, grads, aux.get("expert_counts"), scalars.learning_rate, scalars.bias_rate
     )
     return state, {"loss": loss, **aux, **metrics}
 
 
 def update(
-    trainee: Trainee, state: TrainState, grads, expert_counts_RE, learning_rate, bias_rate
+    spec: TrainSpec, state: TrainState, grads, expert_counts_RE, learning_rate, bias_rate
 ) -> tuple[TrainState, dict]:
     """Clips and applies gradients, and moves the router biases (expert counts of None: a dense
     model).
@@ -138,14 +140,14 @@ def update(
     them is not finite, the new state must not be used.
     """
     metrics = {"grad_norm": optax.tree.norm(grads)}
-    metrics |= {f"grad_rms/{group}": rms for group, rms in group_rms(grads, trainee.groups).items()}
-    if trainee.max_grad_norm > 0:
-        factor = jnp.minimum(1.0, trainee.max_grad_norm / (metrics["grad_norm"] + 1e-12))
+    metrics |= {f"grad_rms/{group}": rms for group, rms in group_rms(grads, spec.groups).items()}
+    if spec.max_grad_norm > 0:
+        factor = jnp.minimum(1.0, spec.max_grad_norm / (metrics["grad_norm"] + 1e-12))
         grads = jax.tree.map(lambda g: g * factor, grads)
-    updates, opt_state = trainee.optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params)
     updates = jax.tree.map(lambda u: -learning_rate * u, updates)
     metrics |= {
-        f"update_rms/{group}": rms for group, rms in group_rms(updates, trainee.groups).items()
+        f"update_rms/{group}": rms for group, rms in group_rms(updates, spec.groups).items()
     }
     router = state.router
     if expert_counts_RE is not None:
@@ -173,14 +175,14 @@ def map_routers(function, router):
     return treedef.unflatten(parts)
 
 
-def compile_step(trainee: Trainee, balance_weight: float, mesh: Mesh):
+def compile_step(spec: TrainSpec, balance_weight: float, mesh: Mesh):
     """The jitted step; donates the state, and returns it placed as it came. Call it under
     jax.set_mesh.
     """
-    return jit_step(functools.partial(train_step, trainee, balance_weight), trainee, mesh)
+    return jit_step(functools.partial(train_step, spec, balance_weight), spec, mesh)
 
 
-def jit_step(step, trainee: Trainee, mesh: Mesh):
+def jit_step(step, spec: TrainSpec, mesh: Mesh):
     """A function (state, ...) -> (state, metrics), compiled as compile_step says."""
-    placed = jax.tree.map(lambda x: x.sharding, trainee.abstract_state(mesh))
+    placed = jax.tree.map(lambda x: x.sharding, spec.abstract_state(mesh))
     return jax.jit(step, donate_argnums=0, out_shardings=(placed, None))

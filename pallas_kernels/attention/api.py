@@ -22,7 +22,7 @@ def attention(
     kv_segment_ids_BM=None, q_offset=0, kv_offset=0,
     with_lse: bool = False,
 ):  # fmt: skip
-    """softmax(scale q k^T) v over the keys of a query's own segment that are not behind it in the
+    """softmax(scale q k^T) v over the keys of a query's own segment that are not after it in the
     row.
 
     Args:

@@ -3,8 +3,8 @@ forward kernel.
 
 A query block keeps the gradient of its queries while it walks over key blocks; the gradients of
 keys and values are summed in HBM in float32: a block is fetched, all heads that share it add to it,
-it goes back. Fetching the next one waits until the one before is back. Where they stand turned,
-head size x keys, their products fill a matrix unit of 256, of which head size x queries fill a
+it goes back. Fetching the next one waits until the one before is back. Where they stand transposed,
+head size x keys, their products fill a MXU of 256, of which head size x queries fill a
 half.
 """
 
@@ -43,7 +43,7 @@ def _backward(
     meta, queries, keys, q_ref, do_ref, lse_ref, delta_ref, q_ids_ref, k_hbm, v_hbm, kv_ids_hbm, _,
     __, dq_ref, dk_hbm, dv_hbm,
     k_buf, v_buf, ids_buf, dk_buf, dv_buf, dq_acc, bias, state, in_sems, sum_sems, *,
-    kv_block: int, piece: int, kv_piece: int, unroll: int, ahead: int, turned: bool,
+    kv_block: int, piece: int, kv_piece: int, unroll: int, ahead: int, transposed: bool,
     force: str | None,
 ):  # fmt: skip
     b, g, i = (pl.program_id(axis) for axis in range(3))
@@ -56,7 +56,7 @@ def _backward(
 
     def sum_place(ref, j):
         rows, columns = pl.ds(j * kv_block, kv_block), pl.ds(g * size, size)
-        return ref.at[b, columns, rows] if turned else ref.at[b, rows, columns]
+        return ref.at[b, columns, rows] if transposed else ref.at[b, rows, columns]
 
     def inputs(j, slot):
         return key_copies(
@@ -106,7 +106,7 @@ def _backward(
 
             def add(h, part, some, probs, dscores):
                 q, do = head(q_ref, h, size)[part, :], head(do_ref, h, size)[part, :]
-                if turned:
+                if transposed:
                     dv[:, some] += product(do, probs, 0, 1)
                     dk[:, some] += product(q, dscores, 0, 1)
                 else:
@@ -114,19 +114,19 @@ def _backward(
                     dk[some] += product(dscores, q, 1, 0)
                 dq_acc[h, :, part] += product(k[some], dscores, 0, 0)
 
-            waiting, behind = [scores(*piece) for piece in pieces[:ahead]], None
+            waiting, pending = [scores(*piece) for piece in pieces[:ahead]], None
             for n, (h, part, some) in enumerate(pieces):
                 waiting += [scores(*piece) for piece in pieces[n + ahead : n + ahead + 1]]
                 s, dprobs = waiting.pop(0)
-                if behind is not None:
-                    add(*behind)
+                if pending is not None:
+                    add(*pending)
                 shift = lse_ref[pl.ds(h, 1), part]
-                # The bias joins the row first: as a part of the scores it delays the unit (v6e:
+                # The bias joins the row first: as a part of the scores it delays the MXU (v6e:
                 # half the rate).
                 probs = jnp.exp2(s - (shift - bias[some, part] if masked else shift))
                 dscores = probs * (dprobs - delta_ref[pl.ds(h, 1), part])
-                behind = h, part, some, probs.astype(v.dtype), dscores.astype(k.dtype)
-            add(*behind)
+                pending = h, part, some, probs.astype(v.dtype), dscores.astype(k.dtype)
+            add(*pending)
             pl.when(number == 0)(between)
             return 0
 
@@ -228,9 +228,13 @@ def backward(
     size = k_BMY.shape[-1] // groups
     q_spec, row_spec, ids_spec = query_specs(blocks.q, heads, size)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    body = functools.partial(_backward, **blocks.of_kernel, turned=blocks.turned, force=force)
+    body = functools.partial(
+        _backward, **blocks.of_kernel, transposed=blocks.transposed, force=force
+    )
     vmem = lambda *shape, dtype=jnp.float32: pltpu.VMEM(shape, dtype)
-    sums, axes = ((size, blocks.kv), (0, 2, 1)) if blocks.turned else ((blocks.kv, size), (0, 1, 2))
+    sums, axes = (
+        ((size, blocks.kv), (0, 2, 1)) if blocks.transposed else ((blocks.kv, size), (0, 1, 2))
+    )
     zeros = jnp.zeros([k_BMY.shape[axis] for axis in axes], jnp.float32)
     dq, dk, dv = pl.pallas_call(
         body,

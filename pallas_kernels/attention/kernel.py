@@ -3,7 +3,7 @@ pair, and over no others.
 
 Scores stand transposed, keys x queries, so that what belongs to a query is a row vector along
 lanes, and the second product fills units of 256. All query heads of a key-value head share its
-loads. The work of one head, some queries and some keys, a piece, is written so that the unit
+loads. The work of one head, some queries and some keys, a piece, is written so that the MXU
 multiplies for the following and the previous pieces while exponentials of this one are computed.
 
 There is no running maximum. Scores, in units of log2, are shifted by m = max(0, |q| max|k| -
@@ -78,10 +78,10 @@ def write_bias(bias, q_ids_ref, kv_ids_ref, q_first, kv_first):
     shape = bias.shape
     kv_ids = jnp.broadcast_to(kv_ids_ref[...], (SUBLANES, shape[0])).T[:, :1]
     q_ids = q_ids_ref[...]
-    behind = (kv_first + lax.broadcasted_iota(jnp.int32, shape, 0)) <= (
+    causal = (kv_first + lax.broadcasted_iota(jnp.int32, shape, 0)) <= (
         q_first + lax.broadcasted_iota(jnp.int32, shape, 1)
     )
-    bias[...] = jnp.where((kv_ids == q_ids) & (q_ids > 0) & behind, 0.0, MASKED)
+    bias[...] = jnp.where((kv_ids == q_ids) & (q_ids > 0) & causal, 0.0, MASKED)
 
 
 def key_copies(b, g, j, slot, hbm, buffers, sems):
@@ -152,18 +152,18 @@ def _forward(
             def add(h, part, some, exps):
                 acc[h, :, part] += product(v[some], exps, 0, 0)
 
-            waiting, behind = [scores(*piece) for piece in pieces[:ahead]], None
+            waiting, pending = [scores(*piece) for piece in pieces[:ahead]], None
             for n, (h, part, some) in enumerate(pieces):
                 waiting += [scores(*piece) for piece in pieces[n + ahead : n + ahead + 1]]
                 s = waiting.pop(0)
-                if behind is not None:
-                    add(*behind)
+                if pending is not None:
+                    add(*pending)
                 shift = shift_ref[pl.ds(h, 1), part]
-                # The bias joins the row first: as a part of the scores it delays the unit.
+                # The bias joins the row first: as a part of the scores it delays the MXU.
                 exps = jnp.exp2(s - (shift - bias[some, part] if masked else shift))
                 total[h, :, part] += jnp.sum(exps.reshape(-1, SUBLANES, piece), axis=0)
-                behind = h, part, some, exps.astype(v.dtype)
-            add(*behind)
+                pending = h, part, some, exps.astype(v.dtype)
+            add(*pending)
             return 0
 
         lax.fori_loop(0, heads // unroll, group, 0)
@@ -267,7 +267,7 @@ def _forward(
 
 
 def causal_macs(q_BLX, k_BMY) -> int:
-    """Of one product of all queries with the keys that are not behind them."""
+    """Of one product of all queries with the keys that are not after them."""
     return q_BLX.size * k_BMY.shape[1] // 2
 
 

@@ -9,7 +9,7 @@ NO_KEY = -1e30  # log-sum-exp, and running maximum, of a query that sees no key
 
 
 def allowed_pairs(q_segment_ids_BL, kv_segment_ids_BM, q_index_L, kv_index_M) -> jax.Array:
-    """bool [B, L, M]: the key is of the query's own segment, which is no padding, and not behind it
+    """bool [B, L, M]: the key is of the query's own segment, which is no padding, and not after it
     in the row.
     """
     same = (q_segment_ids_BL[:, :, None] == kv_segment_ids_BM[:, None, :]) & (

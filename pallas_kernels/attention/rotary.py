@@ -181,7 +181,7 @@ def _rotate_backward(
         def head(h, sums):
             at = pl.ds(pl.multiple_of(h * SIZE, SIZE), SIZE)
             dy = dy_ref[:, at]
-            dx = dy.astype(jnp.float32) * own - _dot(dy, swap) * partner  # turned back
+            dx = dy.astype(jnp.float32) * own - _dot(dy, swap) * partner  # rotated back
             if normed:
                 x = (x_ref[:, at] + bias_ref[:, at].astype(x_ref.dtype)).astype(jnp.float32)
                 inverse = _inverse_rms(x, eps)
@@ -256,7 +256,7 @@ def _tables(cos, sin):
 
 def _swap(half: int, dtype):
     """The matrix that gives each of the first 2 * half lanes its partner's number, lane i that of
-    lane i + half and the reverse, and zeros to others: the matrix unit is idle, and has no need to
+    lane i + half and the reverse, and zeros to others: the MXU is idle, and has no need to
     wait for the units that move lanes.
     """
     row, column = (lax.broadcasted_iota(jnp.int32, (SIZE, SIZE), axis) for axis in (0, 1))

@@ -55,12 +55,12 @@ SIZE = 128
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Queries and keys of a tile (q, kv) and of a piece (piece, kv_piece), the unit of
+    """Queries and keys of a tile (q, kv) and of a piece (piece, kv_piece), a unit of
     interleaving.
 
     unroll: heads written out in one turn of the loop over heads. ahead: pieces whose scores are
-    multiplied before a piece's exponentials. turned, backward only: the sums of keys' and values'
-    gradients are [head size, keys], which fills units of 256.
+    multiplied before a piece's exponentials. transposed, backward only: the sums of keys' and
+    values' gradients are [head size, keys], which fills units of 256.
     """
 
     q: int
@@ -69,7 +69,7 @@ class Blocks:
     kv_piece: int
     unroll: int
     ahead: int
-    turned: bool
+    transposed: bool
 
     @property
     def of_kernel(self) -> dict[str, int]:
@@ -122,7 +122,7 @@ def candidates(shape: Shape, pass_: str, chip: Chip) -> list[Blocks]:
     aheads = (8, 6, 5, 4, 3, 2, 1) if pass_ == "forward" else (1, 2, 3)
     turns = (False, True) if pass_ == "backward" else (False,)
     varied = [
-        dataclasses.replace(first, kv_piece=kv_piece, unroll=u, ahead=a, turned=t)
+        dataclasses.replace(first, kv_piece=kv_piece, unroll=u, ahead=a, transposed=t)
         for u in reversed(unrolls)
         for a in aheads
         for t in turns

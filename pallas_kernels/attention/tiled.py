@@ -24,7 +24,7 @@ LOG2_E = math.log2(math.e)
 def attention(q_BLNH, k_BMGH, v_BMGH, q_ids_BL, kv_ids_BM, scale: float, q_offset, kv_offset):
     """As api.attention with all arguments given: out [B, L, N, H] and log-sum-exp [B, L, N]."""
     size = q_BLNH.shape[-1]
-    # A half-filled head costs the unit as much as a full one.
+    # A half-filled head costs the MXU as much as a full one.
     pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -size % LANES)))
     q_BLNH = pad((q_BLNH * (scale * LOG2_E)).astype(q_BLNH.dtype))
     k_BMGH = pad(k_BMGH)

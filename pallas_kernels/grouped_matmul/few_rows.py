@@ -1,5 +1,5 @@
-"""The grouped product of decoding, for TPU: few rows a group, so that reading the matrices is all
-that costs. No gradient.
+"""The decode GEMM, a grouped matmul of small batches, for TPU: few tokens a group, so that reading
+the matrices is all that costs. No gradient.
 
 All rows stay in VMEM. Only matrices of groups that have rows are read, each once, as blocks of
 whole columns, where they lie in a stack of all layers' matrices. FP8 and int8 values become
@@ -30,7 +30,7 @@ FP8, INT8 = jnp.float8_e4m3fn, jnp.int8
 @dataclasses.dataclass(frozen=True)
 class Blocks:
     """columns: of a step's block of a matrix. For FP8, depth: rows of one product, 128 or 256 as
-    the matrix unit is wide; bits: where rows are bfloat16, unpack values by fp8_bits, for chips
+    the MXU is wide; bits: where rows are bfloat16, unpack values by fp8_bits, for chips
     without a conversion of their own.
     """
 

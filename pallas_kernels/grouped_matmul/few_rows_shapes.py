@@ -95,7 +95,7 @@ def _key(depth: int, width: int, matrices: int, dtype: str) -> str:
 
 def alignment_for(rows: int, groups: int, dtype) -> int:
     """Rows of a tile: of a register, or of two where more than half of one would be a group's mean,
-    as each tile loads the unit anew.
+    as each tile loads the MXU anew.
     """
     smallest = ALIGNMENT[jnp.dtype(dtype).name]
     return smallest if 2 * rows <= groups * smallest else 2 * smallest

@@ -25,7 +25,7 @@ from pallas_kernels.grouped_matmul.tiles import Steps
 class Gathered:
     """An operand [R, D] whose row r is x_TD[source_R[r]], or zeros where source is not in 0..T-1.
 
-    words: rows of x [T, D] as rows.pack makes them, and one of zeros behind. dtype: of x.
+    words: rows of x [T, D] as rows.pack makes them, and one of zeros after. dtype: of x.
     """
 
     words: jax.Array
@@ -60,7 +60,7 @@ class Gathered:
     def stream(
         self, inputs, scratch, steps: Steps, tile: int, *, block=0, blocks: int = 1
     ) -> GatherStream:
-        """What plan asked for, as refs inside of the kernel; block: the one of the columns that is
+        """What plan requested, as refs inside of the kernel; block: the one of the columns that is
         fetched.
         """
         return GatherStream(
@@ -92,7 +92,7 @@ def gathered(x_TD: jax.Array, source_R: jax.Array) -> Gathered:
 @dataclasses.dataclass(frozen=True)
 class GatherStream:
     """Rows of a step, copied from words [T + 1, 1, W] into a ring of 2 * most tiles, [(2 * most +
-    1) * tile, 1, width or a little more], behind which lies one of zeros; width: of a block of W.
+    1) * tile, 1, width or a little more], after which lies one of zeros; width: of a block of W.
 
     Used tiles follow each other in a buffer without gaps, whatever their experts. So a step of n
     tiles starts n others, `most` tiles ahead, from within its products: that many copies take as

@@ -64,7 +64,7 @@ def probe(shape: Shape, blocks: Blocks | GradientBlocks, pass_: str) -> Probe:
     wide = array(num_rows, width)
     deep = array(num_rows, depth)
     matrix = array(experts, depth, width)
-    turned = array(experts, width, depth)
+    transposed = array(experts, width, depth)
     token = array(tokens, depth)
     each = array(num_rows, dtype=jnp.float32)
     function, args = {
@@ -74,11 +74,11 @@ def probe(shape: Shape, blocks: Blocks | GradientBlocks, pass_: str) -> Probe:
         ),
         "transposed": (
             lambda g, x, w: kernel.matmul(x, w, made(g), transposed=True, blocks=blocks),
-            (deep, turned),
+            (deep, transposed),
         ),
         "two_matmul": (
             lambda g, *a: kernel.two_matmul(*a, made(g), words=routed, blocks=blocks),
-            (deep, deep, turned, turned),
+            (deep, deep, transposed, transposed),
         ),
         "swiglu": (
             lambda g, x, gate, up, s: kernel.swiglu(
@@ -90,7 +90,7 @@ def probe(shape: Shape, blocks: Blocks | GradientBlocks, pass_: str) -> Probe:
             lambda g, x, *a: kernel.swiglu_backward(
                 gathered(x, a[-1]), *a[:-1], made(g), blocks=blocks
             ),
-            (token, turned, wide, wide, each, ints(num_rows)),
+            (token, transposed, wide, wide, each, ints(num_rows)),
         ),
         "weight_gradient": (
             lambda g, x, dy: weight_gradient(x, dy, made(g), blocks=blocks),
@@ -141,13 +141,13 @@ def public_probes(shape: Shape, pass_: str) -> dict[str, Probe]:
             call = lambda g, x, dy, tile=tile: tgmm(x.T, dy, g, jnp.bfloat16, tile)
             args, op = (array(num_rows, depth), array(num_rows, width)), "tgmm"
         else:
-            turned = name == "transposed"
-            call = lambda g, x, w, tile=tile, turned=turned: gmm(
-                x, w, g, jnp.bfloat16, tile, transpose_rhs=turned
+            transposed = name == "transposed"
+            call = lambda g, x, w, tile=tile, transposed=transposed: gmm(
+                x, w, g, jnp.bfloat16, tile, transpose_rhs=transposed
             )
             args = (
                 array(num_rows, depth),
-                array(experts, *((width, depth) if turned else (depth, width))),
+                array(experts, *((width, depth) if transposed else (depth, width))),
             )
             op = "gmm"
         # With K in pieces the schedule shows two bodies, of the last piece and of the others, of

@@ -62,7 +62,7 @@ def from_rows(words_R1W: jax.Array, dtype) -> jax.Array:
 @once("zeros")
 def pack(x_RD: jax.Array, *, zeros: int = 0) -> jax.Array:
     """to_rows as a kernel that reads and writes once, where XLA goes over the array five times;
-    `zeros` rows of zeros behind.
+    `zeros` rows of zeros after.
     """
     (num_rows, width), dtype = x_RD.shape, x_RD.dtype
     words = row_shape(num_rows + zeros, width, dtype)
@@ -164,7 +164,7 @@ def unpack_rows(words_ref, out_ref):
 
 
 def pack_rows(values_ref, words_ref, live=None):
-    """The opposite of unpack_rows; live: number of rows behind which all are to be zeros."""
+    """The opposite of unpack_rows; live: number of rows after which all are to be zeros."""
     for line in range(words_ref.shape[2] // LANES):
         size = LANES * per_word(words_ref)
         values = values_ref[:, line * size : (line + 1) * size].astype(jnp.float32)

@@ -201,12 +201,18 @@ def fitting(kernel: str, depth: int, width: int, dtype, kind: str | None, capaci
     cuts = [b for b in cuts if vmem(kernel, b, depth, width, dtype) <= limit]
     # Rows are read once a block of columns. Turning a matrix over takes a 256-wide unit as long as
     # 180 rows keep it busy: short steps then cost half as much again.
-    turned = wide and kernel not in ("matmul", "swiglu")
+    transposed = wide and kernel not in ("matmul", "swiglu")
     return sorted(
         cuts,
         key=lambda b: (
             b.columns
-            * (1.5 if turned and b.size < 4 else 1.1 if turned and plain and not b.join else 1)
+            * (
+                1.5
+                if transposed and b.size < 4
+                else 1.1
+                if transposed and plain and not b.join
+                else 1
+            )
         ),
     )
 

@@ -37,7 +37,7 @@ class RowTiles:
 
 class Steps(NamedTuple):
     """What a kernel's steps take, int32 [steps], read as scalars: `count` tiles of `expert` from
-    `tile` on. run: number of experts before this one; following: the next one, -1 behind the last.
+    `tile` on. run: number of experts before this one; following: the next one, -1 after the last.
     """
 
     tile: jax.Array
@@ -71,7 +71,7 @@ def row_steps(
 ) -> tuple[Steps, jax.Array]:
     """Steps of `size` tiles and their number; an expert's last step has what is left.
 
-    join: tiles that are left over behind an expert's steps of `size` join the last of those.
+    join: tiles that are left over after an expert's steps of `size` join the last of those.
     visit_empty: experts without rows get a step of 0 tiles.
     """
     counts = -(-tiles.sizes // tiles.tile)
@@ -86,7 +86,7 @@ def row_steps(
     index = jnp.arange(bound, dtype=jnp.int32) - (ends - steps)[expert]
     count = jnp.where(index == steps[expert] - 1, counts[expert] - index * size, size)
     visited = steps > 0
-    # The next visited expert: the least index among those behind, by a running minimum from the
+    # The next visited expert: the least index among those after, by a running minimum from the
     # end.
     at_or_after = jax.lax.cummin(
         jnp.where(visited, jnp.arange(len(steps), dtype=jnp.int32), len(steps)), reverse=True
@@ -115,7 +115,7 @@ def bodies_of_step(most: int, granule: int) -> list[range]:
 
 
 def _owner(ends_E, num: int):
-    """Whose range each of num indices lies in; the last one's behind all."""
+    """Whose range each of num indices lies in; the last one's after all."""
     owner = jnp.sum(
         jnp.arange(num, dtype=jnp.int32)[:, None] >= ends_E[None], axis=1, dtype=jnp.int32
     )

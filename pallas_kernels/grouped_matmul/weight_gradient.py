@@ -186,7 +186,7 @@ def _stream(
 def _columns(
     load: RowStream | GatherStream, step, body: range, part: slice, *, again: bool = False
 ):
-    """Columns of a step's rows, [body[-1] * tile, C]; again: they were asked for before."""
+    """Columns of a step's rows, [body[-1] * tile, C]; again: they were requested before."""
     if isinstance(load, RowStream):
         return load.view(step % 2, body[-1])[:, part]
     if load.rows is None:

@@ -77,8 +77,8 @@ def routed_ffn(
       implementation: `pallas` for TPU: bfloat16 or float32, D and F multiples of 128. Without a
         gradient to come, up to routed.FEW_PAIRS rows (T * K) go through kernels that read each
         chosen matrix once, where it lies, FP8 in 128 x 128 blocks and int8 in columns as they are;
-        where rows are more they are turned into x's type first, as every other implementation does.
-        `batched` for CPUs, `ragged_dot` for GPUs, `mosaic_gpu` for Hopper GPUs, `reference`;
+        where rows are more they are converted to x's type first, as every other implementation
+        does. `batched` for CPUs, `ragged_dot` for GPUs, `mosaic_gpu` for Hopper GPUs, `reference`;
         `auto`: pallas on a TPU, batched on a CPU, else ragged_dot.
 
     Returns:

@@ -171,7 +171,7 @@ send.defvjp(
 
 
 def _send_words(exchange: Exchange, name: str, words_S1W, send_n, receive_n):
-    """The same of words, which XLA sends as they lie, and one of zeros behind. name: one for each
+    """The same of words, which XLA sends as they lie, and one of zeros after. name: one for each
     array that is alive at a time.
     """
     if exchange.collective == "all_to_all":

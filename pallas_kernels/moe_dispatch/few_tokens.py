@@ -1,5 +1,5 @@
 """Dispatch and combine of few tokens, for TPU, as a kernel each: rows are gathered and summed by
-products with one-hot matrices. The matrix unit is idle while decoding, and XLA takes some thirty
+products with one-hot matrices. The MXU is idle while decoding, and XLA takes some thirty
 operations to sort so few numbers and to look them up. No gradient.
 """
 
@@ -51,7 +51,7 @@ def dispatch(
     """Rows of tokens, sorted by the group of each (token, choice) pair, stably.
 
     group_TK: int32; outside of 0..num_groups-1: no row. Every group's rows start at a multiple of
-    alignment, one group behind the other. words: give rows as words (grouped_matmul/rows.py).
+    alignment, one group after the other. words: give rows as words (grouped_matmul/rows.py).
     """
     (num_tokens, per_token), (width, dtype) = group_TK.shape, (x_TD.shape[1], x_TD.dtype)
 
@@ -71,7 +71,7 @@ def dispatch(
             )
             before += own
         cells = sum(_ones(slot == row) for slot in slots)
-        # turned once, not for each product
+        # transposed once, not for each product
         onehot_RT = _over_tokens(cells, _eye(num_tokens)).astype(dtype)
         for at in _chunks(width):
             rows.store_columns(rows_ref, at.start, _dot(onehot_RT, x_ref[:, at]))
@@ -161,7 +161,7 @@ def plan(counts_NE, device, group, *, devices: int, num_rows: int, alignment: in
     """Where rows go that are sorted by expert and then by the device that they come from.
 
     counts_NE: int32, how many rows each device has for each expert, of all groups of `devices`
-    devices, one group behind the other. A device has E / devices of its group's experts. device,
+    devices, one group after the other. A device has E / devices of its group's experts. device,
     group: int32, this one. num_rows: that a device has room for; each expert's start at a multiple
     of alignment.
     """

@@ -1,5 +1,5 @@
 """Rows as words (grouped_matmul/rows.py) on their way: copied one by one to where they are sent
-from, and on the way back each token's fetched and added in float32, with no [T, K, D] in HBM.
+from, and in the combine each token's fetched and added in float32, with no [T, K, D] in HBM.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def _copy_rows_kernel(steps, source, source_before, words_hbm, out_hbm, semaphor
 @once("shape", "dtype", "zeros", "name")
 def unwritten(shape, dtype, after_N, *, zeros: int = 0, name: str) -> jax.Array:
     """An array of unknown contents, made once `after_N` is and no other: jax.lax.empty moves out of
-    loops, which then copy it. `zeros` rows of zeros behind.
+    loops, which then copy it. `zeros` rows of zeros after.
 
     Two of one name and one `after_N` are one.
     """

@@ -1,5 +1,5 @@
 """The routed feed-forward by the TPU kernels, forward and backward as one operation: gathers and
-SwiGLU inside of the products, the weighted sum of a token's rows inside of the way back.
+SwiGLU inside of the products, the weighted sum of a token's rows inside of the combine.
 
 With out_t = sum over the rows r of token t of w_r y_r, y_r = h_r down, h = silu(gate) * up and u_r
 = dout_t down^T: dweights_r = u_r h_r, so that y is not needed; dh_r = w_r u_r; down's gradient is
@@ -73,7 +73,7 @@ def forward(x_words, tokens_R, plan: Dispatch, weights_R, matrices, dtype, *, ke
     """(w_r h_r) down of each row as words [R, 1, W], weights None: 1; and with `keep` gate and up
     of each row.
 
-    x_words: of tokens and one of zeros behind; tokens_R: the token of each row, -1: none; plan: as
+    x_words: of tokens and one of zeros after; tokens_R: the token of each row, -1: none; plan: as
     plan_rows makes it.
     """
     gate_EDF, up_EDF, down_EFD = matrices
@@ -99,7 +99,7 @@ def forward(x_words, tokens_R, plan: Dispatch, weights_R, matrices, dtype, *, ke
 
 def backward(x_words, dout_words, tokens_R, plan: Dispatch, weights_R, matrices, kept, dtype):
     """Gradients of rows as words, of their weights, and of the matrices. dout_words: of tokens, and
-    one of zeros behind.
+    one of zeros after.
     """
     (gate_EDF, up_EDF, down_EFD), (gate_RF, up_RF) = matrices, kept
     ffn, width = down_EFD.shape[1:]
@@ -210,7 +210,9 @@ def _few(x_TD, expert_TK, weights_TK, gate, up, down):
 
 
 def few_products(x_RD, steps_4E, alignment: int, gate, up, down):
-    """down(silu(gate(x)) * up(x)) of few rows sorted by expert, as few_rows.steps_of says."""
+    """down(silu(gate(x)) * up(x)) of a small batch of rows sorted by expert, as few_rows.steps_of
+    says.
+    """
     ffn, width = down.shape[1:]
     (gate, gate_scale, first), (up, up_scale, _), (down, down_scale, _) = (
         few_rows.operands(w, x_RD.dtype) for w in (gate, up, down)

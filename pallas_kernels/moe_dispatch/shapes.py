@@ -1,5 +1,5 @@
-"""Blocks of the way back, by rule, and what one MoE layer moves through HBM. Nothing is multiplied
-here, so there is nothing to tune by the schedule of a product: SHAPES is empty.
+"""Blocks of the combine kernel, by rule, and what one MoE layer moves through HBM. Nothing is
+multiplied here, so there is nothing to tune by the schedule of a product: SHAPES is empty.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SHAPES, PASSES = {}, ()
 BUFFER_BYTES = 8 << 20  # of the rows in flight, twice
 LAYERS = {"355B": (5120, 1536), "Air": (4096, 1408)}  # model and feed-forward width
 MEGABLOX_VMEM = 15 << 20  # that megablox leaves to its blocks
-ROOMY_VMEM = 48 << 20  # that it would take if it asked for more
+ROOMY_VMEM = 48 << 20  # that it would take if it requested more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ def layer_bytes(sizes_E: np.ndarray, width: int, ffn: int, per_token: int) -> di
     experts, pairs = len(sizes_E), int(np.sum(sizes_E))
     rows = costs.rows_computed(sizes_E)
     token = pairs // per_token * width * 2
-    way_back = pairs * width * 2 + token  # rows fetched, and their sums
+    combine = pairs * width * 2 + token  # rows fetched, and their sums
 
     def product(kernel, depth, columns):
         blocks = product_blocks(kernel, depth, columns, jnp.bfloat16)
@@ -58,9 +58,9 @@ def layer_bytes(sizes_E: np.ndarray, width: int, ffn: int, per_token: int) -> di
     return {
         "tokens packed": 3 * 2 * token,  # x forward and backward, and dout
         "swiglu": product("swiglu", width, ffn), "down": product("matmul", ffn, width),
-        "way back": way_back,
+        "combine": combine,
         "swiglu backward": product("swiglu_backward", width, ffn),
-        "dx": product("two_matmul", ffn, width), "way back of dx": way_back,
+        "dx": product("two_matmul", ffn, width), "combine of dx": combine,
         "weight gradients": 2 * product("gathered_x_gradient", width,
                                         ffn) + product("gathered_dy_gradient", ffn, width),
     }  # fmt: skip

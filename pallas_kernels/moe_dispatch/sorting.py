@@ -45,7 +45,7 @@ def sort_by_expert(expert_TK: jax.Array, num_experts: int, alignment: int = 1) -
     """Stable counting sort: histogram, prefix sums, ranks. Every expert's rows start at a multiple
     of alignment.
 
-    Any index outside 0..E-1 means: no expert here; such pairs stand behind all groups.
+    Any index outside 0..E-1 means: no expert here; such pairs stand after all groups.
     """
     pairs = expert_TK.reshape(-1)
     pairs = jnp.where((pairs >= 0) & (pairs < num_experts), pairs, num_experts)

@@ -70,7 +70,7 @@ def paged_attention(
         to the cache.
       k_pages, v_pages: the cache of all layers, [layers, pages, G, H, page size] and [layers,
         pages, G, page size, H], each as its product reads it; G divides N. What a row's last page
-        holds behind its end is finite.
+        holds after its end is finite.
       layer: which layer's pages, int32 scalar.
       tables_SP: int32 page of each block of positions of a row; blocks past a row's end may hold
         any valid page.

@@ -74,7 +74,7 @@ def _by_page(q_SGQH, query_SQ, k_pages, v_pages, layer, tables_SP, ends_S):
     def attend(number, carry):
         best_SGQ, total_SGQ, sum_SGQH = carry
         place_W = number * chunk + jnp.arange(chunk)
-        row_W = jnp.sum(place_W[:, None] >= last_W, axis=1)  # S behind the list's end
+        row_W = jnp.sum(place_W[:, None] >= last_W, axis=1)  # S after the list's end
         own = row_W.clip(max=rows - 1)
         block_W = place_W - jnp.where(own > 0, last_W[own - 1], 0)
         page_W = tables_SP[own, block_W.clip(max=num_blocks - 1)]

@@ -142,7 +142,7 @@ def work(length: int, k_pages, starts_S, counts_S, blocks, cores: int) -> tuple[
 
 def _work(starts_S, counts_S, tokens, num_blocks, page_size, pages, cores, *, split: bool):
     """The list of query blocks with real tokens: row, block, and number of pages that it sees [W];
-    behind them any other. Where each core's part of it begins and ends [2 cores], and its number of
+    after them any other. Where each core's part of it begins and ends [2 cores], and its number of
     blocks of pages [cores]; each core's part is all unless `split`.
     """
     first_B = jnp.arange(num_blocks) * tokens
@@ -249,7 +249,7 @@ def _kernel(
 
         def some_heads(first):
             """In phases over all of them, loads first and stores last, so that one head's latencies
-            are hidden behind the others.
+            are hidden by the others.
             """
             heads_here = [first + h for h in range(turn)]
             queries = [q_buf[q_slot, h] for h in heads_here]

@@ -11,10 +11,10 @@ from pallas_kernels.attention.reference import softmax_attention
 def paged_attention(
     q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts_S, scale
 ) -> jax.Array:
-    """Gathers each row's pages in order, then attends to the positions that are not behind the
+    """Gathers each row's pages in order, then attends to the positions that are not after the
     query.
     """
-    del counts_S  # what is not real is not stored, and stands behind every real query
+    del counts_S  # what is not real is not stored, and stands after every real query
     k_SMGH, v_SMGH = (
         _rows(pages, layer, tables_SP).astype(q_SLNH.dtype)
         for pages in (k_pages.swapaxes(3, 4), v_pages)

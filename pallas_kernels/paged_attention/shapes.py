@@ -33,7 +33,7 @@ PROMPT_PAGES = 4  # of a step, for them: more take the compiler minutes
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """pages: of a step; join: pages of one product, 2 for matrix units of 256, divides pages;
+    """pages: of a step; join: pages of one product, 2 for MXUs of 256, divides pages;
     tokens: queries of a block; bits: unpack float8 by fp8_bits, for bfloat16 queries; turn: heads
     whose work is written out together, to hide each other's latencies.
     """

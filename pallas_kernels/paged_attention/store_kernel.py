@@ -128,7 +128,7 @@ def work(length: int, k_pages, tables_SP, starts_S, counts_S, cores: int) -> tup
 
 def _work(starts_S, counts_S, tables_SP, length, page_size, cores, *, split: bool):
     """The list of pages that get new tokens: row, number of the page's block of positions, and page
-    [W], others behind them. Where each core's part of it begins and ends [2 cores]; each core's
+    [W], others after them. Where each core's part of it begins and ends [2 cores]; each core's
     part is all unless `split`.
     """
     num_blocks = -(-(length - 1) // page_size) + 1

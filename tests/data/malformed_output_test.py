@@ -62,9 +62,9 @@ OUTPUTS = [
     ("[gMASK]<sop>a", "content", "[gMASK] out of place"),
     ("a<sop>", "content", "<sop> out of place"),
     # Behind a call.
-    (f"{CALL} and more", "content", "' and more' behind a tool call"),
-    (f"a\n{CALL}\nb\n{CALL}", "content", "'\\nb\\n' behind a tool call"),
-    (f"{CALL}<|begin_of_box|>4", "content", "'<|begin_of_box|>' behind a tool call"),
+    (f"{CALL} and more", "content", "' and more' after a tool call"),
+    (f"a\n{CALL}\nb\n{CALL}", "content", "'\\nb\\n' after a tool call"),
+    (f"{CALL}<|begin_of_box|>4", "content", "'<|begin_of_box|>' after a tool call"),
     (f"{CALL}<think>a</think>", "content", "<think> out of place"),
     (f"<think>a{CALL.replace('run', 'b')}", "reasoning_content", "<tool_call> out of place"),
     (f"{CALL}\n</think>", "content", "</think> out of place"),

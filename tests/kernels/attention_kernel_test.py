@@ -16,10 +16,10 @@ from pallas_kernels.attention.api import attention
 from pallas_kernels.attention.shapes import Blocks
 
 BATCH, LENGTH, HEADS, GROUPS = 2, 384, 4, 2
-BLOCKS = Blocks(q=128, kv=128, piece=128, kv_piece=128, unroll=2, ahead=1, turned=False)
+BLOCKS = Blocks(q=128, kv=128, piece=128, kv_piece=128, unroll=2, ahead=1, transposed=False)
 # Tiles of several pieces, longer than the row's last block, and the other way to sum gradients of
 # keys and values.
-PIECES = Blocks(q=256, kv=256, piece=128, kv_piece=128, unroll=2, ahead=3, turned=True)
+PIECES = Blocks(q=256, kv=256, piece=128, kv_piece=128, unroll=2, ahead=3, transposed=True)
 RACES = {"detect_races": True, "uninitialized_memory": "nan"}
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 

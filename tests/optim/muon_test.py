@@ -15,7 +15,7 @@ from experiments.entry import run_config
 from glm_jax.optim.muon import newton_schulz, scale_by_muon
 from glm_jax.optim.optimizer import OptimizerConfig, group_of, group_rms, group_tree, make_optimizer
 from glm_jax.sharding import MESH_AXES, MeshConfig, make_mesh, named
-from glm_jax.train.state import Trainee
+from glm_jax.train.state import TrainSpec
 
 SHAPES = {"square": (12, 12), "tall": (24, 8), "wide": (8, 24), "experts": (3, 4, 6, 10)}
 STEPS = 3
@@ -328,13 +328,13 @@ def test_work_of_a_device_at_real_size(name, sizes, most):
     their columns are split, which costs half as much again.
     """
     run = run_config(importlib.import_module(f"configs.{name}").get_config())
-    trainee = Trainee.create(run.model, run.optimizer)
-    state = jax.eval_shape(trainee.initial_state, jax.random.key(0))
+    spec = TrainSpec.create(run.model, run.optimizer)
+    state = jax.eval_shape(spec.initial_state, jax.random.key(0))
     arguments = state.params, state.opt_state, state.params
-    alone = work_of(jax.make_jaxpr(trainee.optimizer.update)(*arguments).jaxpr)
+    alone = work_of(jax.make_jaxpr(spec.optimizer.update)(*arguments).jaxpr)
     mesh = AbstractMesh((*sizes, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     with jax.sharding.use_abstract_mesh(mesh):
-        ours = work_of(jax.make_jaxpr(trainee.optimizer.update)(*arguments).jaxpr)
+        ours = work_of(jax.make_jaxpr(spec.optimizer.update)(*arguments).jaxpr)
     assert 1 <= ours["flops"] / (alone["flops"] / mesh.size) < most
     # ZeRO-1 moves each expert device's gradients and weights once, in bfloat16.
     zero = 2 * 2 * sum(x.size for x in jax.tree.leaves(state.params)) / mesh.shape["expert"]

@@ -63,7 +63,7 @@ def main(argv: list[str]):
     rows = {
         "requests": NUM_REQUESTS.value, "seconds": round(report.seconds),
         "swaps of weights": report.swaps,
-        "tokens sampled": status.drawn_tokens,
+        "tokens sampled": status.sampled_tokens,
         "half-closed clients answered": sum(report.half_closed.values()),
         "longest answer of /health, ms": round(1000 * report.health_seconds),
         "pages lost": report.pages_lost, "answered twice": report.answered_twice,

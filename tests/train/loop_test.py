@@ -26,7 +26,7 @@ from glm_jax.run.recorder import NonFinite, check_finite
 from glm_jax.sharding import make_mesh
 from glm_jax.train import loop
 from glm_jax.train.start import load_weights
-from glm_jax.train.state import Trainee
+from glm_jax.train.state import TrainSpec
 from glm_jax.train.step import update
 
 
@@ -149,10 +149,10 @@ def test_an_update_that_overflows_is_never_saved(toy_config, tmp_path):
 
 def test_one_bad_element_of_a_gradient_is_seen_in_the_metrics(toy_config, tmp_path):
     config = run_config(toy_config)
-    trainee = Trainee.create(config.model, config.optimizer)
-    state = jax.jit(trainee.initial_state)(jax.random.key(0))
+    spec = TrainSpec.create(config.model, config.optimizer)
+    state = jax.jit(spec.initial_state)(jax.random.key(0))
     with jax.set_mesh(make_mesh(dataclasses.replace(config.mesh, data=1), jax.devices()[:1])):
-        step = jax.jit(lambda grads: update(trainee, state, grads, None, 1e-3, 1e-3)[1])
+        step = jax.jit(lambda grads: update(spec, state, grads, None, 1e-3, 1e-3)[1])
         good = jax.tree.map(lambda x: jnp.full(x.shape, 1e-3), state.params)
         check = functools.partial(
             check_finite, step=0, workdir=tmp_path, batch=dict, good=lambda: None

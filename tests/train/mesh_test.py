@@ -13,8 +13,8 @@ import toy
 
 from experiments.entry import run_config
 from glm_jax.sharding import MESH_AXES, MeshConfig, make_mesh, named
-from glm_jax.train.state import Trainee
-from glm_jax.train.step import Knobs, compile_step
+from glm_jax.train.state import TrainSpec
+from glm_jax.train.step import StepScalars, compile_step
 
 STEPS, ROWS, LENGTH = 3, 8, 32
 MESHES = [  # data, fsdp, expert
@@ -50,15 +50,15 @@ def mesh_of(sizes):
     return make_mesh(config, jax.devices()[: int(np.prod(sizes))])
 
 
-def run_steps(trainee: Trainee, initial, sizes) -> dict[bool, list]:
+def run_steps(spec: TrainSpec, initial, sizes) -> dict[bool, list]:
     """{one expert gets every token: [(metrics, params, router, optimizer state) of every step, on
     the host]}.
     """
     mesh = mesh_of(sizes)
-    batch = batch_of(trainee.config.vocab_size)
+    batch = batch_of(spec.config.vocab_size)
     batch = {n: jax.device_put(x, named(mesh, (None, "batch", "length"))) for n, x in batch.items()}
-    knobs = Knobs(jnp.int32(1), jnp.float32(2e-3), jnp.float32(0.3), jnp.float32(1e-3))
-    step, out = compile_step(trainee, 1e-4, mesh), {}
+    scalars = StepScalars(jnp.int32(1), jnp.float32(2e-3), jnp.float32(0.3), jnp.float32(1e-3))
+    step, out = compile_step(spec, 1e-4, mesh), {}
     for one_expert in (False, True):
         state = initial
         if one_expert:  # every token chooses expert 0
@@ -67,12 +67,12 @@ def run_steps(trainee: Trainee, initial, sizes) -> dict[bool, list]:
         state = jax.tree.map(
             lambda x, a: jax.device_put(x.astype(a.dtype), a.sharding),
             state,
-            trainee.abstract_state(mesh),
+            spec.abstract_state(mesh),
         )
         out[one_expert] = []
         with jax.set_mesh(mesh):
             for _ in range(STEPS):
-                state, metrics = step(state, batch, knobs)
+                state, metrics = step(state, batch, scalars)
                 out[one_expert].append(
                     jax.device_get((metrics, state.params, state.router, state.opt_state))
                 )
@@ -83,7 +83,7 @@ def run_steps(trainee: Trainee, initial, sizes) -> dict[bool, list]:
 
 
 @pytest.fixture(scope="module")
-def trainee():
+def spec():
     from configs import tiny
 
     config = tiny.get_config()
@@ -91,18 +91,18 @@ def trainee():
     config.data.sequence_length = LENGTH
     config.optimizer.max_grad_norm = 0.0  # so that the momentum after a step is the gradient itself
     run = run_config(config)
-    return Trainee.create(run.model, run.optimizer)
+    return TrainSpec.create(run.model, run.optimizer)
 
 
 @pytest.fixture(scope="module")
-def initial(trainee):
+def initial(spec):
     """The initial state on the host."""
-    return jax.device_get(trainee.create_state(mesh_of((1, 1, 1)), 0))
+    return jax.device_get(spec.create_state(mesh_of((1, 1, 1)), 0))
 
 
 @pytest.fixture(scope="module")
-def one_device(trainee, initial):
-    return run_steps(trainee, initial, (1, 1, 1))
+def one_device(spec, initial):
+    return run_steps(spec, initial, (1, 1, 1))
 
 
 def assert_close(ours, oracle, tolerance, what):
@@ -118,8 +118,8 @@ def assert_close(ours, oracle, tolerance, what):
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=lambda s: "x".join(map(str, s)))
-def test_three_steps_equal_one_device(trainee, initial, one_device, sizes):
-    results = run_steps(trainee, initial, sizes)
+def test_three_steps_equal_one_device(spec, initial, one_device, sizes):
+    results = run_steps(spec, initial, sizes)
     for one_expert, step in itertools.product((False, True), range(STEPS)):
         metrics, params, router, opt_state = results[one_expert][step]
         oracle = one_device[one_expert][step]
@@ -130,7 +130,7 @@ def test_three_steps_equal_one_device(trainee, initial, one_device, sizes):
         assert_close(params, oracle[1], 1e-5, where + "params ")
         jax.tree.map(np.testing.assert_array_equal, router, oracle[2])
         if one_expert:
-            tokens = int((batch_of(trainee.config.vocab_size)["segment_ids"] > 0).sum())
+            tokens = int((batch_of(spec.config.vocab_size)["segment_ids"] > 0).sum())
             np.testing.assert_array_equal(metrics["expert_counts"][:, 0], tokens)
 
 
@@ -138,15 +138,15 @@ def test_three_steps_equal_one_device(trainee, initial, one_device, sizes):
     ("expert_exchange", "expert_buffer"), [("all_gather", 1.25), ("all_to_all", 0.3)]
 )
 def test_other_exchanges_equal_one_device(
-    trainee, initial, one_device, expert_exchange, expert_buffer
+    spec, initial, one_device, expert_exchange, expert_buffer
 ):
     """What the cases above do in one round or a few, all tokens at every device, and in many
     rounds.
     """
     config = dataclasses.replace(
-        trainee.config, expert_exchange=expert_exchange, expert_buffer=expert_buffer
+        spec.config, expert_exchange=expert_exchange, expert_buffer=expert_buffer
     )
-    results = run_steps(dataclasses.replace(trainee, config=config), initial, (2, 1, 4))
+    results = run_steps(dataclasses.replace(spec, config=config), initial, (2, 1, 4))
     for one_expert in (False, True):
         metrics, params, _, opt_state = results[one_expert][0]
         np.testing.assert_allclose(metrics["loss"], one_device[one_expert][0][0]["loss"], rtol=1e-5)
@@ -154,8 +154,8 @@ def test_other_exchanges_equal_one_device(
         assert_close(params, one_device[one_expert][0][1], 1e-5, "params ")
 
 
-def test_a_state_is_born_split_and_equal_to_one_devices(trainee, initial):
-    state = trainee.create_state(mesh_of((2, 2, 2)), 0)
+def test_a_state_is_born_split_and_equal_to_one_devices(spec, initial):
+    state = spec.create_state(mesh_of((2, 2, 2)), 0)
     jax.tree.map(np.testing.assert_array_equal, state, initial)
     experts = state.params["moe_layers"]["mlp"]["experts"]["gate_proj"]
     assert experts.addressable_shards[0].data.shape == (1, 4, 16, 16) and experts.shape == (

@@ -8,16 +8,16 @@ import pytest
 from experiments.entry import run_config
 from glm_jax.config import REMAT_POLICIES
 from glm_jax.sharding import MeshConfig, make_mesh
-from glm_jax.train.state import Trainee
-from glm_jax.train.step import Knobs, compile_step, gradients, map_routers
+from glm_jax.train.state import TrainSpec
+from glm_jax.train.step import StepScalars, compile_step, gradients, map_routers
 
 ROWS, LENGTH = 4, 32
 
 
 @pytest.fixture
-def trainee(toy_config):
+def spec(toy_config):
     run = run_config(toy_config)
-    return Trainee.create(run.model, run.optimizer)
+    return TrainSpec.create(run.model, run.optimizer)
 
 
 @pytest.fixture
@@ -41,18 +41,20 @@ def batch_of(microbatches: int) -> dict:
     }
 
 
-def knobs(microbatches: int, rate: float = 1e-3) -> Knobs:
-    return Knobs(jnp.int32(microbatches), jnp.float32(rate), jnp.float32(0.3), jnp.float32(1e-3))
+def scalars(microbatches: int, rate: float = 1e-3) -> StepScalars:
+    return StepScalars(
+        jnp.int32(microbatches), jnp.float32(rate), jnp.float32(0.3), jnp.float32(1e-3)
+    )
 
 
-def test_two_microbatches_equal_one_batch_and_a_third_empty_one_changes_nothing(trainee):
-    state = trainee.initial_state(jax.random.key(0))
-    compute = jax.jit(lambda batch, knobs: gradients(trainee, state, batch, knobs, 1e-4))
-    whole = compute(batch_of(1), knobs(1))
+def test_two_microbatches_equal_one_batch_and_a_third_empty_one_changes_nothing(spec):
+    state = spec.initial_state(jax.random.key(0))
+    compute = jax.jit(lambda batch, scalars: gradients(spec, state, batch, scalars, 1e-4))
+    whole = compute(batch_of(1), scalars(1))
     halves = batch_of(2)
     # the third is not to be read
     padded = jax.tree.map(lambda x: np.concatenate([x, x[:1]]), halves)
-    for parts in (compute(halves, knobs(2)), compute(padded, knobs(2))):
+    for parts in (compute(halves, scalars(2)), compute(padded, scalars(2))):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), whole, parts
         )
@@ -61,11 +63,11 @@ def test_two_microbatches_equal_one_batch_and_a_third_empty_one_changes_nothing(
 def test_what_the_backward_pass_recomputes_changes_nothing(toy_config):
     run, found = run_config(toy_config), {}
     for policy in REMAT_POLICIES:
-        trainee = Trainee.create(dataclasses.replace(run.model, remat=policy), run.optimizer)
-        state = trainee.initial_state(jax.random.key(0))
+        spec = TrainSpec.create(dataclasses.replace(run.model, remat=policy), run.optimizer)
+        state = spec.initial_state(jax.random.key(0))
         found[policy] = jax.jit(
-            lambda batch, knobs, t=trainee, s=state: gradients(t, s, batch, knobs, 1e-4)
-        )(batch_of(1), knobs(1))
+            lambda batch, scalars, t=spec, s=state: gradients(t, s, batch, scalars, 1e-4)
+        )(batch_of(1), scalars(1))
     for policy in REMAT_POLICIES:
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
@@ -74,21 +76,21 @@ def test_what_the_backward_pass_recomputes_changes_nothing(toy_config):
         )
 
 
-def test_changing_knobs_compiles_nothing(trainee, mesh):
-    step = compile_step(trainee, 1e-4, mesh)
-    state = trainee.create_state(mesh, 0)
+def test_changing_knobs_compiles_nothing(spec, mesh):
+    step = compile_step(spec, 1e-4, mesh)
+    state = spec.create_state(mesh, 0)
     for microbatches, rate in ((1, 1e-3), (2, 5e-4)):
-        state, _ = step(state, batch_of(2), knobs(microbatches, rate))
+        state, _ = step(state, batch_of(2), scalars(microbatches, rate))
     assert step._cache_size() == 1
 
 
-def test_clipping_scales_every_gradient_by_one_factor(trainee, mesh):
-    state = trainee.create_state(mesh, 0)
+def test_clipping_scales_every_gradient_by_one_factor(spec, mesh):
+    state = spec.create_state(mesh, 0)
     momenta = []
     for limit in (0.0, 0.01):
-        clipped = dataclasses.replace(trainee, max_grad_norm=limit)
+        clipped = dataclasses.replace(spec, max_grad_norm=limit)
         new, metrics = compile_step(clipped, 1e-4, mesh)(
-            jax.tree.map(jnp.copy, state), batch_of(1), knobs(1)
+            jax.tree.map(jnp.copy, state), batch_of(1), scalars(1)
         )
         momenta.append([x for x in jax.tree.leaves(new.opt_state) if x.ndim > 2])
     factor = 0.01 / float(metrics["grad_norm"])
