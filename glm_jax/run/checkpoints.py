@@ -89,11 +89,11 @@ class Checkpoints:
         path = self.folder / str(step) / "arrays"
         if not path.is_dir():
             return {}
+        names = self.manager.item_metadata(step)["arrays"]
+        marks = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
         with ocp.PyTreeCheckpointer() as reader:
-            names = reader.metadata(path).item_metadata.tree
-            args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
-            restored = ocp.args.PyTreeRestore(restore_args=args)
-            return reading(path.parent, lambda: reader.restore(path, args=restored))
+            args = ocp.args.PyTreeRestore(restore_args=marks)
+            return reading(path.parent, lambda: reader.restore(path, args=args))
 
     def wait(self):
         """Until what was saved is on disk; raises OSError, naming the folder, where it cannot be

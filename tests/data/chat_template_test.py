@@ -1,5 +1,6 @@
 """GLM-4.5's template character for character, and back from text and tokens to the message."""
 
+import functools
 import json
 
 import pytest
@@ -7,8 +8,15 @@ from hypothesis import given, settings
 
 from data.chat_messages import TemplateError
 from data.chat_output import OutputReader, parse, parse_tokens
-from data.chat_template import Segment, encode, encode_to_continue, render, segments
-from data.tokenizer import SPECIAL_TOKENS
+from data.chat_template import (
+    Segment,
+    encode,
+    encode_reply,
+    encode_to_continue,
+    render,
+    segments,
+)
+from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tests.data.conversations import RUN, call, messages_of, nasty, small_tokenizer, tame
 
 WEATHER = {
@@ -123,6 +131,33 @@ def test_reasoning_is_kept_behind_the_last_user_turn_only():
 
 
 # --- tokens ---
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_replies_go_on_with_the_tokens_of_the_whole_conversation(corpus_folder, thinking):
+    tokenizer = Tokenizer.load(corpus_folder / "tokenizer.json")
+    begin = [{"role": "user", "content": "Hi <|user|>"}]
+    whole = functools.partial(encode, tokenizer, thinking=thinking)
+    replies = [
+        [{"role": "tool", "content": "1"}, {"role": "tool", "content": "</tool_response>"}],
+        [{"role": "user", "content": "and then?"}],
+    ]
+    turns = [
+        {"role": "assistant", "content": "I look.", "tool_calls": [call("f", {}), call("f", {})]},
+        {"role": "assistant", "content": "done"},
+    ]
+    for turn, reply in zip(turns, replies, strict=True):
+        stop = "<|observation|>" if reply[0]["role"] == "tool" else "<|user|>"
+        finished = encode(tokenizer, [*begin, turn], thinking=thinking, generation_prompt=False)
+        added = encode_reply(tokenizer, reply, stop, thinking=thinking)
+        assert [*finished, tokenizer.special(stop), *added] == whole([*begin, turn, *reply])
+        # A model that ended its turn otherwise: the marker is the environment's.
+        marked = encode_reply(tokenizer, reply, "<|endoftext|>", thinking=thinking)
+        assert marked == [tokenizer.special(stop), *added]
+    with pytest.raises(TemplateError, match=r"messages\[0\].role: 'assistant' is unknown"):
+        encode_reply(tokenizer, [turns[0]], "<|user|>")
+    with pytest.raises(TemplateError, match="messages: must be a list of at least one message"):
+        encode_reply(tokenizer, [], "<|user|>")
 
 
 def test_only_the_templates_markers_become_special_tokens(tokenizer):
