@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -142,6 +143,40 @@ def mtp_targets(batch) -> tuple[jax.Array, jax.Array]:
     shift = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
     same = shift(batch["segment_ids"]) == batch["segment_ids"]
     return shift(batch["targets"]), shift(batch["loss_weights"]) * same
+
+
+LOSS_CHUNK = 128  # positions a row whose logits exist at a time
+
+
+@dataclasses.dataclass
+class Auxiliary:
+    """What a model loses beside its own tokens, sums over a microbatch; None where the model has no
+    such part. expert_counts: int32 [routers, E], the MTP router last.
+    """
+
+    mtp: jax.Array | None
+    balance: jax.Array | None
+    expert_counts: jax.Array | None
+
+
+def auxiliary(model, out, h_BLD, batch) -> Auxiliary:
+    """The losses that every training step adds to that of the tokens.
+
+    out: of model.trunk. h_BLD: hidden states that the MTP block goes on from; None: it is left out.
+    batch: `targets`, `segment_ids`, `positions` and `loss_weights`, [B, L].
+    """
+    mtp, routers = None, [] if out.routers is None else [out.routers]
+    if model.mtp is not None and h_BLD is not None:
+        x_BLD, observation, _ = model.mtp_hidden(
+            h_BLD, batch["targets"], batch["segment_ids"], batch["positions"]
+        )
+        targets, weights = mtp_targets(batch)
+        mtp = chunked_cross_entropy(x_BLD, model.mtp_head.weight[...], targets, weights, LOSS_CHUNK)
+        routers.append(jax.tree.map(lambda leaf: leaf[None], observation))
+    if not routers:
+        return Auxiliary(mtp, None, None)
+    routers = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routers)
+    return Auxiliary(mtp, jnp.sum(routers.balance_loss), routers.expert_counts)
 
 
 def update_router_bias(bias_RE, expert_counts_RE, rate) -> jax.Array:

@@ -18,13 +18,12 @@ from data.pipeline import DataConfig
 from data.tokenizer import Tokenizer
 from glm_jax.config import from_mapping
 from glm_jax.evaluation.subject import Settings, Subject, result
-from glm_jax.losses import chunked_cross_entropy, mtp_targets
+from glm_jax.losses import LOSS_CHUNK, chunked_cross_entropy, mtp_targets
 from glm_jax.model.moe import RouterBias
 from glm_jax.run.checkpoints import read_config
 from glm_jax.sharding import MeshConfig, make_mesh
 from glm_jax.train.evaluation import Evaluator
 from glm_jax.train.state import build_model
-from glm_jax.train.step import LOSS_CHUNK
 
 DEFAULT_ROW = 512  # tokens of held-out text, for a model that does not say how it was trained
 

@@ -2,12 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 
+import jax
 import numpy as np
 
 from glm_jax.rl.advantages import token_weights
 from glm_jax.rollouts.rollout import Rollout
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenInputs:
+    """What the loss of a token reads, along the targets, float32. old_logprobs: of the weights at
+    the beginning of a step with several updates; None: those weights are the trained ones.
+    """
+
+    loss_weights: jax.Array
+    advantages: jax.Array
+    engine_logprobs: jax.Array
+    old_logprobs: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PolicyBatch:
+    """Microbatches [A, B, L], or one of them [B, L]: the rows of pre-training, and inputs along the
+    targets. experts: int16 [A, MoE layers, B, L, K] to route to, -1 where unknown; None: no replay.
+    """
+
+    tokens: jax.Array
+    targets: jax.Array
+    segment_ids: jax.Array
+    positions: jax.Array
+    inputs: TokenInputs
+    experts: jax.Array | None = None
+
+    @property
+    def rows(self) -> Mapping[str, jax.Array]:
+        """The rows of pre-training."""
+        names = ("tokens", "targets", "segment_ids", "positions")
+        weights = {"loss_weights": self.inputs.loss_weights}
+        return {name: getattr(self, name) for name in names} | weights
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All arrays that there are, by name, for a file."""
+        inputs = {f.name: getattr(self.inputs, f.name) for f in dataclasses.fields(TokenInputs)}
+        named = self.rows | inputs | {"experts": self.experts}
+        return {name: x for name, x in named.items() if x is not None}
 
 
 def place(lengths: Sequence[int], row_length: int) -> list[list[int]]:
@@ -34,14 +77,12 @@ def pack(
     aggregation: str,
     mask_truncated: bool,
     replay: bool,
-) -> tuple[dict[str, np.ndarray], int]:
+) -> tuple[PolicyBatch, int]:
     """Microbatches [A, B, L] of (rollout, advantage) pairs, and how many of them hold any. A would
     do for `most` pairs of a row each, so that one program serves every step.
 
-    The rows of pre-training (tokens, targets, segment_ids, positions; loss_weights are the token
-    weights), and along the targets `advantages` and `engine_logprobs`, float32. replay: `experts`
-    too, int16 [A, MoE layers, B, L, K], -1 where unknown. Raises ValueError for a rollout that does
-    not fit into a row.
+    loss_weights are the token weights. replay: with the engine's experts. Raises ValueError for a
+    rollout that does not fit into a row.
     """
     lengths = [len(rollout.tokens) - 1 for rollout, _ in pairs]
     if max(lengths) > row_length:
@@ -84,4 +125,7 @@ def pack(
                 )
             start = end
     stacked = {name: x.reshape(microbatches, rows, row_length) for name, x in batch.items()}
-    return stacked | ({"experts": experts} if replay else {}), -(-len(placed) // rows)
+    names = ("loss_weights", "advantages", "engine_logprobs")
+    inputs = TokenInputs(**{name: stacked.pop(name) for name in names})
+    packed = PolicyBatch(**stacked, inputs=inputs, experts=experts if replay else None)
+    return packed, -(-len(placed) // rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 
 from glm_jax.model.transformer import GLM
 from glm_jax.rl.advantages import advantages
-from glm_jax.rl.batch import pack
+from glm_jax.rl.batch import PolicyBatch, pack
 from glm_jax.rl.config import RlConfig
 from glm_jax.rl.step import PolicyScalars, compile_policy_step, trainer_logprobs
 from glm_jax.rollouts.rollout import Group
@@ -49,10 +50,11 @@ class Learner:
         with jax.set_mesh(self.mesh):
             if len(batches) > 1 and grpo.old_logprobs == "trainer":
                 # All before the first update: they are the denominators of all ratios.
-                for batch, used in batches:
-                    weights = self.state.params, self.state.router
-                    args = self.config.model, *weights, batch, jnp.int32(used), temperature
-                    batch["old_logprobs"] = np.asarray(trainer_logprobs(*args))
+                weights = self.config.model, self.state.params, self.state.router
+                for number, (batch, used) in enumerate(batches):
+                    old = trainer_logprobs(*weights, batch, jnp.int32(used), temperature)
+                    inputs = dataclasses.replace(batch.inputs, old_logprobs=np.asarray(old))
+                    batches[number] = dataclasses.replace(batch, inputs=inputs), used
             for batch, used in batches:
                 warm = min(1.0, (self.version + 1) / max(grpo.warmup_updates, 1))
                 rate = jnp.float32(grpo.learning_rate * warm)
@@ -60,11 +62,10 @@ class Learner:
                 self.state, metrics = self._update(self.state, batch, scalars)
                 self.version += 1
                 updates.append(jax.device_get(metrics))
-                part = lambda batch=batch: batch
-                self.folder.check_finite(updates[-1], step=step, batch=part)
+                self.folder.check_finite(updates[-1], step=step, batch=batch.arrays)
         return {"updates": len(updates), **self._mean(updates)}
 
-    def batch(self, groups: Sequence[Group]) -> tuple[dict[str, np.ndarray], int]:
+    def batch(self, groups: Sequence[Group]) -> tuple[PolicyBatch, int]:
         """The groups as `pack` lays them out."""
         grpo, rollout = self.config.grpo, self.config.rollout
         pairs = [p for group in groups for p in advantages(group, normalize_std=grpo.normalize_std)]

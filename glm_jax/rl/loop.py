@@ -89,7 +89,7 @@ def open_run(
     if first is None:
         first, state = 0, starting_state(start, spec, mesh, config.loop.seed)
     else:
-        state, saved = folder.checkpoints.restore(first, abstract)
+        state, *saved = folder.checkpoints.restore(first, abstract)
         logger.info("resumed from step %d", first)
     learner = Learner(config, mesh, spec, state, folder)
     engine = Engine(
@@ -101,7 +101,7 @@ def open_run(
     source = InProcess(engine, tokenizer, learner.version)
     run = Run(config, folder, tokenizer, controllers, learner, source, first, progress)
     if saved is not None:
-        run.set_state(saved, folder.checkpoints.arrays(first))
+        run.set_state(*saved)
     return run
 
 

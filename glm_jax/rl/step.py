@@ -11,10 +11,12 @@ from jax.sharding import Mesh
 
 from glm_jax import losses
 from glm_jax.config import ModelConfig
+from glm_jax.losses import LOSS_CHUNK
+from glm_jax.rl.batch import PolicyBatch, TokenInputs
 from glm_jax.rl.config import GrpoConfig
 from glm_jax.sharding import constrain
 from glm_jax.train.state import TrainSpec, TrainState, build_model
-from glm_jax.train.step import LOSS_CHUNK, accumulate, jit_step, update
+from glm_jax.train.step import accumulate, jit_step, update
 
 # Log-ratios beyond it are taken as it: exp of 89 is infinite in float32, and infinity times 0 in a
 # gradient is not a number.
@@ -33,91 +35,76 @@ class PolicyScalars:
     temperature: jax.Array  # that the rollouts were sampled with
 
 
-def token_loss(grpo: GrpoConfig, logprobs, given):
+def token_loss(grpo: GrpoConfig, logprobs, inputs: TokenInputs):
     """-w c min(r A, clip(r, 1 - low, 1 + high) A) of each token: r = pi / pi_old, c = min(pi_old /
     pi_engine, cap), w its weight.
 
-    given: `loss_weights`, `advantages`, `engine_logprobs`; with old_logprobs='trainer' and several
-    updates a step also `old_logprobs` (without them the weights are those of the step's beginning:
-    r = 1, and only its gradient counts).
+    Where inputs have no old_logprobs, and the engine's are not taken, the weights are those of the
+    step's beginning: r = 1, and only its gradient counts.
     """
-    ratio, correction = ratios(grpo, logprobs, given)
+    ratio, correction = ratios(grpo, logprobs, inputs)
     clipped = jnp.clip(ratio, 1 - grpo.clip_low, 1 + grpo.clip_high)
-    gain = jnp.minimum(ratio * given["advantages"], clipped * given["advantages"])
-    return -given["loss_weights"] * correction * gain
+    gain = jnp.minimum(ratio * inputs.advantages, clipped * inputs.advantages)
+    return -inputs.loss_weights * correction * gain
 
 
-def ratios(grpo: GrpoConfig, logprobs, given):
+def ratios(grpo: GrpoConfig, logprobs, inputs: TokenInputs):
     """pi / pi_old, and the truncated importance weight of pi_old over the engine's distribution (1
     where it is off); no gradient flows through the second. Both 1 where the loss mask is 0. Their
     logarithms are clamped to +-MAX_LOG_RATIO.
     """
+    trained = inputs.loss_weights > 0
     exp = lambda x: jnp.exp(jnp.clip(jnp.where(trained, x, 0.0), -MAX_LOG_RATIO, MAX_LOG_RATIO))
-    trained = given["loss_weights"] > 0
-    old = (
-        given["engine_logprobs"]
-        if grpo.old_logprobs == "engine"
-        else given.get("old_logprobs", jax.lax.stop_gradient(logprobs))
-    )
+    old = jax.lax.stop_gradient(logprobs) if inputs.old_logprobs is None else inputs.old_logprobs
+    if grpo.old_logprobs == "engine":
+        old = inputs.engine_logprobs
     ratio = exp(logprobs - old)
     if grpo.importance_cap == 0:
         return ratio, jnp.ones_like(ratio)
-    weight = exp(old - given["engine_logprobs"])
+    weight = exp(old - inputs.engine_logprobs)
     return ratio, jax.lax.stop_gradient(jnp.minimum(weight, grpo.importance_cap))
 
 
-def loss_function(spec: TrainSpec, grpo: GrpoConfig, router, params, batch, tokens, temperature):
+def loss_function(
+    spec: TrainSpec, grpo: GrpoConfig, params, router, batch: PolicyBatch, tokens, temperature
+):
     """Loss of one microbatch [B, L], a part of the whole update's, and what it observed: `policy`,
     `balance`, `mtp` (before weights), `expert_counts`, the sums of SUMS and `difference_max`.
     tokens: real ones of the whole update.
     """
     model = build_model(spec.config, params, router)
-    segment_ids, positions = batch["segment_ids"], batch["positions"]
-    out = model.trunk(batch["tokens"], segment_ids, positions, replay=batch.get("experts"))
-    given = {
-        name: batch[name]
-        for name in ("loss_weights", "advantages", "engine_logprobs", "old_logprobs")
-        if name in batch
-    }
-    head = model.lm_head.weight[...]
+    out = model.trunk(batch.tokens, batch.segment_ids, batch.positions, replay=batch.experts)
     # The head is linear: states over the temperature give logits over the temperature.
     h = out.h / temperature.astype(out.h.dtype)
     policy, (logprobs, entropy) = losses.chunked_token_loss(
-        functools.partial(token_loss, grpo), h, head, batch["targets"], given, LOSS_CHUNK, True
-    )
-    aux, loss, routers = {"policy": policy}, policy, [] if out.routers is None else [out.routers]
-    if model.mtp is not None and grpo.mtp_weight > 0:
-        x, observation, _ = model.mtp_hidden(
-            jax.lax.stop_gradient(out.h), batch["targets"], segment_ids, positions
-        )
-        targets, weights = losses.mtp_targets(batch)
-        aux["mtp"] = losses.chunked_cross_entropy(
-            x, model.mtp_head.weight[...], targets, weights, LOSS_CHUNK
-        )
+        functools.partial(token_loss, grpo), h, model.lm_head.weight[...], batch.targets,
+        batch.inputs, LOSS_CHUNK, True,
+    )  # fmt: skip
+    aux, loss = {"policy": policy}, policy
+    mtp_h = jax.lax.stop_gradient(out.h) if grpo.mtp_weight > 0 else None
+    more = losses.auxiliary(model, out, mtp_h, batch.rows)
+    if more.mtp is not None:
+        aux["mtp"] = more.mtp
         loss += grpo.mtp_weight * aux["mtp"]
-        routers.append(jax.tree.map(lambda leaf: leaf[None], observation))
-    if routers:
-        routers = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routers)
-        aux["balance"] = jnp.sum(routers.balance_loss) / tokens
+    if more.balance is not None:
+        aux["balance"] = more.balance / tokens
         loss += grpo.balance_weight * aux["balance"]
-        # An MTP block that rests chose no experts, and its biases stay.
-        aux["expert_counts"] = jnp.pad(
-            routers.expert_counts,
-            ((0, spec.config.num_routers - len(routers.expert_counts)), (0, 0)),
-        )
-    return loss, aux | observe(grpo, logprobs, entropy, given)
+        # An MTP block that is left out chose no experts, and its biases stay.
+        missing = spec.config.num_routers - len(more.expert_counts)
+        aux["expert_counts"] = jnp.pad(more.expert_counts, ((0, missing), (0, 0)))
+    return loss, aux | observe(grpo, logprobs, entropy, batch.inputs)
 
 
-def observe(grpo: GrpoConfig, logprobs, entropy, given) -> dict[str, jax.Array]:
+def observe(grpo: GrpoConfig, logprobs, entropy, inputs: TokenInputs) -> dict[str, jax.Array]:
     """The sums of SUMS, and the largest difference to the engine's log-probabilities."""
-    weights, advantages = given["loss_weights"], given["advantages"]
-    ratio, correction = ratios(grpo, logprobs, given)
+    weights, advantages = inputs.loss_weights, inputs.advantages
+    ratio, correction = ratios(grpo, logprobs, inputs)
     clipped = jnp.where(advantages > 0, ratio > 1 + grpo.clip_high, ratio < 1 - grpo.clip_low) & (
         advantages != 0
     )
     # of the weights at the step's beginning, in its first update
-    before = given.get("old_logprobs", logprobs)
-    difference = jnp.where(weights > 0, jnp.abs(before - given["engine_logprobs"]), 0.0)
+    before = logprobs if inputs.old_logprobs is None else inputs.old_logprobs
+    difference = jnp.where(weights > 0, jnp.abs(before - inputs.engine_logprobs), 0.0)
     capped = (correction >= grpo.importance_cap) if grpo.importance_cap else jnp.zeros_like(clipped)
     sums = zip(SUMS, (entropy, clipped, correction, capped, difference), strict=True)
     return {name: jnp.sum(weights * x) for name, x in sums} | {
@@ -126,16 +113,16 @@ def observe(grpo: GrpoConfig, logprobs, entropy, given) -> dict[str, jax.Array]:
 
 
 def policy_step(
-    spec: TrainSpec, grpo: GrpoConfig, state: TrainState, batch, scalars: PolicyScalars
+    spec: TrainSpec, grpo: GrpoConfig, state: TrainState, batch: PolicyBatch, scalars: PolicyScalars
 ) -> tuple[TrainState, dict]:
     """Gradients, clipping, optimizer, router biases. Returns the new state and metrics: those of
     loss_function and `update`, `loss`.
     """
     batch = place(batch)
-    live = jnp.arange(len(batch["tokens"]))[:, None, None] < scalars.microbatches
-    tokens = jnp.maximum(jnp.sum(live & (batch["segment_ids"] > 0)), 1)
+    live = jnp.arange(len(batch.tokens))[:, None, None] < scalars.microbatches
+    tokens = jnp.maximum(jnp.sum(live & (batch.segment_ids > 0)), 1)
     loss = lambda params, part: loss_function(
-        spec, grpo, state.router, params, part, tokens, scalars.temperature
+        spec, grpo, params, state.router, part, tokens, scalars.temperature
     )
     (total, aux), grads = accumulate(loss, state.params, batch, scalars.microbatches)
     state, metrics = update(
@@ -149,15 +136,14 @@ def policy_step(
     return state, {"loss": total, **aux, **metrics}
 
 
-def place(batch):
-    """The batch's arrays [A, B, L] (experts [A, layers, B, L, K]) where the mesh wants their
-    rows.
-    """
-    axes = {"experts": (None, None, "batch", "length", None)}
-    return {
-        name: constrain(x, *(axes.get(name) or (None, "batch", "length")))
-        for name, x in batch.items()
-    }
+def place(batch: PolicyBatch) -> PolicyBatch:
+    """The batch's arrays where the mesh wants their rows."""
+    rows = lambda x: constrain(x, None, "batch", "length")
+    placed = jax.tree.map(rows, dataclasses.replace(batch, experts=None))
+    if batch.experts is None:
+        return placed
+    experts = constrain(batch.experts, None, None, "batch", "length", None)
+    return dataclasses.replace(placed, experts=experts)
 
 
 def compile_policy_step(spec: TrainSpec, grpo: GrpoConfig, mesh: Mesh):
@@ -178,16 +164,14 @@ def trainer_logprobs(
 
     def one(part):
         model = build_model(config, params, router)
-        out = model.trunk(
-            part["tokens"], part["segment_ids"], part["positions"], replay=part.get("experts")
-        )
+        out = model.trunk(part.tokens, part.segment_ids, part.positions, replay=part.experts)
         zero = lambda logprobs, _: jnp.zeros_like(logprobs)
         h = out.h / temperature.astype(out.h.dtype)
         return losses.chunked_token_loss(
-            zero, h, model.lm_head.weight[...], part["targets"], (), LOSS_CHUNK, True
+            zero, h, model.lm_head.weight[...], part.targets, (), LOSS_CHUNK, True
         )[1][0]
 
     def fill(i, filled):
         return filled.at[i].set(one(jax.tree.map(lambda x: x[i], batch)))
 
-    return jax.lax.fori_loop(0, microbatches, fill, jnp.zeros(batch["targets"].shape, jnp.float32))
+    return jax.lax.fori_loop(0, microbatches, fill, jnp.zeros(batch.targets.shape, jnp.float32))

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 logger = logging.getLogger(__name__)
+ARRAYS = "saved_arrays"  # in the progress: their names
 
 
 class Checkpoints:
@@ -61,12 +62,11 @@ class Checkpoints:
 
         Raises OSError, naming the folder, where this or the save before it cannot be written.
         """
-        items = {
-            "state": ocp.args.StandardSave(state),
-            "data": ocp.args.JsonSave(self.merge(_all_processes(progress))),
-        }
         # An array of no elements has no chunk that could be written.
-        if filled := {name: x for name, x in (arrays or {}).items() if x.size}:
+        filled = {name: x for name, x in (arrays or {}).items() if x.size}
+        merged = self.merge(_all_processes(progress)) | {ARRAYS: sorted(filled)}
+        items = {"state": ocp.args.StandardSave(state), "data": ocp.args.JsonSave(merged)}
+        if filled:
             items["arrays"] = ocp.args.StandardSave(filled)
         args = ocp.args.Composite(**items)
         self._writing(lambda: self.manager.save(step, args=args, force=True))
@@ -76,24 +76,22 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardSave({"params": params, "router": router}))
         self._writing(lambda: self.manager.save(step, args=args, force=True))
 
-    def restore(self, step: int, abstract_state) -> tuple[Any, dict]:
-        """State with the shardings of abstract_state, and the progress that was saved with it."""
+    def restore(self, step: int, abstract_state) -> tuple[Any, dict, dict[str, np.ndarray]]:
+        """State with the shardings of abstract_state, the progress that was saved with it, and the
+        arrays, but for those of no elements.
+        """
+        folder = self.folder / str(step)
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
         )
-        restored = reading(self.folder / str(step), lambda: self.manager.restore(step, args=args))
-        return restored.state, restored.data
-
-    def arrays(self, step: int) -> dict[str, np.ndarray]:
-        """What was saved as `arrays`, but for arrays of no elements."""
-        path = self.folder / str(step) / "arrays"
-        if not path.is_dir():
-            return {}
-        names = self.manager.item_metadata(step)["arrays"]
-        marks = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
-        with ocp.PyTreeCheckpointer() as reader:
-            args = ocp.args.PyTreeRestore(restore_args=marks)
-            return reading(path.parent, lambda: reader.restore(path, args=args))
+        restored = reading(folder, lambda: self.manager.restore(step, args=args))
+        progress, arrays = dict(restored.data), {}
+        if names := progress.pop(ARRAYS, []):
+            marks = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+            args = ocp.args.PyTreeRestore(item=dict.fromkeys(names, 0), restore_args=marks)
+            with ocp.PyTreeCheckpointer() as reader:
+                arrays = reading(folder, lambda: reader.restore(folder / "arrays", args=args))
+        return restored.state, progress, arrays
 
     def wait(self):
         """Until what was saved is on disk; raises OSError, naming the folder, where it cannot be

@@ -15,10 +15,9 @@ from data.tokenizer import Tokenizer
 from glm_jax.config import ModelConfig
 from glm_jax.infer.engine import generate
 from glm_jax.infer.sampling import SamplingParams
-from glm_jax.losses import chunked_cross_entropy
+from glm_jax.losses import LOSS_CHUNK, chunked_cross_entropy
 from glm_jax.sharding import named
 from glm_jax.train.state import TrainState, build_model
-from glm_jax.train.step import LOSS_CHUNK
 
 
 class Evaluator:

@@ -183,7 +183,7 @@ def resume(
 ) -> tuple[int, int, TrainState]:
     """(step, tokens seen, state) of the newest checkpoint, with `batches` where they were."""
     first = checkpoints.latest()
-    state, progress = checkpoints.restore(first, abstract)
+    state, progress, _ = checkpoints.restore(first, abstract)
     if "tokens" not in progress:
         raise ValueError(
             f"checkpoint {checkpoints.folder / str(first)} does not say how many tokens it has"

@@ -11,12 +11,11 @@ import optax
 from jax.sharding import Mesh
 
 from glm_jax import losses
+from glm_jax.losses import LOSS_CHUNK
 from glm_jax.optim.optimizer import group_rms
 from glm_jax.optim.schedules import ScheduleValues
 from glm_jax.sharding import constrain
 from glm_jax.train.state import TrainSpec, TrainState, build_model
-
-LOSS_CHUNK = 128  # positions a row whose logits exist at a time
 
 
 @jax.tree_util.register_dataclass
@@ -45,27 +44,18 @@ def loss_function(
     weights) and `expert_counts` int32 [routers, E], the MTP router last.
     """
     model = build_model(spec.config, params, router)
-    segment_ids, positions = batch["segment_ids"], batch["positions"]
-    out = model.trunk(batch["tokens"], segment_ids, positions)
-    head = model.lm_head.weight[...]
+    out = model.trunk(batch["tokens"], batch["segment_ids"], batch["positions"])
     total_cross_entropy = losses.chunked_cross_entropy(
-        out.h, head, batch["targets"], batch["loss_weights"], LOSS_CHUNK
+        out.h, model.lm_head.weight[...], batch["targets"], batch["loss_weights"], LOSS_CHUNK
     )
     aux = {"cross_entropy": total_cross_entropy / totals["targets"]}
-    loss, routers = aux["cross_entropy"], [] if out.routers is None else [out.routers]
-    if model.mtp is not None:
-        x, observation, _ = model.mtp_hidden(out.h, batch["targets"], segment_ids, positions)
-        targets, weights = losses.mtp_targets(batch)
-        mtp = losses.chunked_cross_entropy(
-            x, model.mtp_head.weight[...], targets, weights, LOSS_CHUNK
-        )
-        aux["mtp"] = mtp / totals["mtp_targets"]
+    loss, more = aux["cross_entropy"], losses.auxiliary(model, out, out.h, batch)
+    if more.mtp is not None:
+        aux["mtp"] = more.mtp / totals["mtp_targets"]
         loss += scalars.mtp_weight * aux["mtp"]
-        routers.append(jax.tree.map(lambda leaf: leaf[None], observation))
-    if routers:
-        routers = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *routers)
-        aux["balance"] = jnp.sum(routers.balance_loss) / totals["tokens"]
-        aux["expert_counts"] = routers.expert_counts
+    if more.balance is not None:
+        aux["balance"] = more.balance / totals["tokens"]
+        aux["expert_counts"] = more.expert_counts
         loss += balance_weight * aux["balance"]
     return loss, aux
 

@@ -2,6 +2,7 @@
 rows; advantages, clip and masks.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +13,7 @@ import torch
 
 from glm_jax.losses import chunked_token_loss
 from glm_jax.rl.advantages import advantages, token_weights
-from glm_jax.rl.batch import pack, place
+from glm_jax.rl.batch import TokenInputs, pack, place
 from glm_jax.rl.config import GrpoConfig
 from glm_jax.rl.step import observe, token_loss
 from glm_jax.rollouts.rollout import Group, Rollout, RolloutStatus
@@ -68,23 +69,19 @@ def ours(config, groups, embedding, head, old, mask_truncated):
         aggregation=config.aggregation,
         mask_truncated=mask_truncated, replay=False,
     )  # fmt: skip
-    assert not batch["segment_ids"][used:].any() and batch["segment_ids"][used - 1].any()
-    flat = {name: x.reshape(-1, config.row_length) for name, x in batch.items()}
+    assert not batch.segment_ids[used:].any() and batch.segment_ids[used - 1].any()
+    flat = jax.tree.map(lambda x: x.reshape(-1, config.row_length), batch)
+    inputs = flat.inputs
     if old is not None:
-        flat["old_logprobs"] = logprobs_of(*old, flat)
-    given = {
-        k: v
-        for k, v in flat.items()
-        if k in ("loss_weights", "advantages", "engine_logprobs", "old_logprobs")
-    }
+        inputs = dataclasses.replace(inputs, old_logprobs=logprobs_of(*old, flat))
 
     def loss(embedding, head):
         return chunked_token_loss(
             functools.partial(token_loss, config),
-            embedding[flat["tokens"]],
+            embedding[flat.tokens],
             head,
-            flat["targets"],
-            given,
+            flat.targets,
+            inputs,
             5,
             False,
         )[0]
@@ -95,9 +92,9 @@ def ours(config, groups, embedding, head, old, mask_truncated):
 
 
 def logprobs_of(embedding, head, flat):
-    logits = embedding[flat["tokens"]] @ head
+    logits = embedding[flat.tokens] @ head
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    return np.take_along_axis(logprobs, flat["targets"][..., None], -1)[..., 0].astype(np.float32)
+    return np.take_along_axis(logprobs, flat.targets[..., None], -1)[..., 0].astype(np.float32)
 
 
 def formula(config, groups, embedding, head, old, mask_truncated):
@@ -202,12 +199,13 @@ def test_beyond_the_clip_there_is_no_gradient_outwards():
     def slopes(advantage):
         def loss(logprobs):
             n = len(logprobs)
-            given = {
-                "loss_weights": jnp.ones(n),
-                "advantages": jnp.full(n, advantage),
-                "engine_logprobs": jnp.zeros(n),
-            }
-            return jnp.sum(token_loss(config, logprobs, given | {"old_logprobs": jnp.zeros(n)}))
+            inputs = TokenInputs(
+                loss_weights=jnp.ones(n),
+                advantages=jnp.full(n, advantage),
+                engine_logprobs=jnp.zeros(n),
+                old_logprobs=jnp.zeros(n),
+            )
+            return jnp.sum(token_loss(config, logprobs, inputs))
 
         return jax.grad(loss)(jnp.log(jnp.array([0.7, 0.9, 1.25, 1.4])))
 
@@ -227,16 +225,15 @@ def test_what_the_model_did_not_draw_has_no_weight():
         mask_truncated=False,
         replay=False,
     )
-    assert np.isclose(batch["loss_weights"].sum(), 1)
+    assert np.isclose(batch.inputs.loss_weights.sum(), 1)
     drawn = sum(r.num_sampled for g in groups for r in g.learnable)
-    assert (batch["loss_weights"] > 0).sum() == drawn
-    assert (batch["segment_ids"][batch["loss_weights"] > 0] > 0).all()
+    assert (batch.inputs.loss_weights > 0).sum() == drawn
+    assert (batch.segment_ids[batch.inputs.loss_weights > 0] > 0).all()
     assert (
-        sum(len(r.tokens) - 1 for g in groups for r in g.learnable)
-        == (batch["segment_ids"] > 0).sum()
+        sum(len(r.tokens) - 1 for g in groups for r in g.learnable) == (batch.segment_ids > 0).sum()
     )
     for name in ("advantages", "engine_logprobs"):
-        assert (batch[name][batch["loss_weights"] == 0] == 0).all()
+        assert (getattr(batch.inputs, name)[batch.inputs.loss_weights == 0] == 0).all()
 
 
 def test_experts_lie_along_their_tokens():
@@ -255,10 +252,10 @@ def test_experts_lie_along_their_tokens():
         mask_truncated=False,
         replay=True,
     )
-    assert batch["experts"].shape == (*batch["tokens"].shape[:1], 3, 2, 16, 2)
-    assert ((batch["experts"][:, 0, ..., 0] >= 0) == (batch["segment_ids"] > 0)).all()
-    found = batch["experts"].swapaxes(1, 2).reshape(-1, 3, 16, 2)
-    tokens, segments = (batch[k].reshape(-1, 16) for k in ("tokens", "segment_ids"))
+    assert batch.experts.shape == (*batch.tokens.shape[:1], 3, 2, 16, 2)
+    assert ((batch.experts[:, 0, ..., 0] >= 0) == (batch.segment_ids > 0)).all()
+    found = batch.experts.swapaxes(1, 2).reshape(-1, 3, 16, 2)
+    tokens, segments = (x.reshape(-1, 16) for x in (batch.tokens, batch.segment_ids))
     for rollout, _ in pairs:
         where = [
             (row, s) for row in range(len(tokens)) for s in set(segments[row]) - {0}
@@ -290,14 +287,14 @@ def test_rows_are_filled_and_nothing_is_lost():
 
 def test_what_is_observed():
     config = GrpoConfig(**GRPO)
-    given = {
-        "loss_weights": jnp.array([0.25, 0.25, 0.5, 0.0]),
-        "advantages": jnp.array([1.0, -1.0, 1.0, 1.0]),
-        "engine_logprobs": jnp.log(jnp.array([0.5, 0.25, 0.5, 0.1])),
-        "old_logprobs": jnp.log(jnp.array([0.5, 0.5, 0.5, 0.5])),
-    }  # fmt: skip
+    inputs = TokenInputs(
+        loss_weights=jnp.array([0.25, 0.25, 0.5, 0.0]),
+        advantages=jnp.array([1.0, -1.0, 1.0, 1.0]),
+        engine_logprobs=jnp.log(jnp.array([0.5, 0.25, 0.5, 0.1])),
+        old_logprobs=jnp.log(jnp.array([0.5, 0.5, 0.5, 0.5])),
+    )
     seen = observe(
-        config, jnp.log(jnp.array([0.75, 0.75, 0.5, 0.9])), jnp.array([1.0, 2.0, 3.0, 9.0]), given
+        config, jnp.log(jnp.array([0.75, 0.75, 0.5, 0.9])), jnp.array([1.0, 2.0, 3.0, 9.0]), inputs
     )
     assert np.isclose(seen["entropy"], 2.25)
     assert np.isclose(seen["clip_share"], 0.25)  # only the first moves outwards beyond the clip

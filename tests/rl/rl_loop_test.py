@@ -90,7 +90,7 @@ def test_an_engine_that_is_far_off_does_not_break_the_weights(
 
     def far_off(self, groups):
         batch, used = original(self, groups)
-        batch["engine_logprobs"][batch["loss_weights"] > 0] -= 100.0
+        batch.inputs.engine_logprobs[batch.inputs.loss_weights > 0] -= 100.0
         return batch, used
 
     monkeypatch.setattr(Learner, "batch", far_off)
@@ -111,7 +111,7 @@ def test_weights_that_are_not_finite_reach_neither_the_engine_nor_a_checkpoint(
     def broken(self, groups, original=Learner.batch):
         batch, used = original(self, groups)
         if steps[-1] == 2:
-            batch["advantages"][batch["loss_weights"] > 0] = np.inf
+            batch.inputs.advantages[batch.inputs.loss_weights > 0] = np.inf
         return batch, used
 
     monkeypatch.setattr(Learner, "learn", noted)

@@ -36,8 +36,9 @@ def test_groups_come_back_from_a_checkpoint(tmp_path, kept):
     entries, arrays = pack_groups(saved)
     checkpoints.save(4, {"x": np.zeros(2)}, {"buffer": entries}, arrays)
     checkpoints.wait()
-    _, progress = checkpoints.restore(4, {"x": np.zeros(2)})
-    found = unpack_groups(progress["buffer"], checkpoints.arrays(4))
+    _, progress, arrays = checkpoints.restore(4, {"x": np.zeros(2)})
+    assert progress.keys() == {"buffer"}
+    found = unpack_groups(progress["buffer"], arrays)
     checkpoints.close()
     assert [g.task for g in found] == [g.task for g in saved]
     for ours, theirs in zip(found, saved, strict=True):
