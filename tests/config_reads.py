@@ -95,29 +95,31 @@ class _Program:
 
     def classes_of(self, node, scope: _Scope, steps: int = MOST_STEPS) -> set[str]:
         """Names of the classes that an expression may be of; empty where nothing says so."""
+        found, again = set(), lambda n: self.classes_of(n, scope, steps - 1)
         if steps == 0:
-            return set()
-        if isinstance(node, ast.Name):
-            return self._of_name(node.id, scope, steps)
-        if isinstance(node, ast.Attribute):
-            found = set()
-            for cls in self.classes_of(node.value, scope, steps - 1):
-                for name in (cls, *self.bases.get(cls, ())):
-                    found |= self._named(self.annotated[name].get(node.attr))
-                    for value, where in self.assigned.get((name, node.attr), ()):
-                        found |= self.classes_of(value, where, steps - 1)
-            return found
-        if isinstance(node, ast.Call):
+            pass
+        elif isinstance(node, ast.Name):
+            found = self._of_name(node.id, scope, steps)
+        elif isinstance(node, ast.Attribute):
+            for cls in again(node.value):
+                found |= self._of_attribute(cls, node.attr, steps)
+        elif isinstance(node, ast.IfExp):
+            found = again(node.body) | again(node.orelse)
+        elif isinstance(node, ast.Call) and _last_name(node.func) == "replace" and node.args:
+            found = again(node.args[0])
+        elif isinstance(node, ast.Call):
             name = _last_name(node.func)
-            if name == "replace" and node.args:
-                return self.classes_of(node.args[0], scope, steps - 1)
-            if name in self.bases:
-                return {name}
-            return set().union(*(self._named(a) for a in self.returns.get(name, ())))
-        if isinstance(node, ast.IfExp):
-            branches = (node.body, node.orelse)
-            return set().union(*(self.classes_of(n, scope, steps - 1) for n in branches))
-        return set()
+            found = {name} & self.bases.keys()
+            found = found.union(*(self._named(a) for a in self.returns.get(name, ())))
+        return found
+
+    def _of_attribute(self, cls: str, attribute: str, steps: int) -> set[str]:
+        found = set()
+        for name in (cls, *self.bases.get(cls, ())):
+            found |= self._named(self.annotated[name].get(attribute))
+            for value, where in self.assigned.get((name, attribute), ()):
+                found |= self.classes_of(value, where, steps - 1)
+        return found
 
     def _of_name(self, name: str, scope: _Scope | None, steps: int) -> set[str]:
         while scope is not None:
