@@ -23,14 +23,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from glm_jax.bubblewrap import (
-    INSTALL,
-    NOBODY,
-    Limits,
-    command,
-    find_bwrap,
-    seccomp_filter,
-)
+from glm_jax import bubblewrap
+from glm_jax.bubblewrap import INSTALL, NOBODY, Limits
 
 # for bwrap and the interpreter to come up: the machine's time, not the program's
 START_SECONDS = 30.0
@@ -109,14 +103,15 @@ class Box:
         """bwrap's process and a file descriptor of it. Raises OSError where the machine has no
         process or descriptor left.
         """
-        rules = seccomp_filter()
+        rules = bubblewrap.seccomp_filter()
         read_end, write_end = os.pipe()
         try:
             os.write(write_end, rules)
             os.close(write_end)
             identity = dict(user=NOBODY, group=NOBODY, extra_groups=[]) if os.geteuid() == 0 else {}
             process = subprocess.Popen(
-                command(self.limits, read_end), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                bubblewrap.command(self.limits, read_end),
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE, bufsize=0, cwd="/",
                 env={}, pass_fds=(read_end,), **identity,
             )  # fmt: skip
@@ -333,7 +328,7 @@ def check():
         "for line in open('/proc/self/status'):\n  if line.startswith(('Uid', 'Seccomp:',"
         " 'CapEff')): print(*line.split())"
     )
-    bwrap = find_bwrap()
+    bwrap = bubblewrap.find_bwrap()
     try:
         outcome = run(program, STANDARD)
     except OSError as error:

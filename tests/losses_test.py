@@ -36,6 +36,24 @@ def test_chunked_cross_entropy_and_its_gradients_equal_optax_on_full_logits(prob
     np.testing.assert_allclose(chunked(h, head), theirs[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+def test_log_probabilities_and_entropies_are_those_of_the_full_logits(problem, chunk):
+    """In float64, of logits far from zero, which leave a softmax as it is."""
+    h, head, targets, weights = problem
+    head = head + 50 * np.sign(h.sum()) / D  # the same for every entry of the vocabulary
+    logits = h.astype(np.float64) @ head
+    logprobs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    entropy = -np.sum(np.exp(logprobs) * logprobs, axis=-1)
+    assert entropy.std() > 0.1 and np.abs(logits).max() > 50
+    _, (found, found_entropy) = losses.chunked_token_loss(
+        lambda logprobs, weights: -weights * logprobs, h, head.astype(np.float32), targets, weights,
+        chunk, True,
+    )  # fmt: skip
+    expected = np.take_along_axis(logprobs, targets[..., None], -1)[..., 0]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(found_entropy, entropy, atol=1e-4)
+
+
 def test_chunked_cross_entropy_never_holds_the_full_logits():
     h, head = jnp.zeros((2, 256, 8)), jnp.zeros((8, 512))
     targets, weights = jnp.zeros((2, 256), jnp.int32), jnp.ones((2, 256))

@@ -7,12 +7,12 @@ import dataclasses
 import functools
 import graphlib
 import importlib
-import itertools
 import pathlib
 import re
 import subprocess
 import sys
 
+import config_reads
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -383,28 +383,8 @@ def test_configs_have_no_defaults():
 
 
 def test_every_config_key_is_read():
-    """A field counts as read where it is taken from something called like a config, outside of the
-    class's own checks.
-    """
-    reads = set()
-    receivers = {
-        *itertools.chain.from_iterable(config_classes().values()),
-        "config",
-        "_config",
-        "start",
-    }
-    for path in source_files(("glm_jax", "data")):
-        for node in ast.walk(tree_of(path)):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                receiver = (
-                    node.value.attr
-                    if isinstance(node.value, ast.Attribute)
-                    else getattr(node.value, "id", None)
-                )
-                if receiver in receivers:
-                    reads.add(node.attr)
-            if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
-                reads |= set(read_by_properties(node))
+    """Of its own class: `seed` of one section says nothing about `seed` of another."""
+    reads = config_reads.fields_read(map(tree_of, source_files(("glm_jax", "data"))))
     broken = []
     for cls, sections in config_classes().items():
         if "mesh" in sections:
@@ -412,24 +392,54 @@ def test_every_config_key_is_read():
         broken += [
             f"{cls.__name__}.{field.name} is read nowhere"
             for field in dataclasses.fields(cls)
-            if field.name not in reads
+            if (cls.__name__, field.name) not in reads
         ]
     fail_on(broken)
 
 
-def read_by_properties(class_node):
-    """Fields of a config class that its own properties read."""
-    for function in class_node.body:
-        if isinstance(function, ast.FunctionDef) and any(
-            isinstance(d, ast.Name) and d.id == "property" for d in function.decorator_list
-        ):
-            for node in ast.walk(function):
-                if (
-                    isinstance(node, ast.Attribute)
-                    and isinstance(node.value, ast.Name)
-                    and node.value.id == "self"
-                ):
-                    yield node.attr
+PROGRAM = """
+class AConfig:
+    seed: int
+    rate: float
+    def __post_init__(self):
+        self.rate
+    @property
+    def twice(self):
+        return 2 * self.half
+class BConfig:
+    seed: int
+    rate: float
+class Both:
+    a: AConfig
+    b: BConfig | None
+class Holder:
+    def __init__(self, config, other: AConfig):
+        self.config, self.other = config, other
+    def run(self):
+        READ
+def make(both: Both):
+    return Holder(both.b, other=both.a)
+"""
+
+
+@pytest.mark.parametrize(
+    ("read", "found"),
+    [
+        ("pass", set()),
+        ("self.config.seed", {("BConfig", "seed")}),
+        ("self.other.seed", {("AConfig", "seed")}),
+        ("c = self.other; lambda: c.rate", {("AConfig", "rate")}),
+        ("self.other.seed = 1", set()),
+        ("elsewhere.seed", set()),
+    ],
+)
+def test_a_read_counts_for_the_class_that_it_is_of(read, found):
+    """Of parameters with an annotation and, where there is none, with what they were given."""
+    reads = config_reads.fields_read([ast.parse(PROGRAM.replace("READ", read))])
+    own = {("AConfig", "half"), ("Both", "a"), ("Both", "b")}
+    attributes = {("Holder", name) for name in ("config", "other")}
+    assert reads - own - attributes == found
+    assert own <= reads
 
 
 def test_mesh_config_has_the_mesh_axes():

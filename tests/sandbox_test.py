@@ -475,7 +475,7 @@ def test_no_process_and_no_descriptor_is_left():
 
 
 def test_without_bwrap_nothing_runs(monkeypatch):
-    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    monkeypatch.setattr(bubblewrap.shutil, "which", lambda name: None)
     monkeypatch.setattr(sandbox.importlib.util, "find_spec", lambda name: None)
     for refuse in (sandbox.check, lambda: run("print(1)", STANDARD)):
         with pytest.raises(
@@ -486,7 +486,7 @@ def test_without_bwrap_nothing_runs(monkeypatch):
 
 
 def test_where_namespaces_are_refused_nothing_runs(monkeypatch):
-    monkeypatch.setattr(sandbox, "find_bwrap", lambda: shutil.which("false"))
+    monkeypatch.setattr(bubblewrap, "find_bwrap", lambda: shutil.which("false"))
     with pytest.raises(
         ValueError,
         match="only in a sandbox, and .*false made none .*are user namespaces allowed here",
@@ -494,13 +494,13 @@ def test_where_namespaces_are_refused_nothing_runs(monkeypatch):
         sandbox.check()
     outcome = run("print(1)", STANDARD)
     assert (outcome.status, outcome.stdout) == (Status.ENVIRONMENT, "")
-    monkeypatch.setattr(sandbox, "find_bwrap", lambda: "/nowhere/bwrap")
+    monkeypatch.setattr(bubblewrap, "find_bwrap", lambda: "/nowhere/bwrap")
     with pytest.raises(ValueError, match="/nowhere/bwrap does not start"):
         sandbox.check()
 
 
 def test_another_machine_is_refused(monkeypatch):
-    monkeypatch.setattr(sandbox.platform, "machine", lambda: "m68k")
+    monkeypatch.setattr(bubblewrap.platform, "machine", lambda: "m68k")
     with pytest.raises(
         ValueError, match="no sandbox for a 'm68k' machine; there is for x86_64, aarch64"
     ):

@@ -130,7 +130,9 @@ class RolloutWorker:
             if not self.engine.idle:
                 self.engine.step()
             # Those that were cancelled are none of the step's.
-            for request, episode in [r for r in self._running.values() if r[0].finish_reason]:
+            for request, episode in [
+                r for r in self._running.values() if r[0].status == "finished"
+            ]:
                 del self._running[request.id]
                 self._ended(episode, request)
             self._environments(timeout=0.05 if self.engine.idle else 0.0)

@@ -263,6 +263,7 @@ def test_chat_is_judged_as_reinforcement_learning_judges(subject, monkeypatch):
     def step(engine):
         for request, (tokens, reason) in zip(prompts, written, strict=True):
             request.tokens, request.finish_reason = tokens, reason
+            request.status = "finished"
             request.logprobs, request.versions = [0.0] * len(tokens), [0] * len(tokens)
         return prompts
 

@@ -1,6 +1,8 @@
 """The report and the tuner on one small product each, with the real compiler."""
 
 import dataclasses
+import importlib
+import json
 import types
 
 import jax
@@ -10,7 +12,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import compiler, report, tune
+from pallas_kernels import compiler, report, tune, tuning
 
 TOPOLOGY = "v5p:2x2x1"
 ROWS, INNER, COLUMNS = 512, 1024, 1024
@@ -89,14 +91,51 @@ def test_the_tuner_takes_the_faster_candidate_and_leaves_out_what_does_not_compi
     assert tune.best(MODULE, ROWS, "forward", TOPOLOGY, schedules)[2] == Blocks(256)
 
 
-@pytest.mark.parametrize("module", report.KERNELS)
-def test_every_kernel_offers_what_the_report_asks_for(module):
-    shapes = __import__(report.KERNELS[module], fromlist=["SHAPES"])
-    # what multiplies nothing has work alone
-    judged = ("chosen_blocks", "candidates", "probe", "public_probes") if shapes.SHAPES else ()
-    for name in ("SHAPES", "PASSES", "FOLDER", "work_table", *judged):
-        assert hasattr(shapes, name), f"{module} has no {name}"
-    assert (shapes.FOLDER / "tuning.json").is_file()
+def shapes_and_passes():
+    """What report and tune go through, of each kernel the first shape: public kernels' probes of
+    long rows take minutes.
+    """
+    for kernel, name in report.KERNELS.items():
+        module = importlib.import_module(name)
+        for shape in list(module.SHAPES.values())[:1]:  # none where nothing is multiplied
+            for pass_ in module.PASSES:
+                yield pytest.param(module, shape, pass_, id=f"{kernel} {pass_}")
+
+
+@pytest.mark.parametrize(("module", "shape", "pass_"), [*shapes_and_passes()])
+def test_what_the_report_judges_counts_its_work(module, shape, pass_):
+    """Of the blocks that the kernel would take, and of the public kernels, without compiling
+    them.
+    """
+    with jax.set_mesh(compiler.one_device(TOPOLOGY)):
+        chosen = module.chosen_blocks(shape, pass_)
+    probes = {"ours": module.probe(shape, chosen, pass_), **module.public_probes(shape, pass_)}
+    for name, probe in probes.items():
+        assert probe.hbm_bytes >= probe.hbm_bytes_needed > 0, name
+        assert probe.total_macs > 0 and all(macs > 0 for macs in probe.macs.values()), name
+        assert callable(probe.function), name
+
+
+@pytest.mark.parametrize(("module", "shape", "pass_"), [*shapes_and_passes()])
+def test_what_the_tuner_writes_is_what_a_kernel_takes(module, shape, pass_, monkeypatch):
+    """On the kind of chip that it was tuned for; others go by rule."""
+    with jax.set_mesh(compiler.one_device(TOPOLOGY)):
+        by_rule = module.chosen_blocks(shape, pass_)
+        candidates = module.candidates(shape, pass_, compiler.chip(TOPOLOGY))
+        assert by_rule in candidates and len(candidates) > 1
+        tuned = next(blocks for blocks in candidates if blocks != by_rule)
+        entry = {f"{pass_} {shape.key}": dataclasses.asdict(tuned)}
+        for kind, expected in ((compiler.chip(TOPOLOGY).kind, tuned), ("TPU v9", by_rule)):
+            monkeypatch.setattr(tuning, "table", lambda folder, kind=kind: {kind: entry})
+            assert module.chosen_blocks(shape, pass_) == expected
+
+
+@pytest.mark.parametrize("name", report.KERNELS.values())
+def test_committed_tables_hold_blocks_of_shapes_that_are_there(name):
+    module = importlib.import_module(name)
+    table = json.loads((module.FOLDER / "tuning.json").read_text())
+    keys = {f"{pass_} {shape.key}" for shape in module.SHAPES.values() for pass_ in module.PASSES}
+    assert all(entries.keys() <= keys for entries in table.values())
 
 
 def test_work_is_counted_with_the_blocks_of_a_chip_that_is_not_here(monkeypatch):

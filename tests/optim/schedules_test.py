@@ -64,7 +64,41 @@ def test_warmup_is_linear_and_the_first_step_moves():
     assert rates == sorted(rates[:4]) + sorted(rates[4:], reverse=True)
 
 
+def test_what_happens_at_the_very_token_where_a_phase_ends():
+    config = dataclasses.replace(
+        paper(), total_tokens=1_000, first_microbatches=1, last_microbatches=3,
+        batch_ramp_tokens=300, switch_tokens=300, warmup_tokens=300, decay_tokens=800,
+    )  # fmt: skip
+    schedule = Schedule(config, 100)
+    assert [schedule.microbatches(t) for t in (0, 99, 100, 199, 200, 299, 300, 301)] == [
+        1, 1, 2, 2, 3, 3, 3, 3
+    ]  # fmt: skip
+    steps = [schedule[s] for s in range(schedule.num_steps)]
+    assert [s.tokens for s in steps] == [0, 100, 300, 600, 900]
+    assert [s.mtp_weight for s in steps] == [0.3, 0.3, 0.1, 0.1, 0.1]
+    assert [s.bias_rate for s in steps] == [1e-3, 1e-3, 0.0, 0.0, 0.0]
+    peak, final = config.learning_rate, config.final_learning_rate
+    rates = [schedule.learning_rate(t) for t in (0, 299, 300, 550, 800, 801, 1_000)]
+    assert rates == pytest.approx(
+        [0, peak * 299 / 300, peak, (peak + final) / 2, final, final, final]
+    )
+
+
+def test_a_schedule_without_warmup_begins_at_the_peak():
+    config = dataclasses.replace(paper(), warmup_tokens=0)
+    assert Schedule(config, 4096 * 4096).learning_rate(0) == config.learning_rate
+
+
 def test_impossible_schedules_are_named():
+    same = paper().warmup_tokens
+    for changes, problem in (
+        ({"decay_tokens": same}, f"decay_tokens={same} greater than warmup_tokens={same}"),
+        ({"total_tokens": 0}, "total_tokens=0 must be positive"),
+        ({"first_microbatches": 0}, "first_microbatches=0"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            dataclasses.replace(paper(), **changes)
+    assert dataclasses.replace(paper(), decay_tokens=same + 1, total_tokens=1)
     with pytest.raises(ValueError, match="decay_tokens=5"):
         dataclasses.replace(paper(), decay_tokens=5)
     with pytest.raises(ValueError, match="first_microbatches=9"):

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from glm_jax import sandbox
+from glm_jax import bubblewrap, sandbox
 from glm_jax.rewards import code, code_guest
 from glm_jax.rewards.code import CodeVerifier, Judgement, Verdict, extract_code, judge
 from glm_jax.rollouts.task import Task
@@ -318,14 +318,14 @@ def test_a_test_that_fails_by_itself_is_nobodys_fault(body):
 
 
 def test_environment_errors_are_no_rewards(monkeypatch):
-    monkeypatch.setattr(sandbox, "find_bwrap", lambda: "/bin/false")
+    monkeypatch.setattr(bubblewrap, "find_bwrap", lambda: "/bin/false")
     rewards = CodeVerifier(workers=1).score(
         [task(BY_TEST), task(BY_CASES)], [{"content": HONEST}] * 2
     )
     assert [(r.value, r.parts["environment_error"], r.parts["passed"]) for r in rewards] == [
         (0.0, 1.0, 0.0)
     ] * 2
-    monkeypatch.setattr(sandbox, "find_bwrap", lambda: "/nowhere")
+    monkeypatch.setattr(bubblewrap, "find_bwrap", lambda: "/nowhere")
     assert judge(BY_TEST, HONEST, STANDARD).verdict is Verdict.ENVIRONMENT
 
 

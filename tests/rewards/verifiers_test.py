@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from glm_jax import sandbox
 from glm_jax.rewards import puzzles, verifiers
 from glm_jax.rollouts.task import Reward, Task
 
@@ -82,7 +83,7 @@ def test_each_task_is_judged_by_its_verifier_in_order():
             [answer("Z") if i == wrong else answer(right[t.verifier]) for i, t in enumerate(tasks)],
         )
         assert [r.value for r in found] == [float(i != wrong) for i in range(len(tasks))]
-    assert verifiers.score([], []) == []
+    assert verifiers.score([], []) == []  # a step whose outputs are all malformed
 
 
 def test_errors_name_the_task_and_what_is_valid():
@@ -97,5 +98,11 @@ def test_errors_name_the_task_and_what_is_valid():
 
 
 @pytest.mark.parametrize("name", verifiers.VERIFIERS)
-def test_every_verifier_is_there(name):
-    assert verifiers.VERIFIERS[name].score([], []) == []
+@pytest.mark.parametrize("answer", [5.5, {"letter": 1}, [MATH.answer]])
+def test_every_verifier_refuses_answers_of_another_kind_and_names_their_task(
+    name, answer, monkeypatch
+):
+    monkeypatch.setattr(sandbox, "check", lambda: None)  # no code is run
+    odd = Task("odd", "g", name, MATH.messages, answer)
+    with pytest.raises(ValueError, match="task 'odd': .*answer"):
+        verifiers.check([CHOICE, odd])

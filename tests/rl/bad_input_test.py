@@ -12,7 +12,7 @@ import shutil
 import pytest
 
 from experiments import entry
-from glm_jax import sandbox
+from glm_jax import bubblewrap, sandbox
 from glm_jax.rl import loop
 from glm_jax.rl.config import ControlConfig, GrpoConfig, RlLoopConfig, RolloutConfig, TasksConfig
 
@@ -181,7 +181,7 @@ def test_code_is_refused_where_there_is_no_sandbox(rl_config, tmp_path, monkeypa
     def no_bwrap():
         raise ValueError("untrusted code runs only in a sandbox, and there is no bwrap")
 
-    monkeypatch.setattr(sandbox, "find_bwrap", no_bwrap)
+    monkeypatch.setattr(bubblewrap, "find_bwrap", no_bwrap)
     monkeypatch.chdir(tmp_path)
     apply(rl_config, {"task": CODE})
     refuse(rl_config, "there is no bwrap")

@@ -82,6 +82,25 @@ def test_a_difficulty_file_names_its_bad_line(tmp_path):
         read_difficulties(tmp_path / "none")
 
 
+def test_a_task_tried_once_has_a_difficulty(tmp_path):
+    file = tmp_path / "d.jsonl"
+    file.write_text('{"id": "a", "solved": 1, "tried": 1}\n{"id": "b", "solved": 0, "tried": 1}\n')
+    assert read_difficulties(file) == {"a": Difficulty(1, 1), "b": Difficulty(0, 1)}
+    file.write_text('{"id": "a", "solved": 0, "tried": 0}\n')
+    with pytest.raises(ValueError, match="solved=0 of tried=0"):
+        read_difficulties(file)
+
+
+def test_a_curriculum_remembers_two_windows_and_begins_anew_with_the_hard_pool():
+    curriculum = Curriculum("two_stage", 2, {"moderate": [0], "hard": [1]}, window=2, gain=0.05)
+    for reward in range(7):
+        curriculum.observe(float(reward))
+        assert curriculum.get_state()["rewards"] == [*map(float, range(reward + 1))][-4:]
+    for reward in (5.5, 5.5):  # after 5 and 6
+        curriculum.observe(reward)
+    assert curriculum.get_state() == {"pool": "hard", "rewards": []}
+
+
 # --- temperature ---
 
 
@@ -90,6 +109,15 @@ def test_a_plateau_is_a_mean_that_hardly_rises():
     assert has_plateaued([0.5] * 6, window=3, gain=0.01)
     assert not has_plateaued([0.1, 0.1, 0.1, 0.2, 0.2, 0.2], window=3, gain=0.01)
     assert has_plateaued([0.9, 0.9, 0.9, 0.2, 0.2, 0.2], window=3, gain=0.01)  # a fall is no rise
+
+
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_gain_is_of_the_mean_over_the_last_two_windows_alone(window):
+    for rise, expected in ((0.009, True), (0.011, False)):
+        history = [9.0, 0.0, 9.0]  # what lies before them does not count
+        rewards = [*history, *[0.5] * window, *[0.5 + rise] * window]
+        assert has_plateaued(rewards, window, gain=0.01) is expected
+        assert has_plateaued([*history, *rewards[3:][::-1]], window, gain=0.01)  # a fall
 
 
 def test_the_highest_temperature_within_one_percent_of_the_best():
@@ -110,6 +138,14 @@ def test_a_fixed_temperature_is_never_swept_and_a_controlled_one_after_each_plat
     other = TemperatureControl((0.7, 1.0), 0.01, window=2, gain=0.01)
     other.set_state(json.loads(json.dumps(control.get_state())))
     assert (other.temperature, other.rewards) == (1.0, [0.5])
+
+
+def test_a_controller_remembers_two_windows():
+    control = TemperatureControl((0.7, 1.0), 0.01, window=2, gain=0.01)
+    for reward in range(7):
+        assert not control.observe(float(reward))
+        assert control.get_state()["rewards"] == [*map(float, range(reward + 1))][-4:]
+    assert [control.observe(5.5) for _ in range(2)] == [False, True]  # 5.5 after 5.5
 
 
 # --- output length ---

@@ -191,6 +191,9 @@ def test_a_token_weighs_the_same_or_a_rollout_does():
     assert np.allclose(token_weights([1, 3], "sequence"), [0.5, 1 / 6])
     # what is masked does not count as a rollout
     assert np.allclose(token_weights([0, 4], "sequence"), [1, 1 / 4])
+    for aggregation in ("token", "sequence"):
+        assert token_weights([1], aggregation) == [1.0]
+        assert token_weights([0, 0], aggregation) == [1.0, 1.0]  # of no token: nothing to divide
 
 
 def test_beyond_the_clip_there_is_no_gradient_outwards():
@@ -283,6 +286,24 @@ def test_rows_are_filled_and_nothing_is_lost():
             mask_truncated=False,
             replay=False,
         )
+
+
+@pytest.mark.parametrize(
+    ("most", "rows", "microbatches"), [(1, 1, 1), (5, 2, 3), (6, 2, 3), (7, 3, 3), (2, 8, 1)]
+)
+def test_a_batch_has_room_for_a_row_each_and_says_how_much_is_used(most, rows, microbatches):
+    """One program for every step: its size follows `most`, whatever comes."""
+    group = make_groups(num_groups=1)[0]
+    for count in {1, min(most, 3)}:
+        pairs = [(rollout, 1.0) for rollout in group.rollouts[:count]]
+        longest = max(len(rollout.tokens) for rollout, _ in pairs)
+        batch, used = pack(
+            pairs, row_length=longest, rows=rows, most=most, aggregation="token",
+            mask_truncated=False, replay=False,
+        )  # fmt: skip
+        assert {x.shape for x in batch.arrays().values()} == {(microbatches, rows, longest)}
+        filled = batch.segment_ids.any(axis=(1, 2))
+        assert filled.tolist() == [i < used for i in range(microbatches)]
 
 
 def test_what_is_observed():

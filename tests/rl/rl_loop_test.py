@@ -3,16 +3,21 @@ what it refuses.
 """
 
 import json
+import pathlib
 import shutil
 
 import jax
 import numpy as np
 import pytest
 import toy
+from scripted import CUT, MALFORMED, RIGHT, write
 from toy import records
 
+from data.tokenizer import Tokenizer
 from experiments import entry
+from glm_jax import bubblewrap, sandbox
 from glm_jax.envs import worker
+from glm_jax.infer.engine import Engine
 from glm_jax.rl import loop
 from glm_jax.rl.learner import Learner
 from glm_jax.run.recorder import NonFinite, read_metrics
@@ -22,7 +27,9 @@ from tests import glossary
 
 @pytest.fixture
 def easy(monkeypatch):
-    """Any output can be read, and is judged by its parity."""
+    """Any output can be read, and is judged by its parity: the toy's own ones would be malformed
+    without exception, and teach nothing.
+    """
     monkeypatch.setattr(worker.verifiers, "score", toy.parity)
     monkeypatch.setattr(worker.RolloutWorker, "read", toy.read_anything)
 
@@ -133,6 +140,71 @@ def test_weights_that_are_not_finite_reach_neither_the_engine_nor_a_checkpoint(
         run(rl_config, tmp_path)
     assert swaps == [1, 2] and all(np.isfinite(x).all() for x in weights(tmp_path))
     assert np.load(tmp_path / "nonfinite_step_2_process_0.npz")["advantages"].size
+
+
+def test_what_the_model_writes_is_parsed_judged_and_trained_on(rl_config, tmp_path, monkeypatch):
+    """Parser, verifiers and sandbox are the true ones; only the engine's tokens are written for it.
+    Of every three rollouts one can be read, one is malformed and one is cut off; the sandbox of the
+    task of code cannot start, so that what can be read of it is the environment's error.
+    """
+    monkeypatch.setattr(sandbox, "check", lambda: None)
+    monkeypatch.setattr(bubblewrap, "find_bwrap", lambda: "/bin/false")
+    outputs = (RIGHT, MALFORMED, CUT)
+
+    def step(engine):
+        for number, request in enumerate(engine.waiting):
+            write(request, outputs[number % 3], tokenizer, engine.version)
+        done = [*engine.waiting]
+        engine.waiting.clear()
+        return done
+
+    taught = []
+    original = Learner.batch
+    monkeypatch.setattr(Engine, "step", step)
+    monkeypatch.setattr(
+        Learner, "batch", lambda self, groups: taught.append(groups) or original(self, groups)
+    )
+    tokenizer = Tokenizer.load(pathlib.Path(rl_config.start.workdir) / "tokenizer.json")
+    longest = max(len(tokenizer.encode(text, allow_special=True)) for text, _ in outputs)
+    answer = {"entry_point": "f", "cases": [{"expected": 1}]}
+    code = {"id": "code", "verifier": "code", "group": "code", "prompt": "f", "answer": answer}
+    train = pathlib.Path(rl_config.tasks.train[0])
+    choices = train.read_text().splitlines(keepends=True)[:3]
+    train.write_text("".join(choices) + json.dumps(code) + "\n")  # a step asks all four
+    rl_config.control.length_stages = ((0, longest),)
+    rl_config.update_from_flattened_dict(
+        {"engine.context": 64, "grpo.row_length": 64, "loop.steps": 2, "loop.eval_samples": 3,
+         "loop.save_rollouts_every": 1, "rollout.max_waves": 1}
+    )  # fmt: skip
+    workdir = tmp_path / "run"
+    assert run(rl_config, workdir) == 2
+    for record in records(workdir):
+        assert {k: v for k, v in record.items() if k.startswith(("status/", "groups_"))} == {
+            "status/completed": 3 / 12, "status/format_error": 4 / 12, "status/truncated": 4 / 12,
+            "status/environment_error": 1 / 12, "status/aborted": 0.0, "status/max_turns": 0.0,
+            "status/timeout": 0.0,
+            "groups_mixed": 3, "groups_unsolved": 1,
+            "groups_stale": 0, "groups_from_buffer": 0, "groups_surplus": 0,
+        }  # fmt: skip
+        assert record["reward"] == pytest.approx(3 / 11)  # the environment's error is nobody's
+        assert record["reward/code"] == 0 and record["updates"] == 1
+        assert np.isfinite(record["grad_norm"]) and record["grad_norm"] > 0
+    first = records(workdir)[0]
+    assert first["held_out"] == pytest.approx(1 / 3) == first["held_out_truncated"]
+    for groups in taught:
+        assert [g.has_variance for g in groups] == [True] * 3
+        for group in groups:
+            rewards = {r.status.value: r.reward.value for r in group.rollouts}
+            assert rewards == {"completed": 1.0, "format_error": 0.0, "truncated": 0.0}
+    for step_number in range(2):
+        file = workdir / "rollouts" / f"{step_number:07d}.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        (broken,) = [line for line in lines if line["status"] == "environment_error"]
+        assert broken["task"] == "code" and broken["parts"]["environment_error"] == 1
+        written = {line["status"]: line["output"] for line in lines if line["group"] != "code"}
+        assert written == dict(
+            zip(("completed", "format_error", "truncated"), (t for t, _ in outputs), strict=True)
+        )
 
 
 def test_on_policy_is_asserted(rl_config, tmp_path, easy, monkeypatch):

@@ -9,7 +9,7 @@ from experiments.entry import run_config
 from glm_jax.config import REMAT_POLICIES
 from glm_jax.sharding import MeshConfig, make_mesh
 from glm_jax.train.state import TrainSpec
-from glm_jax.train.step import StepScalars, compile_step, gradients, map_routers
+from glm_jax.train.step import StepScalars, compile_step, gradients, map_routers, step_totals
 
 ROWS, LENGTH = 4, 32
 
@@ -58,6 +58,23 @@ def test_two_microbatches_equal_one_batch_and_a_third_empty_one_changes_nothing(
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), whole, parts
         )
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_totals_are_of_the_live_microbatches_and_never_zero(microbatches):
+    """What a loss is divided by: a step that has nothing to predict must give no NaN."""
+    batch = batch_of(2)
+    live = jax.tree.map(lambda x: x[:microbatches], batch)
+    same = live["segment_ids"][..., 1:] == live["segment_ids"][..., :-1]
+    found = step_totals(batch, microbatches)
+    assert found["tokens"] == live["tokens"].size
+    assert found["targets"] == live["loss_weights"].sum()
+    assert found["mtp_targets"] == (live["loss_weights"][..., 1:] * same).sum()
+    one = np.zeros_like(batch["loss_weights"])
+    one[0, 0, 1] = 1  # a target, and the MTP's target of the position before
+    assert step_totals(batch | {"loss_weights": one}, microbatches)["targets"] == 1
+    nothing = {name: np.zeros_like(x) for name, x in batch.items()}
+    assert all(total == 1 for total in step_totals(nothing, microbatches).values())
 
 
 def test_what_the_backward_pass_recomputes_changes_nothing(toy_config):
