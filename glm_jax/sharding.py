@@ -5,6 +5,7 @@ Flax's own rules drop a misspelt or doubled axis silently; `spec` raises instead
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 
@@ -89,6 +90,47 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
         else np.asarray(devices).reshape(shape)
     )
     return Mesh(placed, MESH_AXES, axis_types=types)
+
+
+def data_rank(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """(index, count): which part of the batch's rows a process reads, of how many equal parts.
+    process: None for this one.
+
+    Devices that differ only along axes that do not split the batch hold the same rows, so processes
+    that they belong to read the same part. Parts are numbered by their first device along the
+    batch. The devices of a part need not stand side by side there, and on a TPU pod they do not:
+    jax.make_array_from_process_local_data deals a process's rows to its own devices, in order.
+
+    Raises ValueError, the same in every process, where two processes' rows are neither the same nor
+    apart, or not as many; or where the process has no device in the mesh.
+    """
+    process = jax.process_index() if process is None else process
+    batch = [mesh.axis_names.index(axis) for axis in RULES["batch"]]
+    devices = np.moveaxis(mesh.devices, batch, range(len(batch)))
+    devices = devices.reshape(math.prod(devices.shape[: len(batch)]), -1)
+    places = collections.defaultdict(set)  # process -> of its devices along the batch
+    for place, holders in enumerate(devices):
+        for device in holders:
+            places[device.process_index].add(place)
+    if process not in places:
+        raise ValueError(
+            f"process {process} has no device in the mesh, which is of the processes"
+            f" {', '.join(map(str, sorted(places)))}"
+        )
+    first_reader = {}  # place -> the first process that reads its rows
+    for reader, own in sorted(places.items()):
+        other = next((first_reader[p] for p in sorted(own) if p in first_reader), min(places))
+        theirs = places[other]
+        if own != theirs and (own & theirs or len(own) != len(theirs)):
+            raise ValueError(
+                f"mesh {dict(mesh.shape)}: of the {len(devices)} places that rows of a batch have,"
+                f" process {other} has {sorted(theirs)} and process {reader} {sorted(own)}; two"
+                " processes must have the same ones, or as many others"
+            )
+        for place in own:
+            first_reader.setdefault(place, reader)
+    parts = sorted({min(own) for own in places.values()})
+    return parts.index(min(places[process])), len(parts)
 
 
 def spec(axes) -> PartitionSpec:
