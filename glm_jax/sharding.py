@@ -133,6 +133,19 @@ def data_rank(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     return parts.index(min(places[process])), len(parts)
 
 
+def one_process(what: str, devices=None):
+    """Raises ValueError where devices (None: all that there are) belong to other processes than
+    this one.
+    """
+    devices = jax.devices() if devices is None else devices
+    others = sorted({d.process_index for d in devices} - {jax.process_index()})
+    if others:
+        raise ValueError(
+            f"{what} runs in one process, whose mesh may have many devices; here are devices of the"
+            f" processes {', '.join(map(str, others))}, too"
+        )
+
+
 def spec(axes) -> PartitionSpec:
     """PartitionSpec of a tensor from its logical axes (None: not split).
 

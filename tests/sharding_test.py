@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from glm_jax import sharding
-from glm_jax.sharding import MeshConfig, data_rank, make_mesh, named, spec
+from glm_jax.sharding import MeshConfig, data_rank, make_mesh, named, one_process, spec
 from pallas_kernels.compiler import tpu_devices
 
 
@@ -153,3 +153,10 @@ def test_hosts_of_a_real_topology_each_read_a_part(topology):
 
 def test_one_process_reads_all_rows():
     assert data_rank(make_mesh(mesh_config(fsdp=2, expert=4))) == (0, 1)
+
+
+def test_devices_of_other_processes_are_named():
+    one_process("the engine")
+    one_process("the engine", jax.devices()[:3])
+    with pytest.raises(ValueError, match="the engine runs in one process.* processes 2, 5, too"):
+        one_process("the engine", mesh_of([0, 5, 2, 0], data=4).devices.flat)

@@ -30,7 +30,7 @@ from glm_jax.infer.sampling import SamplingParams
 from glm_jax.infer.steps import Drawn, Rows, decode, experts_of, prefill
 from glm_jax.model.cache import empty_pages
 from glm_jax.model.transformer import GLM, per_layer
-from glm_jax.sharding import BATCH_AXES
+from glm_jax.sharding import BATCH_AXES, one_process
 
 MIN_TABLE = 4  # pages
 # Tokens drawn in one call for the other rows, where one has a constraint: that one gets a single
@@ -92,8 +92,10 @@ class EngineConfig:
 
     def check(self, model: ModelConfig, mesh: Mesh | None):
         """Raises ValueError where an engine of these sizes cannot run the model, or be split over
-        the mesh.
+        the mesh, or where the mesh has devices of other processes.
         """
+        if mesh is not None:
+            one_process("the engine", mesh.devices.flat)
         shards = num_shards(mesh)
         for field in ("num_rows", "num_pages"):
             if getattr(self, field) % shards:
@@ -142,8 +144,8 @@ class Engine:
         self.model_config = model.config
         self.decode_text = decode_text
         self.mesh = mesh
-        self.shards = num_shards(mesh)
         config.check(model.config, mesh)
+        self.shards = num_shards(mesh)
         self.graphdef, state = nnx.split(model)
         self.shapes = jax.tree.map(lambda x: x.shape, state)
         self.version = 0

@@ -33,7 +33,7 @@ from glm_jax.rl.pool import TaskOrder, load_sources, with_wrong_answers
 from glm_jax.rl.rollout import Group, group_from_json, group_to_json
 from glm_jax.rl.step import PolicyKnobs, compile_policy_step, trainer_logprobs
 from glm_jax.rl.temperature import TemperatureControl
-from glm_jax.sharding import make_mesh, named
+from glm_jax.sharding import make_mesh, named, one_process
 from glm_jax.train.checkpoint import Checkpoints, finished_steps
 from glm_jax.train.loop import Stop, check_config, write_config
 from glm_jax.train.metrics import Recorder, check_finite, load_statistics, naming
@@ -68,8 +68,7 @@ def open_run(
     Raises ValueError for anything wrong with config, tasks or checkpoints before anything is
     written.
     """
-    if jax.process_count() > 1:
-        raise ValueError("experiments.rl runs in one process; its mesh may have many devices")
+    one_process("reinforcement learning")
     mesh = make_mesh(config.mesh)
     trainee = Trainee.create(config.model, config.optimizer)
     abstract = trainee.abstract_state(mesh)

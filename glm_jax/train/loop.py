@@ -21,7 +21,7 @@ from data.tokenizer import Tokenizer
 from glm_jax.config import ModelConfig, check_types
 from glm_jax.optim.optimizer import OptimizerConfig
 from glm_jax.optim.schedules import Point, Schedule, ScheduleConfig
-from glm_jax.sharding import MeshConfig, data_rank, make_mesh, named
+from glm_jax.sharding import MeshConfig, data_rank, make_mesh, named, one_process
 from glm_jax.train.checkpoint import Checkpoints, finished_steps
 from glm_jax.train.evaluation import Evaluator, Sampler
 from glm_jax.train.metrics import (
@@ -136,14 +136,16 @@ class Batches:
 
 class Stop:
     """Set by SIGTERM or SIGINT: the loop then saves and returns. On several processes they agree on
-    the step.
+    the step, whichever of them got the signal.
     """
 
     def __init__(self):
         self.requested = False
-        self.previous = {
-            s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)
-        }
+        if jax.process_count() == 1:
+            handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT), self._on_signal)
+        else:  # jax.distributed has a handler of SIGTERM, from which the processes learn of it
+            handlers = {signal.SIGINT: lambda *_: signal.raise_signal(signal.SIGTERM)}
+        self.previous = {s: signal.signal(s, handler) for s, handler in handlers.items()}
 
     def _on_signal(self, *_):
         self.requested = True
@@ -174,6 +176,8 @@ def train(
     metrics.NonFinite during one.
     """
     mesh = make_mesh(config.mesh)
+    if config.loop.sample_every:
+        one_process(f"loop.sample_every={config.loop.sample_every}: sampling", mesh.devices.flat)
     trainee = Trainee.create(config.model, config.optimizer)
     abstract = trainee.abstract_state(mesh)
     batches = Batches(config, mesh, source)
@@ -192,8 +196,9 @@ def train(
     )
 
     # Everything that can be wrong was read; from here on the work directory is written.
-    write_config(workdir, config_json)
-    (workdir / "tokenizer.json").write_text(tokenizer.to_json())
+    if jax.process_index() == 0:
+        write_config(workdir, config_json)
+        (workdir / "tokenizer.json").write_text(tokenizer.to_json())
     if not resuming:
         checkpoints = open_checkpoints(config, workdir)
         state = starting_state(config.start, trainee, mesh, config.loop.seed)

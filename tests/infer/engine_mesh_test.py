@@ -1,5 +1,8 @@
 """The engine on meshes of simulated devices against the engine on one."""
 
+import types
+
+import numpy as np
 import pytest
 
 from glm_jax.infer.engine import Engine, EngineConfig
@@ -51,3 +54,10 @@ def test_quantised_weights_are_placed_like_the_matrices(model):  # noqa: F811
 def test_rows_and_pages_must_divide_over_the_shards(model):  # noqa: F811
     with pytest.raises(ValueError, match="num_rows=6 cannot be split over 4 shards"):
         Engine(model, EngineConfig(**SIZES | {"num_rows": 6}), mesh=mesh_of((4, 1, 1)))
+
+
+def test_a_mesh_with_devices_of_other_processes_is_refused(model):  # noqa: F811
+    devices = np.array([types.SimpleNamespace(process_index=i) for i in range(4)])
+    mesh = types.SimpleNamespace(devices=devices)
+    with pytest.raises(ValueError, match=r"the engine runs in one process.* processes 1, 2, 3"):
+        Engine(model, EngineConfig(**SIZES), mesh=mesh)
