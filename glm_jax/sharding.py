@@ -1,4 +1,5 @@
-"""The mesh, and the one table that maps logical axes of tensors to mesh axes.
+"""The mesh, and the rules that map logical axes of tensors to mesh axes: a value, of which training
+and inference may have one each. Nothing else in glm_jax names a mesh axis or makes a PartitionSpec.
 
 Flax's own rules drop a misspelt or doubled axis silently; `spec` raises instead.
 """
@@ -6,8 +7,11 @@ Flax's own rules drop a misspelt or doubled axis silently; `spec` raises instead
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import functools
 import math
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
@@ -20,8 +24,54 @@ MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 # an expert-parallel device holds its own rows of the batch, too
 BATCH_AXES = ("data", "fsdp", "expert")
 
-# Logical axis of a tensor -> mesh axes it is split over.
-RULES: dict[str, tuple[str, ...]] = {
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Logical axis of a tensor -> mesh axes it is split over. Hashable: what is compiled under some
+    rules is not taken under others.
+    """
+
+    table: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def __post_init__(self):
+        for axis, over in self.table:
+            unknown = [a for a in over if a not in MESH_AXES]
+            if unknown:
+                raise ValueError(
+                    f"rules: {axis!r} over {over}; mesh axes are {', '.join(MESH_AXES)}"
+                )
+
+    @classmethod
+    def of(cls, table: Mapping[str, tuple[str, ...]]) -> Rules:
+        return cls(tuple((axis, tuple(over)) for axis, over in table.items()))
+
+    def changed(self, **axes: tuple[str, ...]) -> Rules:
+        """These rules but for some logical axes. Raises ValueError for one that they do not
+        have.
+        """
+        for axis in axes:
+            self[axis]
+        return Rules.of(self._mapping | axes)
+
+    def __getitem__(self, axis: str) -> tuple[str, ...]:
+        return self.over(axis, "")
+
+    def over(self, axis: str, where: str) -> tuple[str, ...]:
+        """The mesh axes of a logical axis. Raises ValueError, which says where, for an unknown
+        one.
+        """
+        if axis not in self._mapping:
+            raise ValueError(
+                f"logical axis {axis!r}{where} is not one of {', '.join(self._mapping)}"
+            )
+        return self._mapping[axis]
+
+    @functools.cached_property
+    def _mapping(self) -> dict[str, tuple[str, ...]]:
+        return dict(self.table)
+
+
+RULES = Rules.of({
     # parameters
     "embed": ("fsdp",),  # model width
     "vocab": ("tensor",),
@@ -38,7 +88,27 @@ RULES: dict[str, tuple[str, ...]] = {
     "act_embed": (),
     "act_vocab": ("tensor",),
     "pages": BATCH_AXES,  # of the key-value cache: a device holds those of its own rows
-}
+})  # fmt: skip
+
+# jax.jit traces anew where they change
+_IN_USE = jax.make_user_context(RULES)
+
+
+def rules_in_use() -> Rules:
+    """Those of the innermost `ruled` or `use`; RULES outside of them."""
+    return _IN_USE.value
+
+
+def ruled(rules: Rules) -> contextlib.AbstractContextManager:
+    """Inside of it, everything here goes by these rules."""
+    return _IN_USE(rules)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
+    """jax.set_mesh, with the rules that split tensors over it."""
+    with ruled(rules), jax.set_mesh(mesh):
+        yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +175,7 @@ def data_rank(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     apart, or not as many; or where the process has no device in the mesh.
     """
     process = jax.process_index() if process is None else process
-    batch = [mesh.axis_names.index(axis) for axis in RULES["batch"]]
+    batch = [mesh.axis_names.index(axis) for axis in rules_in_use()["batch"]]
     devices = np.moveaxis(mesh.devices, batch, range(len(batch)))
     devices = devices.reshape(math.prod(devices.shape[: len(batch)]), -1)
     places = collections.defaultdict(set)  # process -> of its devices along the batch
@@ -151,13 +221,9 @@ def spec(axes) -> PartitionSpec:
 
     Raises ValueError for an unknown logical axis, or where two dimensions want the same mesh axis.
     """
-    entries, used = [], {}
+    rules, entries, used = rules_in_use(), [], {}
     for axis in axes:
-        if axis is not None and axis not in RULES:
-            raise ValueError(
-                f"logical axis {axis!r} of {tuple(axes)} is not one of {', '.join(RULES)}"
-            )
-        mesh_axes = RULES[axis] if axis is not None else ()
+        mesh_axes = rules.over(axis, f" of {tuple(axes)}") if axis is not None else ()
         for mesh_axis in mesh_axes:
             if mesh_axis in used:
                 raise ValueError(
@@ -201,7 +267,7 @@ def by_device(function, in_axes, out_axes):
     logical axes (None: whole), or trees of them.
 
     Without a mesh of several devices, the function itself. What it needs of others it gets by
-    `gathered`, `summed` and `dealt`.
+    `gathered`, `summed` and `dealt`, or by collectives over `split_over`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -219,7 +285,7 @@ def by_device(function, in_axes, out_axes):
 
 def gathered(x: jax.Array, axis: str, dim: int) -> jax.Array:
     """Inside by_device: x whole along a dimension that a logical axis splits."""
-    over = _several(axis)
+    over = split_over(axis)
     return jax.lax.all_gather(x, over, axis=dim, tiled=True) if over else x
 
 
@@ -227,7 +293,7 @@ def summed(x: jax.Array, axis: str, scattered: str | None = None, dim: int = 0) 
     """Inside by_device: x summed over the devices that a logical axis splits; with `scattered`,
     another logical axis, its dimension `dim` is split as that says.
     """
-    over, split = _several(axis), _several(scattered)
+    over, split = split_over(axis), split_over(scattered)
     if set(split) - set(over):
         raise ValueError(
             f"{scattered!r} is split over {split}, which are not all of {axis!r}'s {over}"
@@ -241,17 +307,21 @@ def dealt(x: jax.Array, axis: str, split: int, joined: int) -> jax.Array:
     """Inside by_device: each device's part of dimension `split`, whole along dimension `joined`,
     which a logical axis splits.
     """
-    over = _several(axis)
+    over = split_over(axis)
     return jax.lax.all_to_all(x, over, split, joined, tiled=True) if over else x
 
 
-def _several(axis: str | None) -> tuple[str, ...]:
+def split_over(axis: str | None) -> tuple[str, ...]:
     """The axes of the current mesh, of more than one device, that split a logical axis."""
     mesh = jax.sharding.get_abstract_mesh()
-    return () if mesh.empty or axis is None else tuple(a for a in RULES[axis] if mesh.shape[a] > 1)
+    if mesh.empty or axis is None:
+        return ()
+    return tuple(a for a in rules_in_use()[axis] if mesh.shape[a] > 1)
 
 
-def parts(axis: str | None) -> int:
-    """Into how many parts the current mesh splits this logical axis."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty or axis is None else math.prod(mesh.shape[a] for a in RULES[axis])
+def parts(axis: str | None, mesh: Mesh | None = None) -> int:
+    """Into how many parts a mesh (None: the current one) splits this logical axis."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if mesh.empty or axis is None:
+        return 1
+    return math.prod(mesh.shape[a] for a in rules_in_use()[axis])

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from glm_jax import sharding
-from glm_jax.sharding import MeshConfig, data_rank, make_mesh, named, one_process, spec
+from glm_jax.sharding import RULES, MeshConfig, data_rank, make_mesh, named, one_process, spec
 from pallas_kernels.compiler import tpu_devices
 
 
@@ -160,3 +160,39 @@ def test_devices_of_other_processes_are_named():
     one_process("the engine", jax.devices()[:3])
     with pytest.raises(ValueError, match="the engine runs in one process.* processes 2, 5, too"):
         one_process("the engine", mesh_of([0, 5, 2, 0], data=4).devices.flat)
+
+
+def test_rules_are_a_value_that_changes_what_is_compiled():
+    mesh, traced = make_mesh(mesh_config(fsdp=4, expert=2)), []
+
+    @jax.jit
+    def own_part(x):
+        traced.append(sharding.parts("embed"))
+        shape = lambda x: jax.numpy.full((1, 1), x.shape[0])
+        return sharding.by_device(shape, (("embed",),), ("embed", "batch"))(x)
+
+    elsewhere = RULES.changed(embed=("expert",), batch=("data", "fsdp"))
+    for rules, split in ((RULES.changed(batch=("data",)), 4), (elsewhere, 2), (elsewhere, 2)):
+        with sharding.use(mesh, rules):
+            assert own_part(np.zeros(8))[0, 0] == 8 // split
+            assert named(mesh, ("embed",)).spec == PartitionSpec(rules["embed"][0])
+    assert traced == [4, 2] and sharding.rules_in_use() == RULES
+    assert elsewhere == RULES.changed(batch=("data", "fsdp"), embed=("expert",)) != RULES
+
+
+def test_parts_of_the_batch_follow_the_rules():
+    mesh = mesh_of(each(6, 1), data=3, fsdp=2)
+    with sharding.ruled(RULES.changed(batch=("data",))):
+        assert [data_rank(mesh, p)[0] for p in range(6)] == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embedd": ("fsdp",)}, "logical axis 'embedd' is not one of embed"),
+        ({"embed": ("fdsp",)}, r"rules: 'embed' over \('fdsp',\); mesh axes are data, fsdp"),
+    ],
+)
+def test_wrong_rules_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        RULES.changed(**change)

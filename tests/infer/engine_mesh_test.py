@@ -7,6 +7,7 @@ import pytest
 
 from glm_jax.infer.engine import Engine, EngineConfig
 from glm_jax.infer.sampling import SamplingParams
+from glm_jax.sharding import RULES
 from tests.infer.engine_test import SIZES, assert_all_returned, engine, model, prompts  # noqa: F401
 from tests.train.mesh_test import mesh_of
 
@@ -36,6 +37,20 @@ def test_a_mesh_draws_the_same_tokens(model, alone, sizes, changes):  # noqa: F8
         assert (answer.experts[:, : model.config.num_moe_layers] == other.experts).all()
     assert {r.shard for r in answers} == set(range(ours.shards))
     assert_all_returned(ours)
+
+
+def test_an_engine_has_rules_of_its_own(model, alone):  # noqa: F811
+    """Weights whole on every device, where those of training would be split."""
+    mesh, sizes = mesh_of((1, 2, 2)), SIZES | {"keep_experts": True, "num_rows": 8, "num_pages": 32}
+    rules = RULES.changed(experts=(), embed=())
+    ours = Engine(model, EngineConfig(**sizes), mesh=mesh, rules=rules)
+    gate = ours.state["moe_layers"]["mlp"]["experts"]["gate_proj"].get_value()
+    assert gate.sharding.is_fully_replicated
+    answers = ours.generate(prompts(12), PARAMS)
+    assert [a.tokens for a in answers] == [a.tokens for a in alone]
+    assert_all_returned(ours)
+    with pytest.raises(ValueError, match="a device must hold the pages of its own rows"):
+        Engine(model, EngineConfig(**sizes), mesh=mesh, rules=RULES.changed(pages=("data",)))
 
 
 def test_quantised_weights_are_placed_like_the_matrices(model):  # noqa: F811
