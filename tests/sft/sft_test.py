@@ -287,6 +287,7 @@ def test_a_killed_run_goes_on_bit_for_bit(config):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_learn_from_the_rows_of_one(config, tmp_path, start):
     config.schedule.total_tokens = 2 * 512
     train(config, "one")

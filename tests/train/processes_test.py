@@ -78,6 +78,7 @@ def progress(workdir, step):
     return json.loads((workdir / "checkpoints" / str(step) / "data" / "metadata").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 1])
 def test_processes_stop_together_and_go_on_as_one_process_would(
     command, stopped, whole, tmp_path, count
