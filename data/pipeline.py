@@ -127,8 +127,9 @@ class PackedBatches:
         epochs as in DataConfig.
 
         stream: documents as dicts of aligned [n] arrays, `tokens`, `targets` and what `assemble`
-        takes of the others. identity: plain JSON, all that decides the stream besides these. Raises
-        ValueError for shards that do not divide.
+        takes of the others. identity: plain JSON, all that decides the stream besides these.
+        process_index, process_count: which part of the rows, of how many; processes whose devices
+        hold the same rows have the same part. Raises ValueError for shards that do not divide.
         """
         check_processes(config, process_index, process_count)
         self._config, self._identity = config, identity
@@ -254,7 +255,8 @@ class BatchIterator(PackedBatches):
 def merge_states(states: Sequence[dict]) -> dict:
     """One state of all processes' states, for a restart on another number of processes.
 
-    Raises ValueError where they were taken at different steps, of different streams, or overlap.
+    Processes that read the same rows give the same state. Raises ValueError where states were taken
+    at different steps, of different streams, or have a shard at different positions.
     """
     steps = {state["step"] for state in states}
     if len(steps) != 1:
@@ -265,10 +267,11 @@ def merge_states(states: Sequence[dict]) -> dict:
         raise ValueError("states of different data streams")
     shards = {}
     for state in states:
-        twice = sorted(shards.keys() & state["shards"].keys(), key=int)
-        if twice:
-            raise ValueError(f"virtual shards {twice} are in more than one state")
-        shards |= state["shards"]
+        differing = [s for s, at in state["shards"].items() if shards.setdefault(s, at) != at]
+        if differing:
+            raise ValueError(
+                f"virtual shards {differing} are in more than one state, at different positions"
+            )
     return {**states[0], "shards": shards}
 
 

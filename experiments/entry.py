@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging as python_logging
 import pathlib
 import sys
 import threading
 from collections.abc import Callable, Mapping
 
-from absl import app, logging
+import jax
+from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from data.pipeline import DataConfig
@@ -93,12 +95,56 @@ def rl_config(config: ConfigDict) -> tuple[RlConfig, StartConfig]:
     return RlConfig(**parts), start
 
 
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """The flags of a run of several processes, one a host."""
+
+    distributed: flags.FlagHolder
+    coordinator: flags.FlagHolder
+    num_processes: flags.FlagHolder
+    process_index: flags.FlagHolder
+
+    @classmethod
+    def define(cls) -> Processes:
+        unset = "Unset: what the cluster says (TPU, GKE, Slurm, Open MPI)."
+        return cls(
+            flags.DEFINE_bool(
+                "distributed", False, "Start jax.distributed first: one process a host of a pod."
+            ),
+            flags.DEFINE_string(
+                "coordinator", None, f"With --distributed: HOST:PORT of process 0. {unset}"
+            ),
+            flags.DEFINE_integer(
+                "num_processes", None, f"With --distributed: processes of the run. {unset}"
+            ),
+            flags.DEFINE_integer(
+                "process_index", None, f"With --distributed: which of them this is. {unset}"
+            ),
+        )
+
+    def start(self):
+        """Joins the other processes, where the flags say that there are any. To be called before
+        JAX's first use.
+        """
+        given = self.coordinator.value, self.num_processes.value, self.process_index.value
+        missing = [value is None for value in given]
+        if (any(missing) and not all(missing)) or (not all(missing) and not self.distributed.value):
+            raise ValueError(
+                "--coordinator, --num_processes and --process_index go together, with --distributed"
+            )
+        if self.distributed.value:
+            jax.distributed.initialize(*given)
+
+
 def log_to(workdir: pathlib.Path):
-    """Everything that is logged goes to the run's log.txt, too. Says, there and on the terminal,
-    which devices compute.
+    """Everything that is logged goes to the run's log.txt, too (of further processes,
+    log_process_<index>.txt). Says, there and on the terminal, which devices compute.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    handler = python_logging.FileHandler(workdir / "log.txt")
+    index = jax.process_index()
+    handler = python_logging.FileHandler(
+        workdir / (f"log_process_{index}.txt" if index else "log.txt")
+    )
     handler.setFormatter(
         python_logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     )

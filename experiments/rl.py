@@ -13,6 +13,7 @@ from ml_collections import config_flags
 
 from experiments import entry
 from glm_jax.rl import loop
+from glm_jax.sharding import one_process
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/; override any key with --config.a.b=value."
@@ -21,11 +22,14 @@ WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: config, checkpoints, metrics, rollouts, log."
 )
 PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
+PROCESSES = entry.Processes.define()
 
 
 def main(argv: list[str]):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
+    PROCESSES.start()
+    one_process("experiments.rl")
     config, start = entry.rl_config(CONFIG.value)
     workdir = pathlib.Path(WORKDIR.value)
     entry.log_to(workdir)

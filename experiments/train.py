@@ -22,18 +22,13 @@ WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: config, checkpoints, metrics, samples, log."
 )
 PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
-DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Start jax.distributed first: one process a host of a pod."
-)
+PROCESSES = entry.Processes.define()
 
 
 def main(argv: list[str]):
     if len(argv) > 1:
         raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
-    if DISTRIBUTED.value:
-        import jax
-
-        jax.distributed.initialize()
+    PROCESSES.start()
     config = entry.run_config(CONFIG.value)
     workdir = pathlib.Path(WORKDIR.value)
     entry.log_to(workdir)

@@ -211,6 +211,23 @@ def test_only_experiments_and_configs_know_flags_and_configdicts():
     fail_on(broken)
 
 
+def test_only_sharding_makes_partition_specs():
+    """All else says what a dimension is, and by_device how it is split: in pallas_kernels no rules
+    are known.
+    """
+    broken = []
+    for path in source_files(("configs", "data", "glm_jax", "experiments")):
+        if name_of(path) == "glm_jax/sharding.py":
+            continue
+        for node in ast.walk(tree_of(path)):
+            names = {getattr(node, "id", None), getattr(node, "attr", None)}
+            if isinstance(node, ast.ImportFrom | ast.Import):
+                names |= {alias.name.split(".")[-1] for alias in node.names}
+            found = names & {"PartitionSpec", "P", "shard_map", "BATCH_AXES"}
+            broken += [f"{name_of(path)}:{node.lineno}: {name}" for name in found]
+    fail_on(broken)
+
+
 def test_tensorflow_and_torch_stay_out():
     broken = []
     for path in source_files(PRODUCT):

@@ -476,7 +476,7 @@ def test_no_process_and_no_descriptor_is_left():
 
 def test_without_bwrap_nothing_runs(monkeypatch):
     monkeypatch.setattr(bubblewrap.shutil, "which", lambda name: None)
-    monkeypatch.setattr(sandbox.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bubblewrap.importlib.util, "find_spec", lambda name: None)
     for refuse in (sandbox.check, lambda: run("print(1)", STANDARD)):
         with pytest.raises(
             ValueError,

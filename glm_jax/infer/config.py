@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from jax.sharding import Mesh
 
 from glm_jax.config import ModelConfig, check_choice
 from glm_jax.infer import quantize
-from glm_jax.sharding import BATCH_AXES
+from glm_jax.sharding import one_process, parts
 
 CACHE_DTYPES = ("compute", "float32", "bfloat16", "float8_e4m3fn")
 
@@ -65,8 +64,10 @@ class EngineConfig:
 
     def check(self, model: ModelConfig, mesh: Mesh | None):
         """Raises ValueError where an engine of these sizes cannot run the model, or be split over
-        the mesh.
+        the mesh, or where the mesh has devices of other processes.
         """
+        if mesh is not None:
+            one_process("the engine", mesh.devices.flat)
         shards = num_shards(mesh)
         for field in ("num_rows", "num_pages"):
             if getattr(self, field) % shards:
@@ -90,5 +91,5 @@ class EngineConfig:
 
 
 def num_shards(mesh: Mesh | None) -> int:
-    """Parts that rows and pages are split into."""
-    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    """Parts that rows and pages are split into, by the rules in use."""
+    return 1 if mesh is None else parts("batch", mesh)

@@ -28,6 +28,7 @@ from glm_jax.infer.sampling import SamplingParams
 from glm_jax.infer.steps import Rows, Sampled, decode, experts_of, prefill
 from glm_jax.model.cache import empty_pages
 from glm_jax.model.transformer import GLM, per_layer
+from glm_jax.sharding import Rules, ruled, rules_in_use, use
 
 MIN_TABLE = 4  # pages
 # Tokens sampled in one call for the other rows, where one has a constraint: that one gets a single
@@ -50,16 +51,25 @@ class Engine:
         config: EngineConfig,
         decode_text: DecodeText | None = None,
         mesh: Mesh | None = None,
+        rules: Rules | None = None,
     ):
         """decode_text: needed for requests with stop strings. mesh: as sharding.make_mesh makes it;
-        None: the default device.
+        None: the default device. rules: how the mesh splits weights, rows and pages; None: those in
+        use now.
         """
         self.config = config
         self.model_config = model.config
         self.decode_text = decode_text
         self.mesh = mesh
-        self.shards = num_shards(mesh)
-        config.check(model.config, mesh)
+        self.rules = rules_in_use() if rules is None else rules
+        if self.rules["batch"] != self.rules["pages"]:
+            raise ValueError(
+                f"rules: batch over {self.rules['batch']}, pages over {self.rules['pages']}; a"
+                " device must hold the pages of its own rows"
+            )
+        with ruled(self.rules):
+            config.check(model.config, mesh)
+            self.shards = num_shards(mesh)
         self.graphdef, state = nnx.split(model)
         self.shapes = jax.tree.map(lambda x: x.shape, state)
         self.version = 0
@@ -176,7 +186,7 @@ class Engine:
         return sum(pool.num_free for pool in self.pools)
 
     def _on_mesh(self):
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+        return contextlib.nullcontext() if self.mesh is None else use(self.mesh, self.rules)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]

@@ -5,15 +5,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 from glm_jax.config import ModelConfig
 from glm_jax.model.layers import MLP, InStack, Matrix, normal, param
-from glm_jax.sharding import BATCH_AXES, by_device
+from glm_jax.sharding import by_device, split_over
 from pallas_kernels.moe_dispatch.api import routed_ffn
 from pallas_kernels.moe_dispatch.exchange import Exchange, routed_exchange
 
@@ -159,17 +159,12 @@ class Experts(nnx.Module):
         matrices = [w.get_value() for w in (self.gate_proj, self.up_proj, self.down_proj)]
         # quantised ones stay as they are
         matrices = [w.astype(x_BLD.dtype) if isinstance(w, jax.Array) else w for w in matrices]
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty or mesh.size == 1:
-            return self.local(x_BLD, expert_BLK, weights_BLK, *matrices, axis=None)
-        rows = PartitionSpec(BATCH_AXES)
-        axis = "expert" if mesh.shape["expert"] > 1 else None
-        return jax.shard_map(
-            lambda *args: self.local(*args, axis=axis),
-            in_specs=(rows, rows, rows, *map(_placed, matrices)),
-            out_specs=rows,
-            check_vma=False,
-        )(x_BLD, expert_BLK, weights_BLK, *matrices)
+        over, rows = split_over("experts"), ("batch",)
+        if len(over) > 1:
+            raise ValueError(f"rules: experts over {over}; they are exchanged over one mesh axis")
+        run = functools.partial(self.local, axis=over[0] if over else None)
+        run = by_device(run, (rows, rows, rows, *map(_placed, matrices)), rows)
+        return run(x_BLD, expert_BLK, weights_BLK, *matrices)
 
     def local(
         self, x_bLD, expert_bLK, weights_bLK, gate_eDF, up_eDF, down_eFD, *, axis: str | None
@@ -206,12 +201,12 @@ class Experts(nnx.Module):
 
 
 def _placed(w):
-    """PartitionSpecs of matrices [E, ...], maybe quantised, or in a stack."""
+    """Logical axes of matrices [E, ...] in `local`, maybe quantised, or in a stack: a device has
+    its experts whole.
+    """
     if isinstance(w, InStack):
-        return InStack(
-            jax.tree.map(lambda _: PartitionSpec(None, "expert"), w.stack), PartitionSpec()
-        )
-    return PartitionSpec("expert")
+        return InStack(jax.tree.map(lambda _: ("layers", "experts"), w.stack), ())
+    return ("experts",)
 
 
 class MoE(nnx.Module):

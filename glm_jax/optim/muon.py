@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from glm_jax.sharding import spec
+from glm_jax.sharding import by_device, split_over
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPS = 1e-8
@@ -74,17 +74,17 @@ def scale_by_muon(
         splits = [None] * len(leaves) if head_splits is None else treedef.flatten_up_to(head_splits)
         splits = [split or (-1, 1) for split in splits]
         named = [()] * len(leaves) if axes is None else treedef.flatten_up_to(axes)
-        specs = [
-            spec((None,) * (x.ndim - len(own)) + tuple(own))
-            for x, own in zip(leaves, named, strict=True)
-        ]
+        placed = tuple(
+            (None,) * (x.ndim - len(own)) + tuple(own) for x, own in zip(leaves, named, strict=True)
+        )
+        over = [tuple(split_over(axis) for axis in where) for where in placed]
         mesh = jax.sharding.get_abstract_mesh()
         sizes = {} if mesh.empty else {axis: size for axis, size in mesh.shape.items() if size > 1}
 
         def run(*leaves):
             stacks = [
                 _Stack.of(_split(x, *s), where, sizes)
-                for x, s, where in zip(leaves, splits, specs, strict=True)
+                for x, s, where in zip(leaves, splits, over, strict=True)
             ]
             found = _orthogonalize(stacks, ns_steps, ns_dtype)
             scaled = (
@@ -96,9 +96,8 @@ def scale_by_muon(
                 for y, s, split in zip(scaled, stacks, splits, strict=True)
             )
 
-        if sizes:
-            run = jax.shard_map(run, in_specs=tuple(specs), out_specs=tuple(specs), check_vma=False)
-        return treedef.unflatten(run(*leaves)), MuonState(buffer)
+        found = by_device(run, placed, placed)(*leaves)
+        return treedef.unflatten(found), MuonState(buffer)
 
     return optax.GradientTransformation(init, update)
 
@@ -132,7 +131,7 @@ def newton_schulz(x: jax.Array, steps: int, dtype: str) -> jax.Array:
     shape and type.
     """
     return (
-        _orthogonalize([_Stack.of(x, (None,) * x.ndim, {})], steps, dtype)[0]
+        _orthogonalize([_Stack.of(x, ((),) * x.ndim, {})], steps, dtype)[0]
         .reshape(x.shape)
         .astype(x.dtype)
     )
@@ -157,22 +156,19 @@ class _Stack:
 
     @classmethod
     def of(cls, x, where, sizes):
-        """where: entries of a PartitionSpec; those of the last two dimensions are of the matrix,
-        whatever batch dimensions x has.
+        """where: the mesh axes, of those in sizes, that split each dimension; those of the last two
+        are of the matrix, whatever batch dimensions x has.
         """
-        entries = [
-            tuple(a for a in ((e,) if isinstance(e, str) else e or ()) if a in sizes) for e in where
-        ]
-        dims = [dim for dim in (1, 2) if entries[dim - 3]]
+        dims = [dim for dim in (1, 2) if where[dim - 3]]
         if len(dims) > 1:
             raise NotImplementedError(f"Muon: matrices split along both sides, {where}")
-        over = entries[dims[0] - 3] if dims else ()
+        over = where[dims[0] - 3] if dims else ()
         parts = math.prod(sizes[a] for a in over)
         sides = tuple(
             size * (parts if dim in dims else 1)
             for dim, size in zip((1, 2), x.shape[-2:], strict=True)
         )
-        used = {axis for entry in entries for axis in entry}
+        used = {axis for axes in where for axis in axes}
         free = tuple(axis for axis in sizes if axis not in used)
         return cls(
             x.reshape(-1, *x.shape[-2:]),

@@ -13,13 +13,13 @@ from jax.sharding import Mesh
 
 from glm_jax.config import ModelConfig
 from glm_jax.infer import quantize
-from glm_jax.infer.config import EngineConfig
+from glm_jax.infer.config import EngineConfig, num_shards
 from glm_jax.infer.sampling import MAX_STOP_TOKENS, RowParams
 from glm_jax.infer.steps import Rows, decode, prefill
 from glm_jax.model.cache import PAGES, empty_pages
 from glm_jax.model.transformer import abstract_model
 from glm_jax.optim.optimizer import OptimizerConfig
-from glm_jax.sharding import BATCH_AXES, named
+from glm_jax.sharding import named
 from glm_jax.train.state import TrainSpec
 from glm_jax.train.step import StepScalars, compile_step
 
@@ -56,7 +56,7 @@ def trace_engine(model: ModelConfig, engine: EngineConfig, mesh: Mesh, *, prefil
     prefilling: a chunk of engine.prefill_chunk tokens of each row; else engine.decode_steps tokens
     are sampled.
     """
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    shards = num_shards(mesh)
     for field in ("num_rows", "num_pages"):
         if getattr(engine, field) % shards:
             raise ValueError(

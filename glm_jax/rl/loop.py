@@ -12,7 +12,6 @@ import pathlib
 import time
 from collections.abc import Sequence
 
-import jax
 from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
@@ -27,7 +26,7 @@ from glm_jax.rl.tasks import Tasks
 from glm_jax.rollouts.rollout import Group
 from glm_jax.run.recorder import naming
 from glm_jax.run.workdir import WorkDir
-from glm_jax.sharding import make_mesh, named
+from glm_jax.sharding import make_mesh, named, one_process
 from glm_jax.train.loop import RESUME_CHANGEABLE
 from glm_jax.train.start import StartConfig, check_start, starting_state, starting_tokenizer
 from glm_jax.train.state import TrainSpec
@@ -60,8 +59,7 @@ def open_run(
     Raises ValueError for anything wrong with config, tasks or checkpoints before anything is
     written.
     """
-    if jax.process_count() > 1:
-        raise ValueError("experiments.rl runs in one process; its mesh may have many devices")
+    one_process("reinforcement learning")
     mesh = make_mesh(config.mesh)
     spec = TrainSpec.create(config.model, config.optimizer)
     abstract = spec.abstract_state(mesh)

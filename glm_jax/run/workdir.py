@@ -49,7 +49,9 @@ class WorkDir:
         return Checkpoints(self.path, keep=self._keep, merge=self._merge)
 
     def begin(self, tokenizer: Tokenizer):
-        """Writes config.json, all of it or nothing, and tokenizer.json."""
+        """Writes config.json, all of it or nothing, and tokenizer.json; the first process does."""
+        if not self.is_main:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         temporary = self.path / "config.tmp"
         temporary.write_text(self.config_json)
@@ -90,13 +92,17 @@ class WorkDir:
 
 
 class Stop:
-    """Requested by SIGTERM or SIGINT."""
+    """Requested by SIGTERM or SIGINT. Of several processes any may get the signal; they ask
+    Checkpoints.preempted.
+    """
 
     def __init__(self):
         self.requested = False
-        self.previous = {
-            s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)
-        }
+        if jax.process_count() == 1:
+            handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT), self._on_signal)
+        else:  # jax.distributed has a handler of SIGTERM, from which the processes learn of it
+            handlers = {signal.SIGINT: lambda *_: signal.raise_signal(signal.SIGTERM)}
+        self.previous = {s: signal.signal(s, handler) for s, handler in handlers.items()}
 
     def _on_signal(self, *_):
         self.requested = True

@@ -16,7 +16,7 @@ from glm_jax.config import ModelConfig
 from glm_jax.infer.engine import generate
 from glm_jax.infer.sampling import SamplingParams
 from glm_jax.losses import LOSS_CHUNK, chunked_cross_entropy
-from glm_jax.sharding import named
+from glm_jax.sharding import data_rank, named
 from glm_jax.train.state import TrainState, build_model
 
 
@@ -26,6 +26,7 @@ class Evaluator:
     def __init__(self, config: ModelConfig, mesh: Mesh, batches: HeldOutBatches):
         self.config, self.batches = config, batches
         self.sharding = named(mesh, ("batch", "length"))
+        self.num_parts = data_rank(mesh)[1]
         self.step = jax.jit(self._sums)
 
     def _sums(self, params, router, batch):
@@ -41,7 +42,10 @@ class Evaluator:
         sums = np.zeros(3)
         for host in self.batches:
             batch = {
-                n: jax.make_array_from_process_local_data(self.sharding, x) for n, x in host.items()
+                n: jax.make_array_from_process_local_data(
+                    self.sharding, x, (len(x) * self.num_parts, *x.shape[1:])
+                )
+                for n, x in host.items()
             }
             sums += np.asarray(
                 jax.device_get(self.step(state.params, state.router, batch)), np.float64

@@ -22,7 +22,7 @@ from glm_jax.optim.schedules import Schedule, ScheduleConfig, ScheduleValues
 from glm_jax.run.checkpoints import Checkpoints
 from glm_jax.run.recorder import naming
 from glm_jax.run.workdir import WorkDir
-from glm_jax.sharding import MeshConfig, make_mesh, named
+from glm_jax.sharding import MeshConfig, data_rank, make_mesh, named, one_process
 from glm_jax.train.evaluation import Evaluator, Sampler
 from glm_jax.train.metrics import flops_per_token, load_statistics, peak_flops
 from glm_jax.train.start import CHANGEABLE, StartConfig, check_start, starting_state
@@ -82,7 +82,7 @@ class RunConfig:
 @dataclasses.dataclass(frozen=True)
 class Source:
     """What opens the training and the held-out rows that RunConfig.data describes; both as in
-    data.pipeline and data.held_out.
+    data.pipeline and data.held_out, given this process's part of them (sharding.data_rank).
     """
 
     batches: Callable
@@ -96,15 +96,15 @@ class Batches:
     """Device batches [A, B, L] of a step's microbatches, and the data position after them."""
 
     def __init__(self, config: RunConfig, mesh: Mesh, source: Source):
-        self.iterator = source.batches(config.data, jax.process_index(), jax.process_count())
+        self.iterator = source.batches(config.data, *data_rank(mesh))
         if self.iterator.vocab_size > config.model.vocab_size:
             raise ValueError(
                 f"the data's tokenizer has {self.iterator.vocab_size} tokens,"
                 f" model.vocab_size={config.model.vocab_size}"
             )
-        shape = (config.data.batch_size, config.data.sequence_length)
-        self.sharding = named(mesh, (None, "batch", "length"), (1, *shape), "batch")
         self.capacity = config.schedule.last_microbatches
+        self.shape = (self.capacity, config.data.batch_size, config.data.sequence_length)
+        self.sharding = named(mesh, (None, "batch", "length"), self.shape, "batch")
 
     def next(self, microbatches: int) -> tuple[dict[str, jax.Array], list[dict[str, np.ndarray]]]:
         """A step's batch on the devices, padded with empty microbatches to one shape, and the same
@@ -122,7 +122,8 @@ class Batches:
         empty = [jax.tree.map(np.zeros_like, parts[0])] * (self.capacity - microbatches)
         stacked = {name: np.stack([p[name] for p in [*parts, *empty]]) for name in parts[0]}
         return {
-            n: jax.make_array_from_process_local_data(self.sharding, x) for n, x in stacked.items()
+            n: jax.make_array_from_process_local_data(self.sharding, x, self.shape)
+            for n, x in stacked.items()
         }, parts
 
 
@@ -140,12 +141,12 @@ def train(
     metrics.NonFinite during one.
     """
     mesh = make_mesh(config.mesh)
+    if config.loop.sample_every:
+        one_process(f"loop.sample_every={config.loop.sample_every}: sampling", mesh.devices.flat)
     spec = TrainSpec.create(config.model, config.optimizer)
     abstract = spec.abstract_state(mesh)
     batches = Batches(config, mesh, source)
-    held_out = source.held_out(
-        config.data, jax.process_index(), jax.process_count(), config.loop.eval_batches or None
-    )
+    held_out = source.held_out(config.data, *data_rank(mesh), config.loop.eval_batches or None)
     tokenizer = batches.iterator.tokenizer
     folder = WorkDir(
         workdir, config_json, fixed=FIXED, changeable=RESUME_CHANGEABLE,

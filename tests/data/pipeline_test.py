@@ -297,8 +297,12 @@ def test_state_of_another_stream_or_incomplete_is_refused(data_config):
     next(halves[0])
     with pytest.raises(ValueError, match="different steps"):
         merge_states([half.get_state() for half in halves])
-    with pytest.raises(ValueError, match="more than one state"):
-        merge_states([state, state])
+    next(halves[1])
+    states = [half.get_state() for half in halves]
+    assert merge_states([*states, *states]) == merge_states(states)  # two processes a part
+    elsewhere = {**states[0], "shards": {"0": states[0]["shards"]["1"]}}
+    with pytest.raises(ValueError, match=r"virtual shards \['0'\] .* at different positions"):
+        merge_states([*states, elsewhere])
 
 
 def test_mixture_draws_tokens_by_weight_and_resumes(

@@ -1,10 +1,14 @@
 """The engine on meshes of simulated devices against the engine on one."""
 
+import types
+
+import numpy as np
 import pytest
 
 from glm_jax.infer.config import EngineConfig
 from glm_jax.infer.engine import Engine
 from glm_jax.infer.sampling import SamplingParams
+from glm_jax.sharding import RULES
 from tests.infer.engine_test import SIZES, assert_all_returned, engine, model, prompts  # noqa: F401
 from tests.train.mesh_test import mesh_of
 
@@ -36,6 +40,20 @@ def test_a_mesh_draws_the_same_tokens(model, alone, sizes, changes):  # noqa: F8
     assert_all_returned(ours)
 
 
+def test_an_engine_has_rules_of_its_own(model, alone):  # noqa: F811
+    """Weights whole on every device, where those of training would be split."""
+    mesh, sizes = mesh_of((1, 2, 2)), SIZES | {"keep_experts": True, "num_rows": 8, "num_pages": 32}
+    rules = RULES.changed(experts=(), embed=())
+    ours = Engine(model, EngineConfig(**sizes), mesh=mesh, rules=rules)
+    gate = ours.state["moe_layers"]["mlp"]["experts"]["gate_proj"].get_value()
+    assert gate.sharding.is_fully_replicated
+    answers = ours.generate(prompts(12), PARAMS)
+    assert [a.tokens for a in answers] == [a.tokens for a in alone]
+    assert_all_returned(ours)
+    with pytest.raises(ValueError, match="a device must hold the pages of its own rows"):
+        Engine(model, EngineConfig(**sizes), mesh=mesh, rules=RULES.changed(pages=("data",)))
+
+
 def test_quantised_weights_are_placed_like_the_matrices(model):  # noqa: F811
     mesh = mesh_of((1, 2, 4))
     ours = Engine(model, EngineConfig(**SIZES | {"weights": "fp8"}), mesh=mesh)
@@ -52,3 +70,10 @@ def test_quantised_weights_are_placed_like_the_matrices(model):  # noqa: F811
 def test_rows_and_pages_must_divide_over_the_shards(model):  # noqa: F811
     with pytest.raises(ValueError, match="num_rows=6 cannot be split over 4 shards"):
         Engine(model, EngineConfig(**SIZES | {"num_rows": 6}), mesh=mesh_of((4, 1, 1)))
+
+
+def test_a_mesh_with_devices_of_other_processes_is_refused(model):  # noqa: F811
+    devices = np.array([types.SimpleNamespace(process_index=i) for i in range(4)])
+    mesh = types.SimpleNamespace(devices=devices)
+    with pytest.raises(ValueError, match=r"the engine runs in one process.* processes 1, 2, 3"):
+        Engine(model, EngineConfig(**SIZES), mesh=mesh)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import toy
 from flax import nnx
+from launching import finish, flags
 
 from data.chat_template import render
 from data.tokenizer import Tokenizer, train_tokenizer
@@ -284,6 +285,26 @@ def test_a_killed_run_goes_on_bit_for_bit(config):
     assert all(equal(weights("killed"), weights("whole"))) and not all(
         equal(weights("whole"), weights("whole", 2))
     )
+
+
+@pytest.mark.slow
+def test_two_processes_learn_from_the_rows_of_one(config, tmp_path, start):
+    config.schedule.total_tokens = 2 * 512
+    train(config, "one")
+    changes = {f"model.{key}": value for key, value in toy.MODEL.items()} | {
+        "start.workdir": start, "data.tokenizer": start, "data.paths": (f"{tmp_path}/chat.jsonl",),
+        "data.sequence_length": 64, "mesh.data": 4,
+    }  # fmt: skip
+    changes |= {f"schedule.{key}": config.schedule[key] for key in
+                ("total_tokens", "decay_tokens", "warmup_tokens")}  # fmt: skip
+    arguments = ["--config=configs/sft_tiny.py", f"--workdir={tmp_path}/two", *flags(changes)]
+    finish(tmp_path / "log", "experiments.sft", arguments, count=2)
+    one, two = (toy.records(workdir) for workdir in ("one", "two"))
+    assert len(one) == len(two) == 2
+    for a, b in zip(one, two, strict=True):  # eight devices and four sum in different orders
+        for name in ("loss", "cross_entropy", "mtp"):
+            assert a[name] == pytest.approx(b[name], rel=1e-6)
+    assert one[-1]["held_out_loss"] == pytest.approx(two[-1]["held_out_loss"], rel=1e-5)
 
 
 def test_a_run_begins_with_the_starts_weights_and_keeps_its_tokenizer(config, start):

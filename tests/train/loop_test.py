@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -307,6 +308,17 @@ def test_wrong_values_stop_before_anything_is_written(toy_config, tmp_path, chan
         config.mesh.update(loop_mesh)
         loop.train(run_config(config), workdir, config_json=config.to_json(), progress=False)
     assert not workdir.exists()
+
+
+def test_samples_on_several_processes_are_refused(toy_config, tmp_path, monkeypatch):
+    """They are drawn from weights that no process has whole."""
+    devices = np.array([types.SimpleNamespace(process_index=i) for i in range(2)])
+    mesh = types.SimpleNamespace(devices=devices)
+    monkeypatch.setattr(loop, "make_mesh", lambda config: mesh)
+    toy_config.loop.sample_every = 5
+    with pytest.raises(ValueError, match="loop.sample_every=5: sampling runs in one process"):
+        train(toy_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_unknown_key_names_the_nearest(toy_config):

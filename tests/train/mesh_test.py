@@ -12,7 +12,7 @@ import pytest
 import toy
 
 from experiments.entry import run_config
-from glm_jax.sharding import MESH_AXES, MeshConfig, make_mesh, named
+from glm_jax.sharding import MESH_AXES, RULES, MeshConfig, make_mesh, named, ruled
 from glm_jax.train.state import TrainSpec
 from glm_jax.train.step import StepScalars, compile_step
 
@@ -147,6 +147,20 @@ def test_other_exchanges_equal_one_device(
         spec.config, expert_exchange=expert_exchange, expert_buffer=expert_buffer
     )
     results = run_steps(dataclasses.replace(spec, config=config), initial, (2, 1, 4))
+    for one_expert in (False, True):
+        metrics, params, _, opt_state = results[one_expert][0]
+        np.testing.assert_allclose(metrics["loss"], one_device[one_expert][0][0]["loss"], rtol=1e-5)
+        assert_close(opt_state, one_device[one_expert][0][3], 1e-5, "gradients ")
+        assert_close(params, one_device[one_expert][0][1], 1e-5, "params ")
+
+
+def test_other_rules_equal_one_device(spec, initial, one_device):
+    """Every device has all experts, and the width is split over another axis."""
+    with ruled(RULES.changed(experts=(), embed=("data",))):
+        results = run_steps(spec, initial, (2, 1, 4))
+        placed = spec.abstract_state(mesh_of((2, 1, 4))).params["moe_layers"]["mlp"]["experts"]
+    shape = placed["gate_proj"].sharding.shard_shape(placed["gate_proj"].shape)
+    assert shape == (1, 8, 32 // 2, 16)
     for one_expert in (False, True):
         metrics, params, _, opt_state = results[one_expert][0]
         np.testing.assert_allclose(metrics["loss"], one_device[one_expert][0][0]["loss"], rtol=1e-5)
