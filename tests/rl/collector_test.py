@@ -6,7 +6,6 @@ import itertools
 
 import numpy as np
 import pytest
-from scripted import CUT, MALFORMED, RIGHT, TAKEN_BACK, WRONG, ScriptedEngine
 
 from data.tokenizer import train_tokenizer
 from glm_jax import bubblewrap
@@ -15,6 +14,7 @@ from glm_jax.rl.config import RolloutConfig
 from glm_jax.rl.groups import Collector
 from glm_jax.rollouts.rollout import Group, RolloutStatus
 from glm_jax.rollouts.task import Task
+from tests.rl.scripted import CUT, MALFORMED, RIGHT, TAKEN_BACK, WRONG, ScriptedEngine
 
 ENDS = {
     RIGHT: (RolloutStatus.COMPLETED, 1.0),

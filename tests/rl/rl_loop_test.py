@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 import toy
-from scripted import CUT, MALFORMED, RIGHT, write
 from toy import records
 
 from data.tokenizer import Tokenizer
@@ -23,6 +22,7 @@ from glm_jax.rl.learner import Learner
 from glm_jax.run.recorder import NonFinite, read_metrics
 from glm_jax.train.start import load_weights
 from tests import glossary
+from tests.rl.scripted import CUT, MALFORMED, RIGHT, write
 
 
 @pytest.fixture
