@@ -24,12 +24,14 @@ from experiments import entry
 from experiments.benchmark_sides import ours, theirs
 from glm_jax.train.metrics import flops_per_token
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, in float32.")
-SIDE = flags.DEFINE_enum(
-    "side", "all", ["all", "ours", "ours, muon", "theirs"], "Run one side only, in this process."
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The model to time: a file of configs/, computed in float32."
 )
-STEPS = flags.DEFINE_integer("steps", 8, "Timed steps a round.", lower_bound=1)
-ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds of every side.", lower_bound=1)
+SIDE = flags.DEFINE_enum(
+    "side", "all", ["all", "ours", "ours, muon", "theirs"], "Times only this side, in this process."
+)
+STEPS = flags.DEFINE_integer("steps", 8, "The number of timed steps in a round.", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 3, "The number of rounds of each side.", lower_bound=1)
 
 
 def measure(run, side: str) -> dict:

@@ -23,11 +23,23 @@ from ml_collections import config_flags
 from experiments import entry
 from experiments.benchmark_sides import Workload, our_generation, their_generation
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, in float32.")
-REQUESTS = flags.DEFINE_integer("requests", 64, "Requests of mixed length.", lower_bound=2)
-ROUNDS = flags.DEFINE_integer("rounds", 3, "Timed rounds of every side.", lower_bound=1)
-PROMPT = flags.DEFINE_list("prompt_tokens", ["16", "128"], "Shortest and longest prompt.")
-NEW = flags.DEFINE_list("new_tokens", ["16", "256"], "Shortest and longest continuation.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The model to time: a file of configs/, computed in float32."
+)
+REQUESTS = flags.DEFINE_integer(
+    "requests", 64, "The number of requests of mixed length.", lower_bound=2
+)
+ROUNDS = flags.DEFINE_integer(
+    "rounds", 3, "The number of timed rounds of each side.", lower_bound=1
+)
+PROMPT = flags.DEFINE_list(
+    "prompt_tokens", ["16", "128"], "The lengths of the shortest and the longest prompt, in tokens."
+)
+NEW = flags.DEFINE_list(
+    "new_tokens",
+    ["16", "256"],
+    "The lengths of the shortest and the longest continuation, in tokens.",
+)
 
 
 def workload(vocab_size: int, count: int) -> Workload:

@@ -19,21 +19,27 @@ from experiments import entry
 from glm_jax.rewards import puzzles
 from glm_jax.sft.conversations import write_conversations
 
-OUTPUT = flags.DEFINE_string("output", None, "JSONL file of conversations to write.")
+OUTPUT = flags.DEFINE_string("output", None, "The JSONL file of conversations to write.")
 GENERATORS = flags.DEFINE_list(
-    "generators", ["aiw"], "Generators of reasoning-gym: aiw, chain_sum."
+    "generators", ["aiw"], "The reasoning-gym generators that make the puzzles: aiw, chain_sum."
 )
 COUNT = flags.DEFINE_integer(
-    "count", 1500, "Conversations of each generator, at most.", lower_bound=1
+    "count", 1500, "The maximum number of conversations of each generator.", lower_bound=1
 )
 WORKED_SHARE = flags.DEFINE_float(
     "worked_share", 0.5, "Share that shows its work; the others guess.", 0.0, 1.0
 )
 SEED = flags.DEFINE_integer(
-    "seed", 0, "Of the choice which of them, and of the guesses.", lower_bound=0
+    "seed",
+    0,
+    "Seeds the choice of conversations that show their work, and the guesses.",
+    lower_bound=0,
 )
 FIRST = flags.DEFINE_integer(
-    "first", 1_000_000, "Seed of the first puzzle, far from those that RL trains on.", lower_bound=0
+    "first",
+    1_000_000,
+    "The seed of the first puzzle; it must be far from those that RL trains on.",
+    lower_bound=0,
 )
 
 

@@ -31,44 +31,58 @@ from glm_jax.train.state import build_model
 from pallas_kernels.attention import api as attention
 from pallas_kernels.moe_dispatch import api as moe_dispatch
 
-FROM_HF = flags.DEFINE_string("from_hf", None, "Hugging Face folder to read.")
-TO_HF = flags.DEFINE_string("to_hf", None, "Hugging Face folder to write.")
+FROM_HF = flags.DEFINE_string("from_hf", None, "The Hugging Face folder to read.")
+TO_HF = flags.DEFINE_string("to_hf", None, "The Hugging Face folder to write.")
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Work directory: read with --to_hf, written with --from_hf."
+    "workdir", None, "The work directory, which is read with --to_hf and written with --from_hf."
 )
 STEP = flags.DEFINE_integer(
-    "step", None, "With --to_hf: the checkpoint's step; without it the newest."
+    "step", None, "With --to_hf, the step of the checkpoint to export; by default the newest."
 )
 DTYPE = flags.DEFINE_enum(
     "dtype", "stored", hf.CHECKPOINT_TYPES,
-    "With --to_hf: type of the weights. 'stored' keeps the checkpoint's types, the others convert. "
-    "Correction biases are float32.",
+    "With --to_hf, the type of the weights. 'stored' keeps the checkpoint's types, the others "
+    "convert. Router correction biases stay float32.",
 )  # fmt: skip
 SHARD_GB = flags.DEFINE_float(
-    "shard_gb", 5.0, "With --to_hf: largest size of a file, in 10^9 bytes.", lower_bound=1e-6
+    "shard_gb", 5.0, "With --to_hf, the maximum size of a file, in 10^9 bytes.", lower_bound=1e-6
 )
 # with --from_hf: the model config's fields that no folder knows, see hf_config.RUNTIME_FIELDS
 RUNTIME = {
     "compute_dtype": flags.DEFINE_enum(
-        "compute_dtype", "bfloat16", DTYPES, "With --from_hf: type of matmul inputs."
+        "compute_dtype", "bfloat16", DTYPES, "With --from_hf, the type of matmul inputs."
     ),
     "remat": flags.DEFINE_enum(
-        "remat", "full", REMAT_POLICIES, "With --from_hf: what the backward pass recomputes."
+        "remat", "full", REMAT_POLICIES, "With --from_hf, what the backward pass recomputes."
     ),
     "attention": flags.DEFINE_enum(
-        "attention", "auto", attention.IMPLEMENTATIONS, "With --from_hf: implementation."
+        "attention",
+        "auto",
+        attention.IMPLEMENTATIONS,
+        "With --from_hf, the implementation of attention.",
     ),
     "grouped_matmul": flags.DEFINE_enum(
-        "grouped_matmul", "auto", moe_dispatch.IMPLEMENTATIONS, "With --from_hf: implementation."
+        "grouped_matmul",
+        "auto",
+        moe_dispatch.IMPLEMENTATIONS,
+        "With --from_hf, the implementation of the expert matmuls.",
     ),
     "expert_exchange": flags.DEFINE_enum(
-        "expert_exchange", "all_to_all", EXPERT_EXCHANGES, "With --from_hf: see glm_jax.config."
+        "expert_exchange",
+        "all_to_all",
+        EXPERT_EXCHANGES,
+        "With --from_hf, the collective that exchanges tokens between experts; see glm_jax.config.",
     ),
     "expert_buffer": flags.DEFINE_float(
-        "expert_buffer", 1.25, "With --from_hf: see glm_jax.config."
+        "expert_buffer",
+        1.25,
+        "With --from_hf, the size of the exchange buffers; see glm_jax.config.",
     ),
     "scan_layers": flags.DEFINE_bool(
-        "scan_layers", True, "With --from_hf: one compiled layer in a loop, or all written out."
+        "scan_layers",
+        True,
+        "With --from_hf, compiles one layer and loops over it; otherwise all layers are written "
+        "out.",
     ),
 }
 

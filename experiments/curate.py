@@ -15,9 +15,13 @@ from ml_collections import config_flags
 
 from data.curation import CurateConfig, curate
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/curate.py.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The config of the dataset, such as configs/curate.py."
+)
 _OUTPUT = flags.DEFINE_string(
-    "output", None, "Dataset folder to make; must not exist, be empty, or be this very dataset."
+    "output",
+    None,
+    "The dataset folder to make. It must not exist, be empty, or be this very dataset.",
 )
 
 

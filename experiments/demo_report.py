@@ -17,10 +17,12 @@ from experiments import entry, reasoning_report
 from glm_jax.run.recorder import read_metrics
 
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Work directory of a finished run of experiments.train."
+    "workdir", None, "The work directory of a finished run of experiments.train."
 )
 RL = flags.DEFINE_string(
-    "rl", None, "Work directory of a finished run of experiments.rl: report that one."
+    "rl",
+    None,
+    "The work directory of a finished run of experiments.rl; the report is then about that run.",
 )
 
 

@@ -18,22 +18,29 @@ from glm_jax.evaluation import run_worker
 from glm_jax.rl.difficulty import measure, write_difficulties
 
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Work directory of the run that reinforcement learning will start from."
+    "workdir", None, "The work directory of the run that reinforcement learning will start from."
 )
 TASKS = flags.DEFINE_list(
-    "tasks", None, "Sources as in config.tasks.train: puzzle:GENERATOR:COUNT or task files."
+    "tasks",
+    None,
+    "The sources of tasks as in config.tasks.train: puzzle:GENERATOR:COUNT or task files.",
 )
-OUTPUT = flags.DEFINE_string("output", None, "JSONL file to write.")
-FEW = flags.DEFINE_integer("few", 8, "Rollouts of every task.", lower_bound=1)
+OUTPUT = flags.DEFINE_string("output", None, "The JSONL file to write.")
+FEW = flags.DEFINE_integer("few", 8, "The number of rollouts of every task.", lower_bound=1)
 MANY = flags.DEFINE_integer(
-    "many", 512, "Rollouts of a task that is not solved before, at most.", lower_bound=1
+    "many",
+    512,
+    "The maximum number of rollouts of a task that has not been solved before.",
+    lower_bound=1,
 )
 MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", 64, "Most tokens of an output.", lower_bound=1
+    "max_new_tokens", 64, "The maximum number of tokens of an output.", lower_bound=1
 )
-TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of the rollouts.", lower_bound=0.0)
-THINKING = flags.DEFINE_bool("thinking", True, "Ask the model to reason.")
-NUM_ROWS = flags.DEFINE_integer("num_rows", 64, "Rollouts at a time.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "The sampling temperature.", lower_bound=0.0)
+THINKING = flags.DEFINE_bool("thinking", True, "Asks the model to reason.")
+NUM_ROWS = flags.DEFINE_integer(
+    "num_rows", 64, "The number of rollouts that the engine samples at a time.", lower_bound=1
+)
 SEED = flags.DEFINE_integer("seed", 0, "Seeds everything that is sampled.", lower_bound=0)
 
 

@@ -33,34 +33,38 @@ from glm_jax.envs.worker import SamplingSpec
 from glm_jax.sft import distillation
 from glm_jax.sft.rejection import RejectionConfig
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of the run that answers.")
+WORKDIR = flags.DEFINE_string("workdir", None, "The work directory of the run that answers.")
 TASKS = flags.DEFINE_list(
-    "tasks", None, "Sources as in config.tasks.train: puzzle:GENERATOR:COUNT or task files."
+    "tasks",
+    None,
+    "The sources of tasks as in config.tasks.train: puzzle:GENERATOR:COUNT or task files.",
 )
-OUTPUT = flags.DEFINE_string("output", None, "JSONL file of conversations to write.")
-SAMPLES = flags.DEFINE_integer("samples", 8, "Rollouts of every task.", lower_bound=1)
+OUTPUT = flags.DEFINE_string("output", None, "The JSONL file of conversations to write.")
+SAMPLES = flags.DEFINE_integer("samples", 8, "The number of rollouts of every task.", lower_bound=1)
 MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", 64, "Most tokens of an output.", lower_bound=1
+    "max_new_tokens", 64, "The maximum number of tokens of an output.", lower_bound=1
 )
-TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of the rollouts.", lower_bound=0.0)
-THINKING = flags.DEFINE_bool("thinking", True, "Ask the model to reason.")
-NUM_ROWS = flags.DEFINE_integer("num_rows", 64, "Rollouts at a time.", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "The sampling temperature.", lower_bound=0.0)
+THINKING = flags.DEFINE_bool("thinking", True, "Asks the model to reason.")
+NUM_ROWS = flags.DEFINE_integer(
+    "num_rows", 64, "The number of rollouts that the engine samples at a time.", lower_bound=1
+)
 SEED = flags.DEFINE_integer("seed", 0, "Seeds everything that is sampled.", lower_bound=0)
-MIN_TOKENS = flags.DEFINE_integer("min_tokens", 1, "Shorter outputs are dropped.", lower_bound=1)
-MIN_REWARD = flags.DEFINE_float(
-    "min_reward", 1.0, "Outputs that the verifier gives less are dropped."
+MIN_TOKENS = flags.DEFINE_integer(
+    "min_tokens", 1, "Drops outputs with fewer tokens.", lower_bound=1
 )
+MIN_REWARD = flags.DEFINE_float("min_reward", 1.0, "Drops outputs whose reward is lower.")
 DROP_SHORTEST = flags.DEFINE_float(
-    "drop_shortest", 0.5, "Share of the tasks dropped: those whose kept outputs are shortest."
+    "drop_shortest", 0.5, "Drops this share of the tasks, those whose kept outputs are shortest."
 )
 HARD_PASS_RATE = flags.DEFINE_float(
-    "hard_pass_rate", 0.5, "A task of which at most this share of the rollouts is right is hard."
+    "hard_pass_rate", 0.5, "Calls a task hard if at most this share of its rollouts is right."
 )
 HARD_RESPONSES = flags.DEFINE_integer(
-    "hard_responses", 4, "Outputs kept of a hard task, at most.", lower_bound=1
+    "hard_responses", 4, "The maximum number of outputs kept of a hard task.", lower_bound=1
 )
 EASY_RESPONSES = flags.DEFINE_integer(
-    "easy_responses", 1, "Outputs kept of another task, at most.", lower_bound=1
+    "easy_responses", 1, "The maximum number of outputs kept of any other task.", lower_bound=1
 )
 
 

@@ -43,6 +43,7 @@ PRETRAINING = {
 }
 
 
+flags.disclaim_key_flags()  # what is defined here is the caller's, so that its --help shows it
 logger = python_logging.getLogger(__name__)
 BACKGROUND = "background"  # logger of what other libraries' threads raise
 # Loggers whose warnings the terminal shows; those of other libraries go to log.txt.
@@ -106,19 +107,22 @@ class Processes:
 
     @classmethod
     def define(cls) -> Processes:
-        unset = "Unset: what the cluster says (TPU, GKE, Slurm, Open MPI)."
+        """Defines the flags as those of the calling module, so that its --help shows them."""
+        unset = "By default the cluster manager says it (TPU, GKE, Slurm, Open MPI)."
         return cls(
             flags.DEFINE_bool(
-                "distributed", False, "Start jax.distributed first: one process a host of a pod."
+                "distributed",
+                False,
+                "Starts jax.distributed first, one process on each host of a pod.",
             ),
             flags.DEFINE_string(
-                "coordinator", None, f"With --distributed: HOST:PORT of process 0. {unset}"
+                "coordinator", None, f"With --distributed, HOST:PORT of process 0. {unset}"
             ),
             flags.DEFINE_integer(
-                "num_processes", None, f"With --distributed: processes of the run. {unset}"
+                "num_processes", None, f"With --distributed, the number of processes. {unset}"
             ),
             flags.DEFINE_integer(
-                "process_index", None, f"With --distributed: which of them this is. {unset}"
+                "process_index", None, f"With --distributed, the index of this process. {unset}"
             ),
         )
 

@@ -28,56 +28,77 @@ from glm_jax.evaluation import results, tasks
 from glm_jax.evaluation.subject import Settings, open_subject, read_tokenizer
 
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Work directory of a run, or a Hugging Face folder with a tokenizer.json."
+    "workdir", None, "The work directory of a run, or a Hugging Face folder with a tokenizer.json."
 )
-TASKS = flags.DEFINE_list("tasks", None, "Names of tasks, separated by commas; see above.")
-STEP = flags.DEFINE_integer("step", None, "The checkpoint's step; without it the newest.")
+TASKS = flags.DEFINE_list("tasks", None, "The names of the tasks, separated by commas; see above.")
+STEP = flags.DEFINE_integer(
+    "step", None, "The step of the checkpoint to evaluate; by default the newest."
+)
 OUTPUT = flags.DEFINE_string(
     "output",
     None,
-    "Results file, written anew. By default W/evaluation/<step>.json, which keeps other tasks.",
+    "The results file to write anew. By default W/evaluation/<step>.json, which keeps the results "
+    "of other tasks.",
 )
-DATA = flags.DEFINE_list("data", [], "Dataset folders for held_out; by default those of the run.")
+DATA = flags.DEFINE_list(
+    "data", [], "The dataset folders of the held_out task; by default those of the run."
+)
 LIMIT = flags.DEFINE_integer(
     "limit",
     None,
-    "At most so many batches of held-out text, puzzles of each generator, problems, documents of"
-    " lm-eval tasks.",
+    "Limits the batches of held-out text, puzzles of each generator, problems, and documents of "
+    "lm-eval tasks.",
     lower_bound=1,
 )
 CONTEXT = flags.DEFINE_integer(
     "context",
     None,
-    "Most tokens of prompt and answer; by default the model's, up to 4096.",
+    "The maximum number of tokens of prompt and answer; by default the model's, up to 4096.",
     lower_bound=2,
 )
 NUM_ROWS = flags.DEFINE_integer(
-    "num_rows", 16, "Prompts that are answered at a time.", lower_bound=1
+    "num_rows", 16, "The number of prompts that the engine answers at a time.", lower_bound=1
 )
 BATCH_TOKENS = flags.DEFINE_integer(
-    "batch_tokens", 4096, "Tokens of a forward pass that scores given text.", lower_bound=1
+    "batch_tokens",
+    4096,
+    "The number of tokens in a forward pass that scores given text.",
+    lower_bound=1,
 )
 DRAFT_TOKENS = flags.DEFINE_integer(
-    "draft_tokens", 0, "Tokens that the MTP block guesses ahead; 0: no speculation.", lower_bound=0
+    "draft_tokens",
+    0,
+    "The number of tokens that the MTP block drafts; 0 turns speculative decoding off.",
+    lower_bound=0,
 )
 MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", 64, "Most tokens of an answer, reasoning included.", lower_bound=1
+    "max_new_tokens",
+    64,
+    "The maximum number of tokens of an answer, reasoning included.",
+    lower_bound=1,
 )
 TEMPERATURE = flags.DEFINE_float(
-    "temperature", 0.0, "Of answers; 0: always the most likely token.", lower_bound=0.0
+    "temperature",
+    0.0,
+    "The sampling temperature of answers; 0 always takes the most likely token.",
+    lower_bound=0.0,
 )
 SEED = flags.DEFINE_integer(
-    "seed", 0, "Of everything that samples.", lower_bound=0, upper_bound=2**32 - 1
+    "seed", 0, "Seeds everything that is sampled.", lower_bound=0, upper_bound=2**32 - 1
 )
 EXAMPLES = flags.DEFINE_integer(
-    "examples", 2, "Solved training puzzles in front of each puzzle; none in chat.", lower_bound=0
+    "examples",
+    2,
+    "The number of solved training puzzles before each puzzle; a chat has none.",
+    lower_bound=0,
 )
 CHAT = flags.DEFINE_bool(
     "chat",
     False,
-    r"Ask as a chat, read answers from \boxed{} or a fenced block; else as text to complete.",
+    "Asks as a chat and reads answers from \\boxed{} or a fenced block; otherwise as text to "
+    "complete.",
 )
-THINKING = flags.DEFINE_bool("thinking", True, "In chat, let the model reason first.")
+THINKING = flags.DEFINE_bool("thinking", True, "In a chat, lets the model reason first.")
 
 
 def main(argv: list[str]):

@@ -15,24 +15,27 @@ from glm_jax.infer.engine import generate
 from glm_jax.infer.sampling import SamplingParams
 
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Work directory of a run, or a Hugging Face folder with a tokenizer.json."
+    "workdir", None, "The work directory of a run, or a Hugging Face folder with a tokenizer.json."
 )
-PROMPT = flags.DEFINE_string("prompt", None, r"Text to continue; \n stands for a line break.")
+PROMPT = flags.DEFINE_string("prompt", None, "The text to continue; \\n stands for a line break.")
 SUFFIX = flags.DEFINE_string(
-    "suffix", None, "Text after the gap: completes the middle between prompt and suffix."
+    "suffix", None, "The text after the gap: completes the middle between prompt and suffix."
 )
-LENGTH = flags.DEFINE_integer("length", 128, "Most new tokens.", lower_bound=1)
+LENGTH = flags.DEFINE_integer("length", 128, "The maximum number of new tokens.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float(
-    "temperature", 0.6, "0: always the most likely token.", lower_bound=0.0
+    "temperature",
+    0.6,
+    "The sampling temperature; 0 always takes the most likely token.",
+    lower_bound=0.0,
 )
 TOP_P = flags.DEFINE_float(
     "top_p",
     0.95,
-    "Nucleus: the most likely tokens up to this probability.",
+    "Samples from the most likely tokens up to this total probability (nucleus sampling).",
     lower_bound=0.0,
     upper_bound=1.0,
 )
-SEED = flags.DEFINE_integer("seed", 0, "Same seed, same text.")
+SEED = flags.DEFINE_integer("seed", 0, "Seeds sampling; the same seed gives the same text.")
 
 
 def main(argv: list[str]):

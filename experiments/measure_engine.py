@@ -30,13 +30,22 @@ from glm_jax.infer.sampling import SamplingParams
 from glm_jax.model.transformer import GLM
 from glm_jax.run.checkpoints import read_config
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a finished run.")
+WORKDIR = flags.DEFINE_string("workdir", None, "The work directory of a finished run.")
 PROMPTS = flags.DEFINE_integer(
-    "prompts", 16, "Prompts, each the beginning of a held-out document.", lower_bound=1
+    "prompts",
+    16,
+    "The number of prompts, each the beginning of a held-out document.",
+    lower_bound=1,
 )
-PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 32, "Tokens of a prompt.", lower_bound=1)
-NEW_TOKENS = flags.DEFINE_integer("new_tokens", 128, "Tokens sampled after each.", lower_bound=1)
-DRAFTS = flags.DEFINE_integer("drafts", 3, "Most drafts to try.", lower_bound=0)
+PROMPT_TOKENS = flags.DEFINE_integer(
+    "prompt_tokens", 32, "The number of tokens of a prompt.", lower_bound=1
+)
+NEW_TOKENS = flags.DEFINE_integer(
+    "new_tokens", 128, "The number of tokens sampled after each prompt.", lower_bound=1
+)
+DRAFTS = flags.DEFINE_integer(
+    "drafts", 3, "The maximum number of draft tokens to try.", lower_bound=0
+)
 # (compute type, weights, cache)
 FORMATS = [
     ("float32", "compute", "compute"), ("bfloat16", "compute", "compute"),

@@ -17,20 +17,20 @@ from absl import app, flags
 
 from experiments.gpu import sections
 
-OUTPUT = flags.DEFINE_string("output", None, "Folder for the results.")
+OUTPUT = flags.DEFINE_string("output", None, "The folder for the results.")
 SECONDS = flags.DEFINE_float(
     "seconds",
     480,
-    "Time for everything; sections that do not fit are recorded as such.",
+    "The time limit of the whole check; sections that do not fit are recorded as such.",
     lower_bound=0,
 )
-REHEARSE = flags.DEFINE_bool("rehearse", False, "Toy sizes on the CPU.")
-ONLY = flags.DEFINE_list("sections", list(sections.SECTIONS), "Sections to run.")
+REHEARSE = flags.DEFINE_bool("rehearse", False, "Runs the same check at toy size on the CPU.")
+ONLY = flags.DEFINE_list("sections", list(sections.SECTIONS), "The sections to run.")
 SECTION = flags.DEFINE_enum(
     "section",
     None,
     [*sections.SECTIONS, "reference"],
-    "One section in this process: what the command starts.",
+    "Runs one section in this process; the command itself uses this.",
 )
 
 

@@ -24,12 +24,14 @@ from glm_jax.rewards import verifiers
 from glm_jax.rl import loop
 from glm_jax.rollouts.task import Reward
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of the run to start from.")
-STEPS = flags.DEFINE_integer("steps", 3, "Steps to time of each size.", lower_bound=1)
+WORKDIR = flags.DEFINE_string("workdir", None, "The work directory of the run to start from.")
+STEPS = flags.DEFINE_integer(
+    "steps", 3, "The number of steps to time for each size.", lower_bound=1
+)
 SIZES = flags.DEFINE_list(
     "sizes",
     ["4x16", "8x16", "16x16", "32x16", "8x32", "8x64"],
-    "GROUPxLENGTH: rollouts of a task, tokens of one.",
+    "The sizes to time as GROUPxLENGTH: rollouts of a task, and tokens of each.",
 )
 PHASES = ("generate", "score", "train", "swap")
 

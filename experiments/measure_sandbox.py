@@ -22,8 +22,12 @@ from glm_jax.evaluation.human_eval import human_eval_tasks
 from glm_jax.rewards.code import CodeVerifier
 from glm_jax.rollouts.task import Task
 
-WORKERS = flags.DEFINE_integer("workers", 2, "Solutions run at a time.", lower_bound=1)
-RUNS = flags.DEFINE_integer("runs", 30, "Sandboxed runs to time; answers to judge.", lower_bound=2)
+WORKERS = flags.DEFINE_integer(
+    "workers", 2, "The number of solutions that run at a time.", lower_bound=1
+)
+RUNS = flags.DEFINE_integer(
+    "runs", 30, "The number of sandboxed runs to time, and of answers to judge.", lower_bound=2
+)
 
 ADD = Task(
     "add",

@@ -29,27 +29,41 @@ from glm_jax.plan.page import page
 from glm_jax.plan.plan import plan_engine, plan_train, worst
 from pallas_kernels.compiler import tpu_devices
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
-MODE = flags.DEFINE_enum("mode", "decode", ["train", "decode", "prefill"], "The program.")
-TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and shape of the pod, as in v5p:4x4x4.")
-NUM_ROWS = flags.DEFINE_integer("num_rows", 0, "Rows of the batch; 0: one a chip.", lower_bound=0)
-CONTEXT = flags.DEFINE_integer("context", 8192, "Most tokens of a request.", lower_bound=2)
-PAGE_SIZE = flags.DEFINE_integer("page_size", 128, "Tokens of a page of the cache.", lower_bound=1)
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The model and mesh to plan: a file of configs/."
+)
+MODE = flags.DEFINE_enum("mode", "decode", ["train", "decode", "prefill"], "The program to plan.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "The kind and shape of the pod, as in v5p:4x4x4.")
+NUM_ROWS = flags.DEFINE_integer(
+    "num_rows", 0, "The number of rows of the batch; 0 means one on each chip.", lower_bound=0
+)
+CONTEXT = flags.DEFINE_integer(
+    "context", 8192, "The maximum number of tokens of a request.", lower_bound=2
+)
+PAGE_SIZE = flags.DEFINE_integer(
+    "page_size", 128, "The number of tokens in a page of the cache.", lower_bound=1
+)
 PREFILL_CHUNK = flags.DEFINE_integer(
-    "prefill_chunk", 512, "Tokens of a row that one prefill call takes.", lower_bound=1
+    "prefill_chunk", 512, "The number of tokens of a row in one prefill call.", lower_bound=1
 )
 DECODE_STEPS = flags.DEFINE_integer(
-    "decode_steps", 16, "Tokens sampled in one call.", lower_bound=1
+    "decode_steps", 16, "The number of tokens sampled in one call.", lower_bound=1
 )
-DRAFT_TOKENS = flags.DEFINE_integer("draft_tokens", 0, "Guessed by the MTP block.", lower_bound=0)
+DRAFT_TOKENS = flags.DEFINE_integer(
+    "draft_tokens", 0, "The number of tokens that the MTP block drafts.", lower_bound=0
+)
 WEIGHTS = flags.DEFINE_string(
-    "weights", "compute", "Format of the weights: compute precision, fp8 or int8."
+    "weights", "compute", "The format of the weights: compute precision, fp8 or int8."
 )
 CACHE_DTYPE = flags.DEFINE_string(
-    "cache_dtype", "compute", "Of keys and values: compute precision, bfloat16 or float8_e4m3fn."
+    "cache_dtype",
+    "compute",
+    "The type of cached keys and values: compute precision, bfloat16 or float8_e4m3fn.",
 )
-JSON = flags.DEFINE_string("json", None, "File for the same figures.")
-HTML = flags.DEFINE_string("html", None, "File for a page that shows where the time goes.")
+JSON = flags.DEFINE_string("json", None, "Writes the same figures to this file.")
+HTML = flags.DEFINE_string(
+    "html", None, "Writes a page that shows where the time goes to this file."
+)
 
 
 def main(argv: list[str]):

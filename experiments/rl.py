@@ -16,12 +16,14 @@ from glm_jax.rl import loop
 from glm_jax.sharding import one_process
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file of configs/; override any key with --config.a.b=value."
+    "config",
+    None,
+    "The config of the run: a file of configs/. Override any key with --config.a.b=value.",
 )
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run: config, checkpoints, metrics, rollouts, log."
+    "workdir", None, "The folder of the run, for config, checkpoints, metrics, rollouts and log."
 )
-PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
+PROGRESS = flags.DEFINE_bool("progress", True, "Shows a progress bar.")
 PROCESSES = entry.Processes.define()
 
 

@@ -25,74 +25,98 @@ from glm_jax.serve.server import Server, ServerConfig, bound_socket, create_app
 from glm_jax.serve.service import Service, ServiceConfig
 
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Work directory of a run, or a Hugging Face folder with a tokenizer.json."
+    "workdir", None, "The work directory of a run, or a Hugging Face folder with a tokenizer.json."
 )
 CORS_ORIGINS = flags.DEFINE_list(
     "cors_origins",
     [],
-    "Origins of web pages that may use the server, as http://localhost:3000; * is all.",
+    "The origins of web pages that may use the server, as http://localhost:3000; * allows all.",
 )
 HEAD_SECONDS = flags.DEFINE_float(
-    "head_seconds", 15.0, "Seconds for a client to send a request's head.", lower_bound=0.1
+    "head_seconds",
+    15.0,
+    "The time a client has to send a request's head, in seconds.",
+    lower_bound=0.1,
 )
 HOST = flags.DEFINE_string(
-    "host", "127.0.0.1", "Address to listen on; 0.0.0.0 is all of this machine's."
+    "host", "127.0.0.1", "The address to listen on; 0.0.0.0 means all addresses of this machine."
 )
 PORT = flags.DEFINE_integer(
-    "port", 8000, "Port; 0: any free one.", lower_bound=0, upper_bound=65535
+    "port", 8000, "The port to listen on; 0 takes any free port.", lower_bound=0, upper_bound=65535
 )
-MODEL_NAME = flags.DEFINE_string("model_name", "glm", "What requests call the model.")
+MODEL_NAME = flags.DEFINE_string("model_name", "glm", "The name by which requests call the model.")
 API_KEY_FILE = flags.DEFINE_string(
-    "api_key_file", None, "File with the key that requests must show; without it none is required."
+    "api_key_file",
+    None,
+    "The file with the key that requests must show; without it no key is required.",
 )
 CONTEXT = flags.DEFINE_integer(
     "context",
     0,
-    "Most tokens of a request, prompt and answer; 0: as many as the model is meant for.",
+    "The maximum number of tokens of a request, prompt and answer; 0 means the model's maximum.",
     lower_bound=0,
 )
-NUM_ROWS = flags.DEFINE_integer("num_rows", 8, "Requests in the batch at a time.", lower_bound=1)
-PAGE_SIZE = flags.DEFINE_integer("page_size", 16, "Tokens of a page of the cache.", lower_bound=1)
+NUM_ROWS = flags.DEFINE_integer(
+    "num_rows",
+    8,
+    "The number of batch slots, which is how many requests are decoded at a time.",
+    lower_bound=1,
+)
+PAGE_SIZE = flags.DEFINE_integer(
+    "page_size", 16, "The number of tokens in a page of the cache.", lower_bound=1
+)
 NUM_PAGES = flags.DEFINE_integer(
     "num_pages",
     0,
-    "Pages of the cache; 0: enough for every row to fill its context.",
+    "The number of pages of the cache; 0 means enough for every slot to fill its context.",
     lower_bound=0,
 )
 PREFILL_CHUNK = flags.DEFINE_integer(
-    "prefill_chunk", 256, "Most prompt tokens of a row in one call.", lower_bound=1
+    "prefill_chunk",
+    256,
+    "The maximum number of prompt tokens of a request in one call.",
+    lower_bound=1,
 )
 DECODE_STEPS = flags.DEFINE_integer(
-    "decode_steps", 8, "Tokens sampled between two looks at the queue.", lower_bound=1
+    "decode_steps", 8, "The number of tokens sampled between two looks at the queue.", lower_bound=1
 )
 DRAFT_TOKENS = flags.DEFINE_integer(
-    "draft_tokens", 0, "Guessed by the MTP block and verified at once; 0: none.", lower_bound=0
+    "draft_tokens",
+    0,
+    "The number of tokens that the MTP block drafts; 0 turns speculative decoding off.",
+    lower_bound=0,
 )
 WEIGHTS = flags.DEFINE_string(
-    "weights", "compute", "Format of the weights: compute precision, fp8 or int8."
+    "weights", "compute", "The format of the weights: compute precision, fp8 or int8."
 )
 CACHE_DTYPE = flags.DEFINE_string(
     "cache_dtype",
     "compute",
-    "Type of cached keys and values: compute precision, float32, bfloat16 or float8_e4m3fn.",
+    "The type of cached keys and values: compute precision, float32, bfloat16 or float8_e4m3fn.",
 )
 QUEUE_LIMIT = flags.DEFINE_integer(
-    "queue_limit", 256, "Requests that may wait; further ones get 429.", lower_bound=0
+    "queue_limit", 256, "The number of requests that may wait; further ones get 429.", lower_bound=0
 )
 REQUEST_SECONDS = flags.DEFINE_float(
-    "request_seconds", 600.0, "Seconds that a request may take, waiting included."
+    "request_seconds", 600.0, "The time limit of a request, waiting included, in seconds."
 )
 MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", 0, "Most new tokens of a request; 0: what the context leaves.", lower_bound=0
+    "max_new_tokens",
+    0,
+    "The maximum number of new tokens of a request; 0 means what the context leaves.",
+    lower_bound=0,
 )
 MAX_BODY_BYTES = flags.DEFINE_integer(
-    "max_body_bytes", 2**20, "Longest body of a request.", lower_bound=1
+    "max_body_bytes", 2**20, "The maximum size of a request's body, in bytes.", lower_bound=1
 )
 MAX_REQUESTS = flags.DEFINE_integer(
-    "max_requests", 512, "HTTP requests in work at a time; further ones get 503.", lower_bound=1
+    "max_requests",
+    512,
+    "The number of HTTP requests in work at a time; further ones get 503.",
+    lower_bound=1,
 )
 DRAIN_SECONDS = flags.DEFINE_float(
-    "drain_seconds", 30.0, "Seconds for the requests under way to end at shutdown."
+    "drain_seconds", 30.0, "The time that running requests have to finish at shutdown, in seconds."
 )
 
 

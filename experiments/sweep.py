@@ -25,27 +25,30 @@ from experiments import entry, sweep_results, sweep_rewards
 from experiments import sweep_runner as runner
 
 SWEEP = flags.DEFINE_string(
-    "sweep", None, "A file of experiments/sweeps/: CONFIG, RUNS, METRIC, PLOT."
+    "sweep",
+    None,
+    "The sweep to run: a file of experiments/sweeps/ with CONFIG, RUNS, METRIC and PLOT.",
 )
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the sweep; each run has a folder of its own in it."
+    "workdir", None, "The folder of the sweep; each run has a folder of its own in it."
 )
 DATA = flags.DEFINE_string(
-    "data", None, "Dataset folder of experiments.curate; sets data.paths of every run."
+    "data", None, "The dataset folder of experiments.curate; it sets data.paths of every run."
 )
 SET = flags.DEFINE_multi_string(
     "set",
     [],
-    "KEY=VALUE of every run's config, for where things lie: start.workdir=DIR; may be repeated.",
+    "Sets KEY=VALUE in every run's config, for where things lie, as start.workdir=DIR; may be "
+    "repeated.",
 )
 INDEX = flags.DEFINE_integer(
     "index",
     None,
-    "Only this run, counted from 0; then get the table with --results_only.",
+    "Runs only this run, counted from 0; get the table with --results_only afterwards.",
     lower_bound=0,
 )
 RESULTS_ONLY = flags.DEFINE_bool(
-    "results_only", False, "Run nothing, write table and plot of the runs that are there."
+    "results_only", False, "Runs nothing and writes table and plot of the runs that are there."
 )
 
 

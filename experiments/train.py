@@ -16,12 +16,14 @@ from experiments import entry
 from glm_jax.train import loop
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file of configs/; override any key with --config.a.b=value."
+    "config",
+    None,
+    "The config of the run: a file of configs/. Override any key with --config.a.b=value.",
 )
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run: config, checkpoints, metrics, samples, log."
+    "workdir", None, "The folder of the run, for config, checkpoints, metrics, samples and log."
 )
-PROGRESS = flags.DEFINE_bool("progress", True, "Show a progress bar.")
+PROGRESS = flags.DEFINE_bool("progress", True, "Shows a progress bar.")
 PROCESSES = entry.Processes.define()
 
 

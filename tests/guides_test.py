@@ -72,6 +72,8 @@ def test_every_command_of_a_page_exists(path):
             broken.append(f"there is no {package}.{module}")
             continue
         source = file.read_text("utf-8")
+        if "entry.Processes.define()" in source:
+            source += (ROOT / "experiments" / "entry.py").read_text("utf-8")
         flags = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)) | {"help"}
         flags |= set(re.findall(r'add_argument\(\s*"--(\w+)"', source))
         for flag, key in re.findall(r"(?<![\w-])--(\w+)((?:\.\w+)*)", arguments.split(" #")[0]):

@@ -72,7 +72,7 @@ ARROWS = {
     "experiments": ("configs", "data", "glm_jax", "pallas_kernels"),
 }  # fmt: skip
 
-MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ENTRY_LINES = 500, 110, 165
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ENTRY_LINES = 500, 110, 160  # entries: flags aside
 MAX_TEST_LINES = 600  # tables of cases are long
 HEAVY = {
     "torch",
@@ -251,12 +251,23 @@ def test_no_file_is_too_long():
             path.parent == ROOT / "experiments"
             and 'if __name__ == "__main__"' in path.read_text("utf-8")
         )
+        if entry:
+            lines -= lines_of_flags(tree_of(path))
         limit = MAX_ENTRY_LINES if entry else MAX_FILE_LINES
         if path.is_relative_to(ROOT / "tests"):
             limit = MAX_TEST_LINES
         if lines > limit:
             broken.append(f"{name_of(path)}: {lines} lines, at most {limit}")
     fail_on(broken)
+
+
+def lines_of_flags(tree) -> int:
+    """Lines of a module that define absl flags."""
+    return sum(
+        node.end_lineno - node.lineno + 1
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ".DEFINE_" in ast.unparse(node.value)
+    )
 
 
 def test_no_function_is_too_long():
