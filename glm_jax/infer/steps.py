@@ -168,6 +168,44 @@ def _scores(model, h_SLD, next_tokens_SL, temperature_S):
     return jax.tree.map(lambda x: x.swapaxes(0, 1), scores)
 
 
+def _last_taken(rows: Rows, sampled: Sampled, new_SL, accepted_S) -> tuple[jax.Array, jax.Array]:
+    """Of the accepted drafts and the token after them, the place of the last one within the row's
+    limit, and the place of the first stop token up to there; L: there is none.
+    """
+    is_stop = jnp.any(new_SL[..., None] == rows.params.stop_tokens[:, None], axis=-1)
+    place = jnp.arange(new_SL.shape[1])
+    last_S = jnp.minimum(accepted_S, rows.counts_S - sampled.count_S - 1)
+    within = is_stop & (place <= last_S[:, None])
+    return last_S, jnp.min(jnp.where(within, place, new_SL.shape[1]), axis=1)
+
+
+def _appended(
+    sampled: Sampled, new_SL, logits_SLV, temperature_S, taken_S, *, passes_S, accepted_S
+) -> Sampled:
+    """With the first taken_S of each row's new tokens and their log-probabilities."""
+    row, place = jnp.arange(len(new_SL))[:, None], jnp.arange(new_SL.shape[1])
+    to = jnp.where(
+        place < taken_S[:, None], sampled.count_S[:, None] + place, sampled.tokens.shape[1]
+    )
+    logprobs_SL = jax.vmap(model_logprobs, in_axes=(1, 1, None), out_axes=1)(
+        logits_SLV, new_SL, temperature_S
+    )
+    top = None
+    if sampled.top is not None:
+        new_top = jax.vmap(top_logprobs, in_axes=(1, None), out_axes=1)(logits_SLV, temperature_S)
+        top = jax.tree.map(
+            lambda all_, new: all_.at[row, to].set(new, mode="drop"), sampled.top, new_top
+        )
+    return Sampled(
+        tokens=sampled.tokens.at[row, to].set(new_SL, mode="drop"),
+        logprobs=sampled.logprobs.at[row, to].set(logprobs_SL, mode="drop"),
+        count_S=sampled.count_S + taken_S,
+        passes_S=sampled.passes_S + passes_S,
+        accepted_S=sampled.accepted_S + accepted_S,
+        top=top,
+    )
+
+
 @functools.partial(jax.jit, static_argnums=(0, 6, 7, 8), donate_argnums=2)
 def decode(
     graphdef,
@@ -189,7 +227,6 @@ def decode(
     """
     model = nnx.merge(graphdef, state)
     size, params, changes, vocab = len(token_S), rows.params, rows.changes, model.config.vocab_size
-    row = jnp.arange(size)[:, None]
 
     def unfinished(carry):
         return jnp.any(carry["live"])
@@ -212,36 +249,13 @@ def decode(
             )
             changed_SLV = changes.apply(logits_SLV, counts_SLV)
         new_SL, accepted_S = speculative.verify(changed_SLV, drafts, params, index_S)
-        # Of the accepted drafts and the token after them, a row takes those up to its stop token or
-        # its limit.
-        is_stop = jnp.any(new_SL[..., None] == params.stop_tokens[:, None], axis=-1)
-        place = jnp.arange(new_SL.shape[1])
-        last_S = jnp.minimum(accepted_S, rows.counts_S - sampled.count_S - 1)
-        stop_S = jnp.min(
-            jnp.where(is_stop & (place <= last_S[:, None]), place, new_SL.shape[1]), axis=1
-        )
+        last_S, stop_S = _last_taken(rows, sampled, new_SL, accepted_S)
         last_S = jnp.where(live, jnp.minimum(last_S, stop_S), -1)
-        taken_S = last_S + 1
-        to = jnp.where(place < taken_S[:, None], sampled.count_S[:, None] + place, steps)
-        logprobs_SL = jax.vmap(model_logprobs, in_axes=(1, 1, None), out_axes=1)(
-            logits_SLV, new_SL, params.logprob_temperature
-        )
-        top = None
-        if with_top:
-            new_top = jax.vmap(top_logprobs, in_axes=(1, None), out_axes=1)(
-                logits_SLV, params.logprob_temperature
-            )
-            top = jax.tree.map(
-                lambda all_, new: all_.at[row, to].set(new, mode="drop"), sampled.top, new_top
-            )
-        sampled = Sampled(
-            tokens=sampled.tokens.at[row, to].set(new_SL, mode="drop"),
-            logprobs=sampled.logprobs.at[row, to].set(logprobs_SL, mode="drop"),
-            count_S=sampled.count_S + taken_S,
-            passes_S=sampled.passes_S + live,
-            accepted_S=sampled.accepted_S + jnp.where(live, jnp.minimum(accepted_S, taken_S), 0),
-            top=top,
-        )
+        taken_S, place = last_S + 1, jnp.arange(new_SL.shape[1])
+        sampled = _appended(
+            sampled, new_SL, logits_SLV, params.logprob_temperature, taken_S,
+            passes_S=live, accepted_S=jnp.where(live, jnp.minimum(accepted_S, taken_S), 0),
+        )  # fmt: skip
         if changes is not None:
             counts_SV = count_tokens(counts_SV, jnp.where(place < taken_S[:, None], new_SL, vocab))
         token_S = jnp.take_along_axis(new_SL, jnp.maximum(last_S, 0)[:, None], axis=1)[:, 0]
