@@ -111,23 +111,6 @@ def test_a_completion_is_answered_on_its_first_line():
     assert puzzles.completion_answer("") is None
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        (r"\boxed{42}", "42"),
-        (r"<think>\boxed{1}</think>So it is $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
-        (r"<think>perhaps \boxed{1}", None),
-        (r"<think>perhaps \boxed{1}</think>I do not know.", None),
-        (r"first \boxed{1}, no: \boxed{ 2 }", "2"),
-        (r"\boxed{1", None),
-        (r"\boxed{}", None),
-        ("42", None),
-    ],
-)
-def test_a_chat_is_answered_in_its_last_box(text, answer):
-    assert puzzles.chat_answer(text) == answer
-
-
 def test_prompts_show_solved_examples_and_end_where_the_answer_begins():
     example, puzzle = some("gcd", "train", 1)[0], some("gcd", "held_out", 1)[0]
     text = puzzles.completion_prompt(puzzle, [example])
