@@ -42,6 +42,11 @@ class SamplingSpec:
     step_seconds: float = 60.0  # that an environment may take to answer, then it ends as TIMEOUT
 
 
+def prompt_of(tokenizer: Tokenizer, task: Task, *, thinking: bool) -> list[int]:
+    """Token ids of a task's messages, up to where the model goes on."""
+    return chat_template.encode(tokenizer, task.messages, task.tools, thinking=thinking)
+
+
 @dataclasses.dataclass(eq=False)
 class _Episode:
     """One rollout under way. tokens and what is along them as in Rollout; experts: of the tokens
@@ -101,7 +106,8 @@ class RolloutWorker:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer):
         self.engine, self.tokenizer = engine, tokenizer
-        self.stop_tokens = tuple(map(tokenizer.special, chat_template.STOP_TOKENS))
+        self.stops = {tokenizer.special(name): name for name in chat_template.STOP_TOKENS}
+        self.stop_tokens = tuple(self.stops)
         self.seconds: collections.Counter = collections.Counter()
         self._running: dict[int, tuple[Request, _Episode]] = {}  # by the id of the request
         # What environments are asked, with what goes on when they answer, and until when they may.
@@ -122,9 +128,9 @@ class RolloutWorker:
         episodes = []
         for number, task in enumerate(tasks, first):
             seeds = np.random.SeedSequence([spec.seed, number]).generate_state(spec.group_size)
-            episodes += [_Episode(task, spec, int(seed), made_for(task)) for seed in seeds]
-        for episode in episodes:
-            self._begin(episode)
+            group = [_Episode(task, spec, int(seed), made_for(task)) for seed in seeds]
+            self._begin(task, group)
+            episodes += group
         left = len(episodes)
         while self._running or self._waiting:
             if not self.engine.idle:
@@ -169,11 +175,17 @@ class RolloutWorker:
             return RolloutStatus.FORMAT_ERROR, None
         return RolloutStatus.COMPLETED, message
 
-    def _begin(self, episode: _Episode):
-        if episode.environment is None:
-            self._started(episode, Start(episode.task.messages, episode.task.tools))
-        else:
-            self._ask(episode, self._started, episode.environment.reset, episode.task, episode.seed)
+    def _begin(self, task: Task, group: Sequence[_Episode]):
+        prompt = None
+        for episode in group:
+            if episode.environment is not None:
+                reset = episode.environment.reset
+                self._ask(episode, self._started, reset, task, episode.seed)
+                continue
+            prompt = prompt or prompt_of(self.tokenizer, task, thinking=episode.spec.thinking)
+            episode.tools = task.tools
+            episode.give(prompt)
+            self._sample(episode)
 
     def _started(self, episode: _Episode, start: Start):
         episode.tools = tuple(start.tools)
@@ -215,8 +227,7 @@ class RolloutWorker:
         elif episode.turns >= episode.spec.max_turns:
             episode.status = RolloutStatus.MAX_TURNS
         else:
-            stop = chat_output.control_tokens(self.tokenizer)[episode.tokens[-1]]
-            thinking = episode.spec.thinking
+            stop, thinking = self.stops[episode.tokens[-1]], episode.spec.thinking
             episode.give(
                 chat_template.encode_reply(self.tokenizer, step.messages, stop, thinking=thinking)
             )
@@ -241,10 +252,15 @@ class RolloutWorker:
         for future, (episode, then, deadline) in list(self._waiting.items()):
             if future.done():
                 del self._waiting[future]
-                try:
-                    then(episode, future.result())
-                except Exception:  # an environment's own: it must end its episode alone
-                    logger.warning("task %r: its environment failed", episode.task.id, exc_info=1)
+                error = future.exception()
+                if error is None:
+                    try:
+                        then(episode, future.result())
+                    except Exception as found:  # in what it gave: it must end its episode alone
+                        error = found
+                if error is not None:
+                    name = episode.task.id
+                    logger.warning("task %r: its environment failed", name, exc_info=error)
                     episode.status = RolloutStatus.ENVIRONMENT_ERROR
             elif now > deadline:
                 del self._waiting[future]

@@ -7,9 +7,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from data import chat_template
 from glm_jax.envs import environment
-from glm_jax.envs.worker import RolloutWorker, SamplingSpec
+from glm_jax.envs.worker import RolloutWorker, SamplingSpec, prompt_of
 from glm_jax.infer.config import EngineConfig
 from glm_jax.infer.engine import Engine
 from glm_jax.loading import load
@@ -35,10 +34,7 @@ def open_worker(
     model, tokenizer = load(workdir)
     if tokenizer is None:
         raise ValueError(f"{workdir} has no tokenizer.json")
-    prompts = {
-        t.id: len(chat_template.encode(tokenizer, t.messages, t.tools, thinking=spec.thinking))
-        for t in tasks
-    }
+    prompts = {t.id: len(prompt_of(tokenizer, t, thinking=spec.thinking)) for t in tasks}
     longest = max(prompts, key=prompts.get)
     context = prompts[longest] + spec.max_new_tokens
     if context > model.config.max_length:

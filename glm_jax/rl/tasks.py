@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-from data import chat_template
 from data.tokenizer import Tokenizer
 from glm_jax.envs import environment
+from glm_jax.envs.worker import prompt_of
 from glm_jax.rewards.sources import TaskOrder, load_sources, with_wrong_answers
 from glm_jax.rl.config import RlConfig
 from glm_jax.rl.curriculum import read_difficulties, split_pools
@@ -29,7 +29,7 @@ class Tasks:
         longest = max(tokens for _, tokens in config.control.length_stages)
         thinking = config.tasks.thinking
         for task in [*self.train, *self.held_out]:
-            prompt = chat_template.encode(tokenizer, task.messages, task.tools, thinking=thinking)
+            prompt = prompt_of(tokenizer, task, thinking=thinking)
             if len(prompt) + longest > config.engine.context:
                 raise ValueError(
                     f"task {task.id!r}: its prompt of {len(prompt)} tokens and an output of"

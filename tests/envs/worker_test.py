@@ -82,6 +82,8 @@ class Talk:
         self.seen += 1
         if self.fails_in == "step":
             raise KeyError("lost")
+        if self.fails_in == "exit":
+            raise SystemExit(3)
         if self.slow:
             time.sleep(2.0)
         await asyncio.sleep(0.001)
@@ -161,7 +163,7 @@ def test_the_context_ends_an_episode_as_truncated(worker, monkeypatch):
     assert max(len(r.tokens) for g in groups for r in g.rollouts) <= 192 + 20
 
 
-@pytest.mark.parametrize("where", ["reset", "step"])
+@pytest.mark.parametrize("where", ["reset", "step", "exit"])
 def test_a_failing_environment_ends_its_own_episode(worker, monkeypatch, where):
     groups = worker.rollouts(tasks(monkeypatch, 2, turns=2, fails_in=where), SPEC, 0)
     assert RolloutStatus.ENVIRONMENT_ERROR in statuses(groups)
