@@ -32,18 +32,18 @@ class HeldOutBatches:
     """
 
     def __init__(
-        self, config: DataConfig, process_index: int, process_count: int, max_batches: int | None
+        self, config: DataConfig, data_rank: int, num_data_ranks: int, max_batches: int | None
     ):
         """max_batches: stop after so many, or None for all; documents lie in hash order, so a part
         is a fair sample.
 
-        Raises ValueError: a dataset missing or damaged, or a batch_size that the processes do not
+        Raises ValueError: a dataset missing or damaged, or a batch_size that the data ranks do not
         divide.
         """
-        if config.batch_size % process_count or not 0 <= process_index < process_count:
+        if config.batch_size % num_data_ranks or not 0 <= data_rank < num_data_ranks:
             raise ValueError(
-                f"process {process_index} of {process_count} with batch_size={config.batch_size}; "
-                "valid: a number of processes that divides the batch, and an index below it"
+                f"data rank {data_rank} of {num_data_ranks} with batch_size={config.batch_size}; "
+                "valid: a number of data ranks that divides the batch, and an index below it"
             )
         if max_batches is not None and max_batches < 1:
             raise ValueError(f"max_batches={max_batches}; valid: 1 or more, or None for all")
@@ -54,8 +54,8 @@ class HeldOutBatches:
             ShardSource(path, m, "held_out")
             for path, m in zip(config.paths, manifests, strict=True)
         ]
-        local = config.batch_size // process_count
-        self._local_rows = slice(process_index * local, (process_index + 1) * local)
+        local = config.batch_size // num_data_ranks
+        self._local_rows = slice(data_rank * local, (data_rank + 1) * local)
         self.num_documents = sum(manifest.held_out.num_documents for manifest in manifests)
         self.num_bytes = sum(manifest.held_out.num_bytes for manifest in manifests)
         # Two inputs more a document than it has tokens: [gMASK] and <sop>.
@@ -94,7 +94,7 @@ class HeldOutBatches:
 
 
 def held_out_batches(
-    config: DataConfig, process_index: int, process_count: int, max_batches: int | None
+    config: DataConfig, data_rank: int, num_data_ranks: int, max_batches: int | None
 ) -> HeldOutBatches:
     """The held-out pass of a training config; see HeldOutBatches."""
-    return HeldOutBatches(config, process_index, process_count, max_batches)
+    return HeldOutBatches(config, data_rank, num_data_ranks, max_batches)

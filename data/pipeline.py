@@ -120,22 +120,22 @@ class PackedBatches:
         stream: grain.MapDataset,
         identity: dict,
         tokenizer: Tokenizer,
-        process_index: int,
-        process_count: int,
+        data_rank: int,
+        num_data_ranks: int,
     ):
         """config: batch_size, sequence_length, packing, num_packing_bins, virtual_shards, seed,
         epochs as in DataConfig.
 
         stream: documents as dicts of aligned [n] arrays, `tokens`, `targets` and what `assemble`
         takes of the others. identity: plain JSON, all that decides the stream besides these.
-        process_index, process_count: which part of the rows, of how many; processes whose devices
+        data_rank, num_data_ranks: which part of the rows, of how many; processes whose devices
         hold the same rows have the same part. Raises ValueError for shards that do not divide.
         """
-        check_processes(config, process_index, process_count)
+        check_data_ranks(config, data_rank, num_data_ranks)
         self._config, self._identity = config, identity
         self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
-        owned = config.virtual_shards // process_count
-        self.shard_indices = tuple(range(process_index * owned, (process_index + 1) * owned))
+        owned = config.virtual_shards // num_data_ranks
+        self.shard_indices = tuple(range(data_rank * owned, (data_rank + 1) * owned))
         rounds = config.batch_size // config.virtual_shards
         self.row_indices = np.asarray(
             [i * config.virtual_shards + s for i in range(rounds) for s in self.shard_indices]
@@ -210,33 +210,33 @@ class PackedBatches:
         return json.loads(json.dumps({"version": _STATE_VERSION, **self._identity, **stream}))
 
 
-def check_processes(config, process_index: int, process_count: int) -> None:
-    """Raises ValueError where the processes do not divide the virtual shards, or cannot all end at
+def check_data_ranks(config, data_rank: int, num_data_ranks: int) -> None:
+    """Raises ValueError where the data ranks do not divide the virtual shards, or cannot all end at
     the same step.
     """
-    if config.virtual_shards % process_count or not 0 <= process_index < process_count:
+    if config.virtual_shards % num_data_ranks or not 0 <= data_rank < num_data_ranks:
         raise ValueError(
-            f"process {process_index} of {process_count} with"
-            f" virtual_shards={config.virtual_shards}; valid: a number of processes that divides"
+            f"data rank {data_rank} of {num_data_ranks} with"
+            f" virtual_shards={config.virtual_shards}; valid: a number of data ranks that divides"
             " the shards, and an index below it"
         )
-    if config.epochs and process_count > 1:
+    if config.epochs and num_data_ranks > 1:
         # Shards run dry at different steps: one process would stop while the others wait for it in
         # a collective.
         raise ValueError(
-            f"epochs={config.epochs} on {process_count} processes; valid: 0 (endless), and a number"
-            " of steps"
+            f"epochs={config.epochs} on {num_data_ranks} data ranks; valid: 0 (endless), and a"
+            " number of steps"
         )
 
 
 class BatchIterator(PackedBatches):
     """The rows of pre-training: documents of token shards. manifests: those of config.paths."""
 
-    def __init__(self, config: DataConfig, process_index: int, process_count: int):
+    def __init__(self, config: DataConfig, data_rank: int, num_data_ranks: int):
         """Opens the datasets. Raises ValueError: a dataset missing or damaged, too small, or shards
         that do not divide.
         """
-        check_processes(config, process_index, process_count)
+        check_data_ranks(config, data_rank, num_data_ranks)
         self.manifests = tuple(
             load_manifest(path, config.verify_checksums) for path in config.paths
         )
@@ -249,7 +249,7 @@ class BatchIterator(PackedBatches):
         names = ("fim_rate", "fim_psm_fraction", "fim_level", "weights")
         identity = {"datasets": digests, **{name: getattr(config, name) for name in names}}
         stream = _document_stream(config, self.manifests, tokenizer)
-        super().__init__(config, stream, identity, tokenizer, process_index, process_count)
+        super().__init__(config, stream, identity, tokenizer, data_rank, num_data_ranks)
 
 
 def merge_states(states: Sequence[dict]) -> dict:

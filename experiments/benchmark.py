@@ -60,8 +60,7 @@ def measure(run, side: str) -> dict:
     }
 
 
-def main(argv: list[str]):
-    del argv
+def main():
     run = entry.run_config(CONFIG.value)
     if SIDE.value != "all":
         print(json.dumps(measure(run, SIDE.value)))

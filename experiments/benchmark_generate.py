@@ -70,8 +70,7 @@ def race(sides: dict[str, Callable[[], None]], tokens: int) -> dict[str, float]:
     return {name: tokens / statistics.median(values) for name, values in seconds.items()}
 
 
-def main(argv: list[str]):
-    del argv
+def main():
     run = entry.run_config(CONFIG.value)
     for count in (REQUESTS.value, 1):
         work = workload(run.model.vocab_size, REQUESTS.value)

@@ -104,9 +104,7 @@ def conversations(
     ]
 
 
-def main(argv: list[str]):
-    if len(argv) > 1:
-        raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
+def main():
     lots = np.random.default_rng(SEED.value)
     found = [
         c

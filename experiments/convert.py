@@ -146,9 +146,7 @@ def to_hf(
     return hf.main_type(state, hf.export_types(state, dtype))
 
 
-def main(argv: list[str]):
-    if len(argv) > 1:
-        raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
+def main():
     if (FROM_HF.value is None) == (TO_HF.value is None):
         raise ValueError("give one of --from_hf=DIR and --to_hf=DIR, with --workdir=W")
     workdir = pathlib.Path(WORKDIR.value)

@@ -62,8 +62,7 @@ def figure(records: list[dict], path: pathlib.Path):
     fig.savefig(path, dpi=120)
 
 
-def main(argv: list[str]):
-    del argv
+def main():
     if RL.value:
         reasoning_report.report_rl(pathlib.Path(RL.value))
         return

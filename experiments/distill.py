@@ -29,27 +29,11 @@ import pathlib
 from absl import flags
 
 from experiments import entry
-from glm_jax.envs.worker import SamplingSpec
 from glm_jax.sft import distillation
 from glm_jax.sft.rejection import RejectionConfig
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The work directory of the run that answers.")
-TASKS = flags.DEFINE_list(
-    "tasks",
-    None,
-    "The sources of tasks as in config.tasks.train: puzzle:GENERATOR:COUNT or task files.",
-)
-OUTPUT = flags.DEFINE_string("output", None, "The JSONL file of conversations to write.")
+SAMPLING = entry.SamplingFlags.define()
 SAMPLES = flags.DEFINE_integer("samples", 8, "The number of rollouts of every task.", lower_bound=1)
-MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", 64, "The maximum number of tokens of an output.", lower_bound=1
-)
-TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "The sampling temperature.", lower_bound=0.0)
-THINKING = flags.DEFINE_bool("thinking", True, "Asks the model to reason.")
-NUM_ROWS = flags.DEFINE_integer(
-    "num_rows", 64, "The number of rollouts that the engine samples at a time.", lower_bound=1
-)
-SEED = flags.DEFINE_integer("seed", 0, "Seeds everything that is sampled.", lower_bound=0)
 MIN_TOKENS = flags.DEFINE_integer(
     "min_tokens", 1, "Drops outputs with fewer tokens.", lower_bound=1
 )
@@ -68,22 +52,18 @@ EASY_RESPONSES = flags.DEFINE_integer(
 )
 
 
-def main(argv: list[str]):
-    if len(argv) > 1:
-        raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
-    spec = SamplingSpec(
-        SAMPLES.value, MAX_NEW_TOKENS.value, TEMPERATURE.value, SEED.value, THINKING.value
-    )
+def main():
     config = RejectionConfig(
         min_tokens=MIN_TOKENS.value, min_reward=MIN_REWARD.value, drop_shortest=DROP_SHORTEST.value,
         hard_pass_rate=HARD_PASS_RATE.value,
         hard_responses=HARD_RESPONSES.value, easy_responses=EASY_RESPONSES.value,
         min_preference=0.0,  # of no effect: every task has a verifier
     )  # fmt: skip
-    output = pathlib.Path(OUTPUT.value)
+    output = pathlib.Path(SAMPLING.output.value)
     counts = distillation.distill(
-        WORKDIR.value, TASKS.value, output, spec, NUM_ROWS.value, config, progress=True
-    )
+        SAMPLING.workdir.value, SAMPLING.tasks.value, output, SAMPLING.spec(SAMPLES.value),
+        SAMPLING.num_rows.value, config, progress=True,
+    )  # fmt: skip
     print(distillation.table(counts))
     print(f"{counts['kept']} conversations in {output}")
 

@@ -7,15 +7,16 @@ import logging as python_logging
 import pathlib
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from data.pipeline import DataConfig
 from glm_jax.config import ModelConfig, check_choice, from_mapping
 from glm_jax.devices import choose_platforms, describe, keep_compiled_programs
+from glm_jax.envs.worker import SamplingSpec
 from glm_jax.infer.config import EngineConfig
 from glm_jax.optim.optimizer import OptimizerConfig
 from glm_jax.optim.schedules import ScheduleConfig
@@ -28,7 +29,7 @@ from glm_jax.rl.config import (
     TasksConfig,
 )
 from glm_jax.sft.conversations import ConversationConfig
-from glm_jax.sharding import MeshConfig
+from glm_jax.sharding import MeshConfig, one_process
 from glm_jax.train.loop import LoopConfig, RunConfig
 from glm_jax.train.start import StartConfig
 
@@ -140,6 +141,98 @@ class Processes:
             jax.distributed.initialize(*given)
 
 
+@dataclasses.dataclass(frozen=True)
+class RunFlags:
+    """The flags of a training run: of experiments.train, sft and rl."""
+
+    config: flags.FlagHolder
+    workdir: flags.FlagHolder
+    progress: flags.FlagHolder
+    processes: Processes
+
+    @classmethod
+    def define(cls) -> RunFlags:
+        """Defines the flags as those of the calling module, so that its --help shows them."""
+        return cls(
+            config_flags.DEFINE_config_file(
+                "config",
+                None,
+                "The config of the run: a file of configs/. Override any key with"
+                " --config.a.b=value.",
+            ),
+            flags.DEFINE_string(
+                "workdir",
+                None,
+                "The folder of the run, for config, checkpoints, metrics, samples and log.",
+            ),
+            flags.DEFINE_bool("progress", True, "Shows a progress bar."),
+            Processes.define(),
+        )
+
+    def begin(self, *, alone: str = "") -> pathlib.Path:
+        """Joins the other processes and opens the log of the work directory, which it gives.
+        alone: name of what cannot run in several processes; raises ValueError where there are.
+        """
+        self.processes.start()
+        if alone:
+            one_process(alone)
+        workdir = pathlib.Path(self.workdir.value)
+        log_to(workdir)
+        return workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingFlags:
+    """The flags of what samples rollouts with a finished run: of experiments.difficulty and
+    distill.
+    """
+
+    workdir: flags.FlagHolder
+    tasks: flags.FlagHolder
+    output: flags.FlagHolder
+    num_rows: flags.FlagHolder
+    max_new_tokens: flags.FlagHolder
+    temperature: flags.FlagHolder
+    thinking: flags.FlagHolder
+    seed: flags.FlagHolder
+
+    @classmethod
+    def define(cls) -> SamplingFlags:
+        """Defines the flags as those of the calling module, so that its --help shows them."""
+        return cls(
+            flags.DEFINE_string("workdir", None, "The work directory of the run that answers."),
+            flags.DEFINE_list(
+                "tasks",
+                None,
+                "The sources of tasks as in config.tasks.train: puzzle:GENERATOR:COUNT or task"
+                " files.",
+            ),
+            flags.DEFINE_string("output", None, "The JSONL file to write."),
+            flags.DEFINE_integer(
+                "num_rows",
+                64,
+                "The number of rollouts that the engine samples at a time.",
+                lower_bound=1,
+            ),
+            flags.DEFINE_integer(
+                "max_new_tokens", 64, "The maximum number of tokens of an output.", lower_bound=1
+            ),
+            flags.DEFINE_float("temperature", 1.0, "The sampling temperature.", lower_bound=0.0),
+            flags.DEFINE_bool("thinking", True, "Asks the model to reason."),
+            flags.DEFINE_integer("seed", 0, "Seeds everything that is sampled.", lower_bound=0),
+        )
+
+    def spec(self, group_size: int) -> SamplingSpec:
+        """group_size: rollouts of a task."""
+        return SamplingSpec(
+            group_size,
+            self.max_new_tokens.value,
+            self.temperature.value,
+            self.seed.value,
+            self.thinking.value,
+        )
+
+
 def log_to(workdir: pathlib.Path):
     """Everything that is logged goes to the run's log.txt, too (of further processes,
     log_process_<index>.txt). Says, there and on the terminal, which devices compute.
@@ -158,9 +251,9 @@ def log_to(workdir: pathlib.Path):
     print(f"devices: {devices}", file=sys.stderr)
 
 
-def run(main: Callable[[list[str]], None]):
-    """app.run, with expected failures as one line on stderr and exit code 1. The terminal gets our
-    warnings, log.txt everything.
+def run(main: Callable[[], None]):
+    """app.run, with expected failures as one line on stderr and exit code 1; an argument that is
+    no flag is one. The terminal gets our warnings, log.txt everything.
     """
     terminal = logging.get_absl_handler()
     terminal.setLevel("WARNING")
@@ -192,9 +285,11 @@ def log_background_errors():
     )
 
 
-def guarded(main, argv):
+def guarded(main: Callable[[], None], argv: Sequence[str]):
     try:
-        main(argv)
+        if len(argv) > 1:
+            raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
+        main()
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)

@@ -101,9 +101,7 @@ CHAT = flags.DEFINE_bool(
 THINKING = flags.DEFINE_bool("thinking", True, "In a chat, lets the model reason first.")
 
 
-def main(argv: list[str]):
-    if len(argv) > 1:
-        raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
+def main():
     settings = Settings(
         limit=LIMIT.value, context=CONTEXT.value, num_rows=NUM_ROWS.value,
         batch_tokens=BATCH_TOKENS.value,

@@ -38,9 +38,7 @@ TOP_P = flags.DEFINE_float(
 SEED = flags.DEFINE_integer("seed", 0, "Seeds sampling; the same seed gives the same text.")
 
 
-def main(argv: list[str]):
-    if len(argv) > 1:
-        raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
+def main():
     model, tokenizer = load(WORKDIR.value)
     if tokenizer is None:
         raise ValueError(f"{WORKDIR.value} has no tokenizer.json")

@@ -157,8 +157,7 @@ def drafts(model: GLM, prompts: list[list[int]]):
                 )
 
 
-def main(argv: list[str]):
-    del argv
+def main():
     workdir = pathlib.Path(WORKDIR.value)
     prompts = held_out_prompts(workdir)
     model, _ = load(workdir)

@@ -76,9 +76,7 @@ def measure(config: ConfigDict, group_size: int, length: int) -> dict[str, float
     return {phase: float(np.median([seconds[phase] for seconds in found])) for phase in PHASES}
 
 
-def main(argv: list[str]):
-    if len(argv) > 1:
-        raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
+def main():
     sizes = [size.split("x") for size in SIZES.value]
     if not all(
         len(size) == 2 and all(n.isdecimal() and int(n) > 1 for n in size) for size in sizes

@@ -38,9 +38,7 @@ ADD = Task(
 )
 
 
-def main(argv: list[str]):
-    if len(argv) > 1:
-        raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
+def main():
     verifier = CodeVerifier(workers=WORKERS.value)
     tasks, solutions = human_eval_tasks(), reference_solutions()
     verifier.check([ADD, *tasks])

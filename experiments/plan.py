@@ -66,8 +66,7 @@ HTML = flags.DEFINE_string(
 )
 
 
-def main(argv: list[str]):
-    del argv
+def main():
     # the program is for the pod, never for what this machine has
     jax.config.update("jax_platforms", "cpu")
     run = entry.run_config(CONFIG.value)

@@ -6,37 +6,23 @@ python -m experiments.rl --config=configs/rl_math_tiny.py --workdir=W --config.s
 
 from __future__ import annotations
 
-import pathlib
-
 from absl import flags
-from ml_collections import config_flags
 
 from experiments import entry
 from glm_jax.rl import loop
-from glm_jax.sharding import one_process
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "The config of the run: a file of configs/. Override any key with --config.a.b=value.",
-)
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The folder of the run, for config, checkpoints, metrics, rollouts and log."
-)
-PROGRESS = flags.DEFINE_bool("progress", True, "Shows a progress bar.")
-PROCESSES = entry.Processes.define()
+RUN = entry.RunFlags.define()
 
 
-def main(argv: list[str]):
-    if len(argv) > 1:
-        raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
-    PROCESSES.start()
-    one_process("experiments.rl")
-    config, start = entry.rl_config(CONFIG.value)
-    workdir = pathlib.Path(WORKDIR.value)
-    entry.log_to(workdir)
+def main():
+    config, start = entry.rl_config(RUN.config.value)
+    workdir = RUN.begin(alone="experiments.rl")
     steps = loop.train(
-        config, start, workdir, config_json=CONFIG.value.to_json(indent=2), progress=PROGRESS.value
+        config,
+        start,
+        workdir,
+        config_json=RUN.config.value.to_json(indent=2),
+        progress=RUN.progress.value,
     )
     print(f"{steps} steps done; metrics, rollouts and checkpoints are in {workdir}")
 

@@ -147,9 +147,7 @@ def allow_many_connections():
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
 
 
-def main(argv: list[str]):
-    if len(argv) > 1:
-        raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
+def main():
     # What can be wrong is looked at before a large model is loaded.
     key, bound = read_key(API_KEY_FILE.value), bound_socket(HOST.value, PORT.value)
     service_config = ServiceConfig(QUEUE_LIMIT.value, REQUEST_SECONDS.value)

@@ -52,9 +52,7 @@ RESULTS_ONLY = flags.DEFINE_bool(
 )
 
 
-def main(argv: list[str]):
-    if len(argv) > 1:
-        raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
+def main():
     if RESULTS_ONLY.value and INDEX.value is not None:
         raise ValueError("--results_only takes no --index")
     workdir = pathlib.Path(WORKDIR.value)

@@ -61,21 +61,40 @@ def commands(text):
     return re.findall(r"-m (experiments|pallas_kernels)\.(\w+)([^\n`|]*)", joined)
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
-def test_every_command_of_a_page_exists(path):
+def flags_of(source):
+    """Names of the flags that a command's source defines, in groups of experiments/entry.py too."""
+    shared = ast.parse((ROOT / "experiments" / "entry.py").read_text("utf-8")).body
+    groups = {node.name: ast.unparse(node) for node in shared if isinstance(node, ast.ClassDef)}
+    for group in re.findall(r"(?:entry\.)?(\w+)\.define\(\)", source):
+        yield from flags_of(groups[group].replace(f"{group}.define()", ""))
+    yield from re.findall(r"""DEFINE_\w+\(\s*['"](\w+)['"]""", source)
+    yield from re.findall(r'add_argument\(\s*"--(\w+)"', source)
+
+
+def texts():
+    """(name, text) of the pages, the Makefile, and the docstrings of commands and configs."""
+    for path in [*PAGES, ROOT / "Makefile"]:
+        yield name_of(path), path.read_text("utf-8")
+    for folder in ("configs", "experiments"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            yield name_of(path), ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+
+
+TEXTS = dict(texts())
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_command_named_exists(name):
+    text = TEXTS[name]
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    targets = re.findall(r"(?:`|^ *)make ([a-z-]+)", path.read_text("utf-8"), re.MULTILINE)
+    targets = re.findall(r"(?:`|^ *|\$ )make ([a-z-]+)", text, re.MULTILINE)
     broken = [f"no target {t}" for t in targets if not re.search(f"^{t}:", makefile, re.MULTILINE)]
-    for package, module, arguments in commands(path.read_text("utf-8")):
+    for package, module, arguments in commands(text):
         file = ROOT / package / f"{module}.py"
         if not file.is_file():
             broken.append(f"there is no {package}.{module}")
             continue
-        source = file.read_text("utf-8")
-        if "entry.Processes.define()" in source:
-            source += (ROOT / "experiments" / "entry.py").read_text("utf-8")
-        flags = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)) | {"help"}
-        flags |= set(re.findall(r'add_argument\(\s*"--(\w+)"', source))
+        flags = {"help", *flags_of(file.read_text("utf-8"))}
         for flag, key in re.findall(r"(?<![\w-])--(\w+)((?:\.\w+)*)", arguments.split(" #")[0]):
             if flag not in flags and flag.removeprefix("no") not in flags:
                 broken.append(f"{package}.{module} has no --{flag}")

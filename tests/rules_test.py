@@ -29,6 +29,7 @@ ARROWS = {
     "glm_jax.torus": (),
     "glm_jax.sharding": ("glm_jax.config", "glm_jax.torus"),
     "glm_jax.devices": (),
+    "glm_jax.files": (),
     "glm_jax.model": ("glm_jax.config", "glm_jax.sharding", "pallas_kernels"),
     "glm_jax.losses": ("glm_jax.config", "glm_jax.sharding", "pallas_kernels"),
     "glm_jax.optim": ("glm_jax.config", "glm_jax.sharding", "pallas_kernels"),
@@ -43,25 +44,25 @@ ARROWS = {
         "data", "glm_jax.sandbox", "glm_jax.rollouts", "glm_jax.rewards",
         "glm_jax.infer",  # the worker runs episodes on an engine
     ),
-    "glm_jax.run": ("data",),
+    "glm_jax.run": ("data", "glm_jax.files"),
     "glm_jax.train": (
         "data", "glm_jax.config", "glm_jax.sharding", "glm_jax.model", "glm_jax.losses",
-        "glm_jax.optim", "glm_jax.run",
+        "glm_jax.files", "glm_jax.optim", "glm_jax.run",
         "glm_jax.infer.engine", "glm_jax.infer.sampling",  # samples during training
     ),
     "glm_jax.evaluation": (
         "data", "glm_jax.config", "glm_jax.sharding", "glm_jax.model", "glm_jax.losses",
         "glm_jax.infer", "glm_jax.envs", "glm_jax.rollouts", "glm_jax.rewards", "glm_jax.run",
-        "glm_jax.train", "glm_jax.loading",
+        "glm_jax.train", "glm_jax.loading", "glm_jax.files",
     ),
     "glm_jax.sft": (
-        "data", "glm_jax.config", "glm_jax.train", "glm_jax.rollouts",
+        "data", "glm_jax.files", "glm_jax.config", "glm_jax.train", "glm_jax.rollouts",
         "glm_jax.envs", "glm_jax.evaluation",  # distillation samples with a finished run
     ),
     "glm_jax.rl": (
         "data", "glm_jax.config", "glm_jax.sharding", "glm_jax.model", "glm_jax.losses",
         "glm_jax.optim", "glm_jax.infer", "glm_jax.envs", "glm_jax.rollouts", "glm_jax.rewards",
-        "glm_jax.run", "glm_jax.train",
+        "glm_jax.run", "glm_jax.train", "glm_jax.files",
     ),
     "glm_jax.plan": (
         "glm_jax.config", "glm_jax.torus", "glm_jax.sharding", "glm_jax.model", "glm_jax.optim",
@@ -521,36 +522,6 @@ def test_requirements_are_what_is_imported():
 
 
 # --- what the README and the docstrings promise ---
-
-
-def documents():
-    """(name, text) of README, Makefile and every docstring that gives commands."""
-    for name in ("README.md", "Makefile"):
-        yield name, (ROOT / name).read_text("utf-8")
-    for path in source_files(("configs", "experiments")):
-        yield name_of(path), ast.get_docstring(tree_of(path)) or ""
-
-
-def test_every_command_named_exists():
-    broken = []
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
-    for name, text in documents():
-        for module, arguments in re.findall(
-            r"python3? -m experiments\.(\w+)((?:[^\n`]|\\\n)*)", text
-        ):
-            path = ROOT / "experiments" / f"{module}.py"
-            if not path.is_file():
-                broken.append(f"{name}: there is no experiments/{module}.py")
-                continue
-            flags = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', path.read_text("utf-8"))) | {"help"}
-            broken += [
-                f"{name}: experiments.{module} has no --{f}"
-                for f in re.findall(r"--(\w+)", arguments)
-                if f not in flags
-            ]
-        wanted = re.findall(r"(?:`|^\s*|\$ )make ([a-z-]+)", text, re.MULTILINE)
-        broken += [f"{name}: no make target {target}" for target in wanted if target not in targets]
-    fail_on(broken)
 
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]

@@ -7,6 +7,7 @@ import os
 import pathlib
 
 from glm_jax.evaluation.subject import Subject
+from glm_jax.files import write_text
 from glm_jax.rewards import puzzles
 from glm_jax.run.checkpoints import newest_step, read_config
 
@@ -39,11 +40,8 @@ def find_output(
 
 def write_results(output: pathlib.Path, subject: Subject, results: dict[str, dict]):
     """The file appears, or changes, as a whole."""
-    temporary = output.with_name(f".{output.name}.partial")
-    temporary.write_text(
-        json.dumps({"model": subject.identity, "results": results}, indent=2) + "\n"
-    )
-    temporary.replace(output)
+    entries = {"model": subject.identity, "results": results}
+    write_text(output, json.dumps(entries, indent=2) + "\n")
 
 
 def table(results: dict[str, dict]) -> str:

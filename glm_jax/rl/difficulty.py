@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
 from glm_jax.envs.worker import RolloutWorker, SamplingSpec
+from glm_jax.files import write_json_lines
 from glm_jax.rl.curriculum import Difficulty
 from glm_jax.rollouts.task import Task
 
@@ -42,11 +42,5 @@ def measure(
 
 def write_difficulties(path: pathlib.Path, found: Mapping[str, Difficulty]):
     """A file that curriculum.read_difficulties reads; it appears as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(
-        "".join(
-            json.dumps({"id": name, **dataclasses.asdict(d)}) + "\n" for name, d in found.items()
-        )
-    )
-    temporary.replace(path)
+    lines = ({"id": name, **dataclasses.asdict(d)} for name, d in found.items())
+    write_json_lines(path, lines)

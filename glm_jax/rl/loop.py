@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import json
 import logging
 import pathlib
 import time
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
+from glm_jax.files import write_json_lines
 from glm_jax.infer.engine import Engine
 from glm_jax.rl import measures
 from glm_jax.rl.config import RlConfig
@@ -24,7 +24,6 @@ from glm_jax.rl.learner import Learner
 from glm_jax.rl.source import InProcess, RolloutSource
 from glm_jax.rl.tasks import Tasks
 from glm_jax.rollouts.rollout import Group
-from glm_jax.run.recorder import naming
 from glm_jax.run.workdir import WorkDir
 from glm_jax.sharding import make_mesh, named, one_process
 from glm_jax.train.loop import RESUME_CHANGEABLE
@@ -205,15 +204,8 @@ class Run:
 
     def save_rollouts(self, folder_name: str, groups: Sequence[Group]):
         """<folder_name>/<steps done>.jsonl: every rollout of the groups, as text."""
-        folder = self.folder.path / folder_name
-        folder.mkdir(exist_ok=True)
-        lines = measures.readable(groups, self.tokenizer)
-        file = folder / f"{self.step:07d}.jsonl"
-        with naming(file):
-            file.with_suffix(".tmp").write_text(
-                "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8"
-            )
-            file.with_suffix(".tmp").replace(file)
+        file = self.folder.path / folder_name / f"{self.step:07d}.jsonl"
+        write_json_lines(file, measures.readable(groups, self.tokenizer))
 
     def get_state(self) -> tuple[dict, dict]:
         buffered, arrays = self.collector.buffer.get_state()

@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from glm_jax.files import naming, write_text
+
 
 class NonFinite(FloatingPointError):
     """A step whose loss, gradients, update or new weights are not finite; the message names it and
@@ -60,15 +62,6 @@ def check_finite(
     raise NonFinite(f"{found} at step {step}; {where}; {kept}")
 
 
-@contextlib.contextmanager
-def naming(path: pathlib.Path):
-    """An OSError that says which file could not be written: a full disk's own does not."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
-
-
 class Recorder:
     """Writes metrics.jsonl (one object a step) and TensorBoard events; on resume drops what lies
     past the restored step.
@@ -84,9 +77,7 @@ class Recorder:
         if not self.path.exists():
             return
         kept = [line for line in self.path.read_text().splitlines() if _step_of(line) < first_step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(self.path)
+        write_text(self.path, "".join(line + "\n" for line in kept))
 
     def write(self, record: dict):
         """record: `step` and scalars or lists of numbers; each list entry becomes a TensorBoard

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from data.tokenizer import Tokenizer
+from glm_jax.files import write_text
 from glm_jax.run.checkpoints import Checkpoints, finished_steps
 from glm_jax.run.recorder import Recorder, check_finite
 
@@ -49,14 +50,11 @@ class WorkDir:
         return Checkpoints(self.path, keep=self._keep, merge=self._merge)
 
     def begin(self, tokenizer: Tokenizer):
-        """Writes config.json, all of it or nothing, and tokenizer.json; the first process does."""
+        """Writes config.json, and tokenizer.json; the first process does."""
         if not self.is_main:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.path / "config.tmp"
-        temporary.write_text(self.config_json)
-        temporary.replace(self.path / "config.json")
-        (self.path / "tokenizer.json").write_text(tokenizer.to_json())
+        write_text(self.path / "config.json", self.config_json)
+        write_text(self.path / "tokenizer.json", tokenizer.to_json())
 
     def start(self, first: int):
         """From here on steps are recorded, the first of them `first`, and signals stop the run."""

@@ -21,6 +21,7 @@ from data.chat_template import encode_for_training
 from data.pipeline import READ_OPTIONS, PackedBatches, assemble
 from data.tokenizer import Tokenizer
 from glm_jax.config import check_types
+from glm_jax.files import write_json_lines
 from glm_jax.train.loop import Source
 
 logger = logging.getLogger(__name__)
@@ -108,12 +109,7 @@ def read_conversations(path: str | pathlib.Path) -> Iterator[tuple[str, dict]]:
 
 def write_conversations(path: pathlib.Path, conversations: Sequence[Mapping]):
     """A file that read_conversations reads; it appears as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(
-        "".join(json.dumps(c, ensure_ascii=False) + "\n" for c in conversations), "utf-8"
-    )
-    temporary.replace(path)
+    write_json_lines(path, conversations)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +186,7 @@ def _share(digest: bytes) -> float:
 class ConversationBatches(PackedBatches):
     """The rows of training, as PackedBatches gives them."""
 
-    def __init__(self, config: ConversationConfig, process_index: int, process_count: int):
+    def __init__(self, config: ConversationConfig, data_rank: int, num_data_ranks: int):
         """Raises ValueError for files that cannot be read, or fewer conversations than virtual
         shards.
         """
@@ -211,7 +207,7 @@ class ConversationBatches(PackedBatches):
             "thinking_share": config.thinking_share,
             "held_out": config.held_out_fraction,
         }
-        super().__init__(config, stream, identity, tokenizer, process_index, process_count)
+        super().__init__(config, stream, identity, tokenizer, data_rank, num_data_ranks)
 
 
 class HeldOutConversations:
@@ -222,8 +218,8 @@ class HeldOutConversations:
     def __init__(
         self,
         config: ConversationConfig,
-        process_index: int,
-        process_count: int,
+        data_rank: int,
+        num_data_ranks: int,
         max_batches: int | None,
     ):
         self.tokenizer = Tokenizer.load(config.tokenizer)
@@ -233,8 +229,8 @@ class HeldOutConversations:
                 f"data.held_out_fraction={config.held_out_fraction} holds out none of the"
                 " conversations"
             )
-        local = config.batch_size // process_count
-        self._local_rows = slice(process_index * local, (process_index + 1) * local)
+        local = config.batch_size // num_data_ranks
+        self._local_rows = slice(data_rank * local, (data_rank + 1) * local)
         rows = sum(1 for _ in self._rows())
         self._num_batches = min(-(-rows // config.batch_size), max_batches or rows)
 

@@ -17,10 +17,10 @@ from data.held_out import held_out_batches
 from data.pipeline import BatchIterator, DataConfig, merge_states
 from data.tokenizer import Tokenizer
 from glm_jax.config import ModelConfig, check_types
+from glm_jax.files import write_text
 from glm_jax.optim.optimizer import OptimizerConfig
 from glm_jax.optim.schedules import Schedule, ScheduleConfig, ScheduleValues
 from glm_jax.run.checkpoints import Checkpoints
-from glm_jax.run.recorder import naming
 from glm_jax.run.workdir import WorkDir
 from glm_jax.sharding import MeshConfig, data_rank, make_mesh, named, one_process
 from glm_jax.train.evaluation import Evaluator, Sampler
@@ -334,8 +334,5 @@ class _Run:
         text = self.sampler(state)
         if not self.folder.is_main:
             return
-        folder = self.folder.path / "samples"
-        with naming(file := folder / f"{step:07d}.txt"):
-            folder.mkdir(exist_ok=True)
-            file.write_text(text)
+        write_text(self.folder.path / "samples" / f"{step:07d}.txt", text)
         self.folder.record_text(step, "samples", text)

@@ -73,7 +73,7 @@ def test_no_held_out_file_is_in_training(data_config, dataset, texts):
 
 
 def test_errors(data_config):
-    with pytest.raises(ValueError, match="process 0 of 3 with batch_size=8"):
+    with pytest.raises(ValueError, match="data rank 0 of 3 with batch_size=8"):
         held_out_batches(data_config, 0, 3, None)
     with pytest.raises(ValueError, match="max_batches=0"):
         held_out_batches(data_config, 0, 1, 0)

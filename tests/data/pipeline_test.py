@@ -368,9 +368,9 @@ def test_start_up_errors(data_config, documents):
             1,
         )
     for index, count in ((0, 3), (2, 2), (-1, 2)):
-        with pytest.raises(ValueError, match=f"process {index} of {count}.*virtual_shards=4"):
+        with pytest.raises(ValueError, match=f"data rank {index} of {count}.*virtual_shards=4"):
             BatchIterator(data_config, index, count)
-    with pytest.raises(ValueError, match="epochs=1 on 2 processes"):
+    with pytest.raises(ValueError, match="epochs=1 on 2 data ranks"):
         BatchIterator(dataclasses.replace(data_config, epochs=1), 0, 2)
 
 
