@@ -19,7 +19,7 @@ import tempfile
 
 import jax
 
-from pallas_kernels import compiler
+from pallas_kernels import compiler, tuning
 from pallas_kernels.report import KERNELS
 
 CLOSE = 1.005
@@ -70,8 +70,9 @@ def main():
             parser.error(str(error))
         for kernel in [args.kernel] if args.kernel else KERNELS:
             module = importlib.import_module(KERNELS[kernel])
-            path = module.FOLDER / "tuning.json"
-            table = json.loads(path.read_text())
+            if not module.PASSES:
+                continue  # has no blocks to choose
+            table = tuning.table(module.FOLDER)
             for shape_name, shape in module.SHAPES.items():
                 for pass_ in module.PASSES:
                     time, _, blocks = best(module, shape, pass_, args.topology, folder)
@@ -79,7 +80,8 @@ def main():
                     print(
                         f"{kernel}, {shape_name}, {pass_}: {blocks}, {time:,.0f} cycles", flush=True
                     )
-            path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+            text = json.dumps(table, indent=1, sort_keys=True) + "\n"
+            (module.FOLDER / "tuning.json").write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,11 @@ SIMULATED_VMEM = 2**26
 
 @functools.cache
 def table(folder: pathlib.Path) -> dict[str, dict[str, dict]]:
-    """Kind of device -> key of a shape -> blocks, as `python -m pallas_kernels.tune` wrote them."""
-    return json.loads((folder / "tuning.json").read_text())
+    """Kind of device -> key of a shape -> blocks, as `python -m pallas_kernels.tune` wrote them;
+    empty where it was never run.
+    """
+    path = folder / "tuning.json"
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
 
 
 def lookup(folder: pathlib.Path, kind: str | None, key: str) -> dict | None:

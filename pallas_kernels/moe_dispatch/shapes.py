@@ -5,7 +5,6 @@ multiplied here, so there is nothing to tune by the schedule of a product: SHAPE
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +13,6 @@ from pallas_kernels.grouped_matmul import costs
 from pallas_kernels.grouped_matmul.rows import row_shape
 from pallas_kernels.grouped_matmul.shapes import blocks_for as product_blocks
 
-FOLDER = pathlib.Path(__file__).parent
 SHAPES, PASSES = {}, ()
 BUFFER_BYTES = 8 << 20  # of the rows in flight, twice
 LAYERS = {"355B": (5120, 1536), "Air": (4096, 1408)}  # model and feed-forward width
