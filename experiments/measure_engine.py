@@ -75,34 +75,19 @@ def held_out_prompts(workdir: pathlib.Path) -> list[list[int]]:
 
 def engine(model: GLM, rows: int, **settings) -> Engine:
     context, page_size = PROMPT_TOKENS.value + NEW_TOKENS.value + 1, 16
-    sizes = {
-        "context": context,
-        "num_rows": rows,
-        "page_size": page_size,
-        "num_pages": rows * -(-(context + 8) // page_size),
-    }
-    defaults = {
-        "draft_tokens": 0,
-        "weights": "compute",
-        "cache_dtype": "compute",
-        "keep_experts": False,
-    }
-    return Engine(
-        model,
-        EngineConfig(
-            **sizes,
-            prefill_chunk=64,
-            min_rows=1,
-            min_chunk=1,
-            decode_steps=16,
-            **(defaults | settings),
-        ),
-    )
+    plain = dict(draft_tokens=0, weights="compute", cache_dtype="compute", keep_experts=False)
+    config = EngineConfig(
+        context=context, num_rows=rows, page_size=page_size,
+        num_pages=rows * -(-(context + 8) // page_size),
+        prefill_chunk=64, min_rows=1, min_chunk=1, decode_steps=16, **(plain | settings),
+    )  # fmt: skip
+    return Engine(model, config)
 
 
 def sampling(temperature: float) -> list[SamplingParams]:
+    length = NEW_TOKENS.value
     return [
-        SamplingParams(max_new_tokens=NEW_TOKENS.value, temperature=temperature, seed=i)
+        SamplingParams(max_new_tokens=length, temperature=temperature, seed=i)
         for i in range(PROMPTS.value)
     ]
 
@@ -133,28 +118,29 @@ def drafts(model: GLM, prompts: list[list[int]]):
         for temperature in (0.0, 1.0):
             plain = None
             for count in range(DRAFTS.value + 1 if model.mtp is not None else 1):
-                ours, chosen = engine(model, rows, draft_tokens=count), slice(0, max(rows, 4))
-                times = []
-                for _ in range(4):  # the first compiles
-                    for pool in ours.pools:
-                        pool.forget_all()
-                    start = time.perf_counter()
-                    requests = ours.generate(prompts[chosen], sampling(temperature)[chosen])
-                    times.append(time.perf_counter() - start)
-                tokens, passes = (
-                    sum(values)
-                    for values in zip(
-                        *((len(r.tokens) - 1, r.passes) for r in requests), strict=True
-                    )
-                )
-                speed = tokens / min(times)
+                per_pass, accepted, speed = timed(model, prompts, rows, temperature, count)
                 plain = plain or speed
-                accepted = sum(r.accepted for r in requests) / max(passes * count, 1)
                 print(
-                    f"{rows:5}{temperature:13}{count:8}{tokens / passes:13.2f}{accepted:10.1%}"
+                    f"{rows:5}{temperature:13}{count:8}{per_pass:13.2f}{accepted:10.1%}"
                     f"{speed:10,.0f}{speed / plain:10.2f}",
                     flush=True,
                 )
+
+
+def timed(
+    model: GLM, prompts: list[list[int]], rows: int, temperature: float, count: int
+) -> tuple[float, float, float]:
+    """With `count` drafts: tokens a pass, share of the drafts that is accepted, tokens a second."""
+    ours, chosen, times = engine(model, rows, draft_tokens=count), slice(0, max(rows, 4)), []
+    for _ in range(4):  # the first compiles
+        for pool in ours.pools:
+            pool.forget_all()
+        start = time.perf_counter()
+        requests = ours.generate(prompts[chosen], sampling(temperature)[chosen])
+        times.append(time.perf_counter() - start)
+    tokens, passes = sum(len(r.tokens) - 1 for r in requests), sum(r.passes for r in requests)
+    accepted = sum(r.accepted for r in requests) / max(passes * count, 1)
+    return tokens / passes, accepted, tokens / min(times)
 
 
 def main():
