@@ -34,8 +34,9 @@ benchmark: $(VENV)/installed-dev  ## training and generation beside transformers
 	$(VENV)/bin/python -m experiments.benchmark --config=configs/bench.py
 	$(VENV)/bin/python -m experiments.benchmark_generate --config=configs/bench.py --config.model.scan_layers=False
 
-lint: $(VENV)/installed-dev  ## style
+lint: $(VENV)/installed-dev  ## style and types
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
 
 setup: $(VENV)/installed-dev $(ACCELERATOR:%=$(VENV)/installed-%)  ## everything that tests and development need; ACCELERATOR=tpu or gpu
 

@@ -116,11 +116,12 @@ def arguments_of(function: Mapping, where: str) -> Mapping:
             arguments = from_json(arguments)
         except ValueError as error:
             raise TemplateError(field, f"is not JSON: {error}") from None
-    for key, value in as_object(arguments, field).items():
+    checked = as_object(arguments, field)
+    for key, value in checked.items():
         _text(key, f"{field}, name of an argument")
         if isinstance(value, str):
             _text(value, f"{field}.{key}")
-    return arguments
+    return checked
 
 
 def to_json(value, field: str) -> str:

@@ -108,7 +108,7 @@ def message_of(pieces: Sequence[tuple[str, bool]], tools: Sequence[Mapping] | No
     reader = OutputReader(tools, strict=True)
     deltas = [delta for piece in pieces for delta in reader.feed(*piece)] + reader.finish()
     joined = {
-        f: "".join(d.value for d in deltas if d.field == f)
+        f: "".join(str(d.value) for d in deltas if d.field == f)
         for f in ("reasoning_content", "content")
     }
     calls = [d.value for d in deltas if d.field == "tool_calls"]
@@ -275,7 +275,7 @@ def _value(text: str, types: set[str] | None, where: str):
         if string_will_do:
             return text
         raise MalformedOutput(
-            where, f"{text!r} is no JSON of type {' or '.join(sorted(types))}: {error}"
+            where, f"{text!r} is no JSON of type {' or '.join(sorted(types or ()))}: {error}"
         ) from None
     # Strings are written raw: one in quotes is a string that has quotes.
     fits = types is None or not string_will_do or json_schema.type_of(value) & types

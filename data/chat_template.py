@@ -123,7 +123,8 @@ def encode_to_continue(
     if opened:  # a client that sends back the raw output of a model that was still reasoning
         content, reasoning = "", content.lstrip().removeprefix("<think>")
     text = content.rpartition("</think>")[2] if reasoning is None else content
-    field = "content" if text.strip() else "reasoning_content" if (reasoning or "").strip() else ""
+    reasoned = (reasoning or "").lstrip()
+    field = "content" if text.strip() else "reasoning_content" if reasoned else ""
     if field == "content":
         parts.append(_plain(text[len(text.rstrip()) :], "assistant"))
     else:
@@ -132,7 +133,7 @@ def encode_to_continue(
         )
         parts = parts[:turn] + _generation_prompt(thinking or bool(field))
         if field:
-            parts += [*_own("\n<think>", "assistant"), _plain(reasoning.lstrip(), "assistant")]
+            parts += [*_own("\n<think>", "assistant"), _plain(reasoned, "assistant")]
     return list(itertools.chain.from_iterable(_ids(tokenizer, _joined(parts)))), field
 
 

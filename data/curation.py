@@ -140,7 +140,7 @@ def _read_corpus(config: CurateConfig) -> tuple[list[Document], dict[str, int]]:
     for document in SOURCES[config.source](config):
         if not document.content:
             skipped["empty"] += 1
-        elif document.text() is None:
+        elif not document.is_text():
             skipped["undecodable"] += 1
         else:
             documents.append(document)

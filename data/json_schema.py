@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 MAX_DEPTH = 64  # a deeper schema says nothing about types
 
@@ -15,7 +15,8 @@ def argument(root: Mapping, key: str) -> dict:
     """The schema of an argument: all that the parameters' schema, what it refers to and its `allOf`
     say about it.
     """
-    found, todo, seen = [], [root], []
+    found, seen = [], []
+    todo: list = [root]
     while todo:
         schema = todo.pop()
         if not isinstance(schema, Mapping) or any(schema is one for one in seen):
@@ -72,7 +73,7 @@ def _types(
         names = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
         demands.append({name for name in names if isinstance(name, str)} or None)
     if isinstance(schema.get("enum"), list):
-        demands.append(set().union(*map(type_of, schema["enum"])) or None)
+        demands.append(_either([type_of(one) for one in schema["enum"]]))
     if "const" in schema:
         demands.append(type_of(schema["const"]))
     if isinstance(schema.get("$ref"), str):
@@ -85,10 +86,19 @@ def _types(
         demands += [_types(one, root, known, depth + 1) for one in schema["allOf"]]
     for key in ("anyOf", "oneOf"):
         if isinstance(schema.get(key), list):
-            several = [_types(one, root, known, depth + 1) for one in schema[key]]
-            demands.append(None if None in several else set().union(*several) or None)
+            demands.append(_either([_types(one, root, known, depth + 1) for one in schema[key]]))
     demands = [demand for demand in demands if demand is not None]
     return functools.reduce(_both, demands) or None if demands else None
+
+
+def _either(several: Sequence[set[str] | None]) -> set[str] | None:
+    """The types in any of the sets; None, any type, where one of them is None or all are empty."""
+    found = set()
+    for one in several:
+        if one is None:
+            return None
+        found |= one
+    return found or None
 
 
 def _both(one: set[str], other: set[str]) -> set[str]:

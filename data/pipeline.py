@@ -377,7 +377,10 @@ def _rearrange_in_epoch(config: DataConfig, tokenizer: Tokenizer, num_documents:
 def _packed(stream: grain.MapDataset, config, shard: int) -> grain.IterDataset:
     """The rows of one virtual shard: every V-th document of the stream, packed."""
     documents = stream[shard :: config.virtual_shards].to_iter_dataset(READ_OPTIONS)
-    lengths = dict.fromkeys(stream[0], config.sequence_length)
+    first = stream[0]
+    assert first is not None, "no document is filtered out"
+    length: int = config.sequence_length
+    lengths = dict.fromkeys(first, length)
     if config.packing == "concat_then_split":
         return grain_experimental.ConcatThenSplitIterDataset(documents, length_struct=lengths)
     pieces = grain_experimental.FlatMapIterDataset(documents, _CutToLength(config.sequence_length))

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 
 import grain
 import numpy as np
-from array_record.python import array_record_module
+from array_record.python import (
+    array_record_module,  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without stubs
+)
 
 from data.manifest import Manifest, Shard, describe_file
 
@@ -81,7 +83,7 @@ def write_shard(
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _WholeFile:
     """A shard as grain's reader asks for it; with the number of records known, it opens no file
     before the first read.
@@ -106,10 +108,11 @@ class ShardSource:
             for shard in manifest.split(split).shards
         ]
         self._records = grain.sources.ArrayRecordDataSource(files)
+        self._num_documents = sum(file.take for file in files)
         self._dtype = token_dtype(manifest.vocab_size)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return self._num_documents
 
     def __getitem__(self, index: int) -> TokenizedDocument:
         return from_record(self._records[index], self._dtype)

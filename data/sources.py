@@ -26,12 +26,17 @@ class Document:
     content: bytes
     is_code: bool
 
-    def text(self) -> str | None:
-        """The content as text, line ends kept, or None where it is not UTF-8."""
+    def is_text(self) -> bool:
+        """Whether the content is UTF-8."""
         try:
-            return self.content.decode("utf-8")
+            self.text()
         except UnicodeDecodeError:
-            return None
+            return False
+        return True
+
+    def text(self) -> str:
+        """The content as text, line ends kept. Raises UnicodeDecodeError where it is not UTF-8."""
+        return self.content.decode("utf-8")
 
 
 def stdlib_documents() -> Iterator[Document]:

@@ -63,7 +63,9 @@ class Tokenizer:
         """backend: a byte-level BPE whose added tokens hold all of SPECIAL_TOKENS. Raises
         ValueError naming those it lacks.
         """
-        missing = [name for name in SPECIAL_TOKENS if backend.token_to_id(name) is None]
+        ids = ((name, backend.token_to_id(name)) for name in SPECIAL_TOKENS)
+        self._special = {name: index for name, index in ids if index is not None}
+        missing = [name for name in SPECIAL_TOKENS if name not in self._special]
         if missing:
             raise ValueError(
                 f"the tokenizer lacks the special tokens {missing}; needed are"
@@ -136,7 +138,7 @@ class Tokenizer:
         """The id of a special token, or ValueError with the valid names."""
         if name not in SPECIAL_TOKENS:
             raise ValueError(f"{name!r} is no special token; valid: {list(SPECIAL_TOKENS)}")
-        return self._backend.token_to_id(name)
+        return self._special[name]
 
     @functools.cached_property
     def vocab_size(self) -> int:

@@ -45,7 +45,7 @@ def measure(run, side: str) -> dict:
     first = one()
     started = time.perf_counter() - start
     one()
-    seconds = []
+    seconds, last = [], first
     for _ in range(STEPS.value):
         start = time.perf_counter()
         last = one()

@@ -148,7 +148,7 @@ def their_generation(run, work: Workload, size: int):
     def answer():
         with torch.no_grad():
             for tokens, mask, new_tokens in batches:
-                model.generate(
+                model.generate(  # pyright: ignore[reportAttributeAccessIssue]  # its own protocol
                     tokens,
                     attention_mask=mask,
                     do_sample=False,

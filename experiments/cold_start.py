@@ -57,7 +57,10 @@ def and_herself(question: str) -> str:
     """She is the sister, or friend, whom her own count leaves out: '4 sisters' becomes '4 sisters
     and herself: 4 + 1 = 5'.
     """
-    count, who = re.search(r"(\d+) (sisters|female friends)", question).groups()
+    found = re.search(r"(\d+) (sisters|female friends)", question)
+    if found is None:
+        raise ValueError(f"{question!r} counts neither sisters nor female friends")
+    count, who = found.groups()
     return f"{count} {who} and herself: {count} + 1 = {int(count) + 1}"
 
 
@@ -111,7 +114,7 @@ def main():
         for g in GENERATORS.value
         for c in conversations(g, COUNT.value, WORKED_SHARE.value, FIRST.value, lots)
     ]
-    write_conversations(pathlib.Path(OUTPUT.value), found)
+    write_conversations(pathlib.Path(entry.given(OUTPUT)), found)
     print(f"{len(found)} conversations in {OUTPUT.value}")
 
 

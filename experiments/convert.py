@@ -149,7 +149,7 @@ def to_hf(
 def main():
     if (FROM_HF.value is None) == (TO_HF.value is None):
         raise ValueError("give one of --from_hf=DIR and --to_hf=DIR, with --workdir=W")
-    workdir = pathlib.Path(WORKDIR.value)
+    workdir = pathlib.Path(entry.given(WORKDIR))
     if FROM_HF.value is not None:
         from_hf(
             pathlib.Path(FROM_HF.value),
@@ -158,7 +158,7 @@ def main():
         )
         print(f"{workdir}: checkpoint 0 with the weights of {FROM_HF.value}")
     else:
-        target, shard_bytes = pathlib.Path(TO_HF.value), int(SHARD_GB.value * 1e9)
+        target, shard_bytes = pathlib.Path(entry.given(TO_HF)), int(SHARD_GB.value * 1e9)
         written = to_hf(
             workdir, target, step=STEP.value, dtype=DTYPE.value, max_shard_bytes=shard_bytes
         )

@@ -36,15 +36,17 @@ def _parse_flags(argv: list[str]) -> list[str]:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    output = _OUTPUT.value
+    assert output is not None, "a required flag"
     start = time.monotonic()
     try:
         manifest = curate(
-            CurateConfig(**_CONFIG.value.to_dict()), _OUTPUT.value, progress=sys.stderr.isatty()
+            CurateConfig(**_CONFIG.value.to_dict()), output, progress=sys.stderr.isatty()
         )
     except (ValueError, OSError) as error:
         sys.exit(f"curate: {error}")
     print(
-        f"{_OUTPUT.value}: vocabulary {manifest.vocab_size:,}, skipped {manifest.skipped},"
+        f"{output}: vocabulary {manifest.vocab_size:,}, skipped {manifest.skipped},"
         f" {time.monotonic() - start:.1f} s"
     )
     for name in ("train", "held_out"):

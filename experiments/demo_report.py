@@ -44,7 +44,7 @@ def figure(records: list[dict], path: pathlib.Path):
     left.set(xlabel="million tokens", ylabel="nats a token", title="Loss")
     left.legend(frameon=False)
     if "max_violation" in records[0]:
-        violation = np.asarray([r["max_violation"] for r in records])
+        violation = np.stack([r["max_violation"] for r in records])
         for router in range(violation.shape[1]):
             name = (
                 "MTP"
@@ -66,7 +66,7 @@ def main():
     if RL.value:
         reasoning_report.report_rl(pathlib.Path(RL.value))
         return
-    workdir = pathlib.Path(WORKDIR.value)
+    workdir = pathlib.Path(entry.given(WORKDIR))
     records = read_metrics(workdir)
     evaluated = [r for r in records if "held_out_bits_per_byte" in r]
     if not evaluated:

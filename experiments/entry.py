@@ -8,6 +8,7 @@ import pathlib
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import jax
 from absl import app, flags, logging
@@ -46,6 +47,7 @@ PRETRAINING = {
 
 flags.disclaim_key_flags()  # what is defined here is the caller's, so that its --help shows it
 logger = python_logging.getLogger(__name__)
+_Value = TypeVar("_Value")
 BACKGROUND = "background"  # logger of what other libraries' threads raise
 # Loggers whose warnings the terminal shows; those of other libraries go to log.txt.
 ON_TERMINAL = ("glm_jax", "data", "pallas_kernels", "experiments", "root", "jax", "uvicorn")
@@ -251,6 +253,13 @@ def log_to(workdir: pathlib.Path):
     print(f"devices: {devices}", file=sys.stderr)
 
 
+def given(flag: flags.FlagHolder[_Value | None]) -> _Value:
+    """The value of a flag that is marked as required. Raises ValueError where it was not given."""
+    if flag.value is None:
+        raise ValueError(f"--{flag.name} is required")
+    return flag.value
+
+
 def run(main: Callable[[], None]):
     """app.run, with expected failures as one line on stderr and exit code 1; an argument that is
     no flag is one. The terminal gets our warnings, log.txt everything.
@@ -279,10 +288,8 @@ def log_background_errors():
             log.error("in a background thread", exc_info=(kind, error, trace))
 
     sys.excepthook = on_exception
-    threading.excepthook = lambda args: log.error("in a background thread", exc_info=args[:3])
-    sys.unraisablehook = lambda args: log.error(
-        "%s", args.err_msg, exc_info=(args.exc_type, args.exc_value, args.exc_traceback)
-    )
+    threading.excepthook = lambda args: log.error("in a background thread", exc_info=args.exc_value)
+    sys.unraisablehook = lambda args: log.error("%s", args.err_msg, exc_info=args.exc_value)
 
 
 def guarded(main: Callable[[], None], argv: Sequence[str]):

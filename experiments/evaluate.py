@@ -109,9 +109,9 @@ def main():
         temperature=TEMPERATURE.value, seed=SEED.value,
         num_examples=EXAMPLES.value, chat=CHAT.value, thinking=THINKING.value,
     )  # fmt: skip
-    path = pathlib.Path(WORKDIR.value)
+    path = pathlib.Path(entry.given(WORKDIR))
     tokenizer = read_tokenizer(path)
-    prepared = tasks.prepare(TASKS.value, path, DATA.value, tokenizer, settings)
+    prepared = tasks.prepare(entry.given(TASKS), path, DATA.value, tokenizer, settings)
     output, known = results.find_output(path, STEP.value, OUTPUT.value)
     subject = open_subject(path, STEP.value, tokenizer, settings)
     found = tasks.run(prepared, subject, output, known)

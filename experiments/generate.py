@@ -39,10 +39,10 @@ SEED = flags.DEFINE_integer("seed", 0, "Seeds sampling; the same seed gives the 
 
 
 def main():
-    model, tokenizer = load(WORKDIR.value)
+    model, tokenizer = load(entry.given(WORKDIR))
     if tokenizer is None:
         raise ValueError(f"{WORKDIR.value} has no tokenizer.json")
-    prompt = PROMPT.value.replace("\\n", "\n")
+    prompt = entry.given(PROMPT).replace("\\n", "\n")
     if SUFFIX.value is None:
         suffix, ids = "", [*tokenizer.start_ids, *tokenizer.encode(prompt)]
     else:

@@ -131,7 +131,8 @@ def timed(
     model: GLM, prompts: list[list[int]], rows: int, temperature: float, count: int
 ) -> tuple[float, float, float]:
     """With `count` drafts: tokens a pass, share of the drafts that is accepted, tokens a second."""
-    ours, chosen, times = engine(model, rows, draft_tokens=count), slice(0, max(rows, 4)), []
+    ours, chosen = engine(model, rows, draft_tokens=count), slice(0, max(rows, 4))
+    times, requests = [], []
     for _ in range(4):  # the first compiles
         for pool in ours.pools:
             pool.forget_all()
@@ -144,7 +145,7 @@ def timed(
 
 
 def main():
-    workdir = pathlib.Path(WORKDIR.value)
+    workdir = pathlib.Path(entry.given(WORKDIR))
     prompts = held_out_prompts(workdir)
     model, _ = load(workdir)
     formats(model, prompts)

@@ -36,6 +36,7 @@ SECTION = flags.DEFINE_enum(
 
 def main(argv: list[str]):
     del argv
+    assert OUTPUT.value is not None, "a required flag"
     output = pathlib.Path(OUTPUT.value)
     if SECTION.value:
         sections.run_here(SECTION.value, output, REHEARSE.value)

@@ -22,6 +22,7 @@ from experiments import entry
 from glm_jax.envs.worker import SamplingSpec
 from glm_jax.rewards import verifiers
 from glm_jax.rl import loop
+from glm_jax.rl.source import InProcess
 from glm_jax.rollouts.task import Reward
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The work directory of the run to start from.")
@@ -55,19 +56,23 @@ def step(run: loop.Run, spec: SamplingSpec, number: int) -> dict[str, float]:
 
 def measure(config: ConfigDict, group_size: int, length: int) -> dict[str, float]:
     """Median seconds of each phase."""
-    config.start.workdir = WORKDIR.value
-    context = config.engine.context + length
-    config.engine.update(
-        context=context, num_pages=config.engine.num_rows * -(-context // config.engine.page_size)
+    engine = entry.rl_config(config)[0].engine
+    context = engine.context + length
+    pages = engine.num_rows * -(-context // engine.page_size)
+    config.update(
+        start={"workdir": entry.given(WORKDIR)},
+        engine={"context": context, "num_pages": pages},
+        grpo={"row_length": 2 * -(-context // 16) * 16},
+        rollout={"group_size": group_size},
+        control={"length_stages": ((0, length),)},
     )
-    config.grpo.row_length = 2 * -(-context // 16) * 16
-    config.rollout.group_size, config.control.length_stages = group_size, ((0, length),)
     rl, start = entry.rl_config(config)
     spec = SamplingSpec(group_size, length, 1.0, rl.loop.seed, rl.tasks.thinking)
     with tempfile.TemporaryDirectory() as folder:
         run = loop.open_run(
             rl, start, pathlib.Path(folder), config_json=config.to_json(), progress=False
         )
+        assert isinstance(run.source, InProcess)
         run.source.worker.stop_tokens = ()
         found = [step(run, spec, i * rl.rollout.prompts_per_step) for i in range(STEPS.value + 1)][
             1:

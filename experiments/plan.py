@@ -71,13 +71,12 @@ def main():
     jax.config.update("jax_platforms", "cpu")
     run = entry.run_config(CONFIG.value)
     model = run.model
-    rows = NUM_ROWS.value or len(tpu_devices(TOPOLOGY.value))
+    topology = entry.given(TOPOLOGY)
+    rows = NUM_ROWS.value or len(tpu_devices(topology))
     more = {}
     if MODE.value == "train":
         balance, length = run.schedule.balance_weight, run.data.sequence_length
-        plan, program = plan_train(
-            model, run.optimizer, balance, run.mesh, TOPOLOGY.value, rows, length
-        )
+        plan, program = plan_train(model, run.optimizer, balance, run.mesh, topology, rows, length)
     else:
         engine = EngineConfig(
             context=CONTEXT.value, num_rows=rows, page_size=PAGE_SIZE.value,
@@ -87,7 +86,7 @@ def main():
             draft_tokens=DRAFT_TOKENS.value,
             weights=WEIGHTS.value, cache_dtype=CACHE_DTYPE.value, keep_experts=False,
         )  # fmt: skip
-        plan, program, more = plan_engine(model, engine, run.mesh, TOPOLOGY.value, MODE.value)
+        plan, program, more = plan_engine(model, engine, run.mesh, topology, MODE.value)
     result = dataclasses.asdict(plan) | more
     gib = {
         key: f"{value / 2**30:,.2f} GiB"

@@ -82,11 +82,8 @@ def rl_figure(records: list[dict], evaluated: list[Evaluation], path: pathlib.Pa
         (True, "  of these, answers with reasoning", "^"),
         (False, "  of these, answers without", "v"),
     ):
-        points = [
-            (e.steps, e.solved_where(reasoned))
-            for e in evaluated
-            if e.solved_where(reasoned) is not None
-        ]
+        solved = [(e.steps, e.solved_where(reasoned)) for e in evaluated]
+        points = [(step, share) for step, share in solved if share is not None]
         left.plot(
             *np.reshape(points, (-1, 2)).T,
             marker,

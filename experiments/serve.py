@@ -151,7 +151,7 @@ def main():
     # What can be wrong is looked at before a large model is loaded.
     key, bound = read_key(API_KEY_FILE.value), bound_socket(HOST.value, PORT.value)
     service_config = ServiceConfig(QUEUE_LIMIT.value, REQUEST_SECONDS.value)
-    model, tokenizer = load(WORKDIR.value)
+    model, tokenizer = load(entry.given(WORKDIR))
     if tokenizer is None:
         raise ValueError(f"{WORKDIR.value} has no tokenizer.json")
     sizes = engine_config(model.config.max_length)

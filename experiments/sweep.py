@@ -55,8 +55,8 @@ RESULTS_ONLY = flags.DEFINE_bool(
 def main():
     if RESULTS_ONLY.value and INDEX.value is not None:
         raise ValueError("--results_only takes no --index")
-    workdir = pathlib.Path(WORKDIR.value)
-    sweep = runner.load_sweep(SWEEP.value)
+    workdir = pathlib.Path(entry.given(WORKDIR))
+    sweep = runner.load_sweep(entry.given(SWEEP))
     runs = runner.prepare(sweep, workdir, places())
     failed = []
     if not RESULTS_ONLY.value:
@@ -76,7 +76,7 @@ def main():
 
 def places() -> dict[str, object]:
     """Of --data and --set."""
-    found = {} if DATA.value is None else {"data.paths": (DATA.value,)}
+    found: dict[str, object] = {} if DATA.value is None else {"data.paths": (DATA.value,)}
     for setting in SET.value:
         key, equals, value = setting.partition("=")
         if not equals:

@@ -155,7 +155,7 @@ def num_steps(config: ConfigDict) -> int:
 
 def check_data(run: Run):
     """Raises ValueError where the dataset of a run of experiments.train is not there."""
-    for path in () if is_rl(run.config) else run.config.data.paths:
+    for path in () if is_rl(run.config) else run.config.to_dict()["data"]["paths"]:
         load_manifest(path, verify_checksums=False)
 
 
@@ -202,12 +202,12 @@ def execute(run: Run, progress: bool) -> tuple[int, bool]:
 
 def keys_of(config: ConfigDict) -> list[str]:
     """Dotted names of all values."""
-    return [f"{section}.{key}" for section, values in config.items() for key in values]
+    return [f"{section}.{key}" for section, keys in config.to_dict().items() for key in keys]
 
 
 def value_of(config: ConfigDict, key: str):
     section, name = key.split(".")
-    return config[section][name]
+    return config.to_dict()[section][name]
 
 
 def override(config: ConfigDict, key: str, value, where: str):
@@ -216,18 +216,18 @@ def override(config: ConfigDict, key: str, value, where: str):
     """
     section, _, name = key.partition(".")
     check_choice(f"{where}: config section", section, list(config))
-    check_choice(f"{where}: config.{section} key", name, list(config[section]))
+    check_choice(f"{where}: config.{section} key", name, list(config.to_dict()[section]))
     try:
-        config[section][name] = value
+        config.update({section: {name: value}})
     except TypeError as error:
         raise ValueError(f"{where}: {key}={value!r}: {error}") from error
 
 
 def _import(path: str, kind: str):
     file = pathlib.Path(path)
-    if file.suffix != ".py" or not file.is_file():
-        raise ValueError(f"{kind} {path!r} is no Python file")
     spec = importlib.util.spec_from_file_location(f"{kind}_{file.stem}", file)
+    if file.suffix != ".py" or not file.is_file() or spec is None or spec.loader is None:
+        raise ValueError(f"{kind} {path!r} is no Python file")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

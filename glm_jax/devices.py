@@ -46,7 +46,7 @@ def choose_platforms():
     To be called before JAX's first use. Does nothing where JAX_PLATFORMS or jax_platforms says what
     to take.
     """
-    if not (jax.config.jax_platforms or has_tpu() or has_gpu()):
+    if not (jax.config.values["jax_platforms"] or has_tpu() or has_gpu()):
         jax.config.update("jax_platforms", "cpu")
 
 
@@ -54,7 +54,7 @@ def keep_compiled_programs():
     """Keeps compiled programs in COMPILED for the next start, where this host has an accelerator
     and nothing names another folder: a large model's step compiles for minutes.
     """
-    if jax.config.jax_compilation_cache_dir is None and (has_tpu() or has_gpu()):
+    if jax.config.values["jax_compilation_cache_dir"] is None and (has_tpu() or has_gpu()):
         jax.config.update("jax_compilation_cache_dir", str(COMPILED))
 
 

@@ -22,7 +22,7 @@ def _weighted(logprobs, weights):
     return -weights * logprobs
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6))
+@lambda function: jax.custom_vjp(function, nondiff_argnums=(0, 5, 6))
 def chunked_token_loss(token_loss, h_BLD, head_DV, targets_BL, inputs, chunk: int, observe: bool):
     """sum over positions of token_loss(log softmax(h head)[target], inputs), holding logits of
     `chunk` positions at a time.

@@ -22,6 +22,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from glm_jax import bubblewrap
 from glm_jax.bubblewrap import INSTALL, NOBODY, Limits
@@ -78,7 +79,9 @@ class Box:
     """
 
     def __init__(self, program: str, limits: Limits):
-        self.limits, self.status, self.exit_code = limits, None, None
+        self.limits = limits
+        self.status: Status | None = None
+        self.exit_code: int | None = None
         self._seconds_left, self._start_seconds_left = limits.wall_seconds, START_SECONDS
         self._stdout = bytearray()
         self._stderr = bytearray()
@@ -86,15 +89,18 @@ class Box:
         self._received = 0
         self._last_look = time.monotonic()
         self._process, self._pidfd = self._begin()
+        stdin, stdout, stderr = self._process.stdin, self._process.stdout, self._process.stderr
+        assert stdin is not None and stdout is not None and stderr is not None, "all are pipes"
+        self._stdin, self._stdout_pipe, self._stderr_pipe = stdin, stdout, stderr
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._pidfd, selectors.EVENT_READ, self._end)
         for stream, receive in (
-            (self._process.stdout, self._receive_stdout),
-            (self._process.stderr, self._receive_stderr),
+            (stdout, self._receive_stdout),
+            (stderr, self._receive_stderr),
         ):
             os.set_blocking(stream.fileno(), False)
             self._selector.register(stream, selectors.EVENT_READ, receive)
-        os.set_blocking(self._process.stdin.fileno(), False)
+        os.set_blocking(stdin.fileno(), False)
         data = program.encode("utf-8", "surrogatepass")
         self._unsent = bytearray()
         self.send(b"%016x" % len(data) + data)
@@ -108,7 +114,9 @@ class Box:
         try:
             os.write(write_end, rules)
             os.close(write_end)
-            identity = dict(user=NOBODY, group=NOBODY, extra_groups=[]) if os.geteuid() == 0 else {}
+            identity: dict[str, Any] = (
+                dict(user=NOBODY, group=NOBODY, extra_groups=[]) if os.geteuid() == 0 else {}
+            )
             process = subprocess.Popen(
                 bubblewrap.command(self.limits, read_end),
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -129,11 +137,9 @@ class Box:
         """Puts data on the program's stdin as far as it reads; the rest goes while we wait for its
         answer.
         """
-        if self.status is None and not self._process.stdin.closed:
+        if self.status is None and not self._stdin.closed:
             if not self._unsent:
-                self._selector.register(
-                    self._process.stdin, selectors.EVENT_WRITE, self._send_unsent
-                )
+                self._selector.register(self._stdin, selectors.EVENT_WRITE, self._send_unsent)
             self._unsent += data
             self._send_unsent()
 
@@ -151,8 +157,9 @@ class Box:
     def finish(self) -> Outcome:
         """Closes its stdin once all is sent, and waits for its end."""
         self._wait(lambda: not self._unsent)
-        self._process.stdin.close()
+        self._stdin.close()
         self._wait(lambda: False)
+        assert self.status is not None, "it has ended"
         stdout, stderr = (
             part[: self.limits.output_bytes].decode("utf-8", "replace")
             for part in (self._stdout, self._stderr)
@@ -170,11 +177,11 @@ class Box:
         if self.status is None:
             self._kill(Status.CLOSED)
         self._selector.close()
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+        for stream in (self._stdin, self._stdout_pipe, self._stderr_pipe):
             stream.close()
-        if self._pidfd is not None:
+        if self._pidfd >= 0:
             os.close(self._pidfd)
-            self._pidfd = None
+            self._pidfd = -1
 
     def _wait(self, done: Callable[[], bool]):
         """Lets bytes flow until done() or the program's end, and ends it where it goes over a
@@ -199,7 +206,7 @@ class Box:
                 self._start_seconds_left -= now - begun
 
     def _receive_stdout(self):
-        data = self._read(self._process.stdout)
+        data = self._read(self._stdout_pipe)
         if not self._started and data:
             self._started = data.startswith(STARTED)
             data = data[1:]
@@ -209,7 +216,7 @@ class Box:
             self._kill(Status.OUTPUT)
 
     def _receive_stderr(self):
-        self._stderr += self._read(self._process.stderr)
+        self._stderr += self._read(self._stderr_pipe)
         if len(self._stderr) > self.limits.output_bytes:
             self._kill(Status.OUTPUT)
 
@@ -221,13 +228,13 @@ class Box:
 
     def _send_unsent(self):
         try:
-            del self._unsent[: os.write(self._process.stdin.fileno(), self._unsent[:65536])]
+            del self._unsent[: os.write(self._stdin.fileno(), self._unsent[:65536])]
         except BlockingIOError:
             return
         except BrokenPipeError:
             self._unsent.clear()
         if not self._unsent:
-            self._selector.unregister(self._process.stdin)
+            self._selector.unregister(self._stdin)
 
     def _end(self):
         """It ended by itself: what it wrote is read, and its exit code gives the status."""
@@ -257,8 +264,8 @@ class Box:
         """Reads to the end of both streams, which is when the last process inside is dead."""
         deadline = time.monotonic() + START_SECONDS
         for stream, kept in (
-            (self._process.stdout, self._stdout),
-            (self._process.stderr, self._stderr),
+            (self._stdout_pipe, self._stdout),
+            (self._stderr_pipe, self._stderr),
         ):
             while stream in self._selector.get_map() and time.monotonic() < deadline:
                 try:

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from glm_jax.config import check_types
 from glm_jax.torus import arranged
 
+Array = jax.Array | np.ndarray  # the second on the host, until a step takes it
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 # an expert-parallel device holds its own rows of the batch, too
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -262,7 +263,7 @@ def constrain(x: jax.Array, *axes) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes))
 
 
-def by_device(function, in_axes, out_axes):
+def by_device(function: Callable, in_axes, out_axes) -> Callable:
     """The function with each device working on its own part, of arguments and results split by
     logical axes (None: whole), or trees of them.
 
@@ -319,7 +320,7 @@ def split_over(axis: str | None) -> tuple[str, ...]:
     return tuple(a for a in rules_in_use()[axis] if mesh.shape[a] > 1)
 
 
-def parts(axis: str | None, mesh: Mesh | None = None) -> int:
+def parts(axis: str | None, mesh: Mesh | jax.sharding.AbstractMesh | None = None) -> int:
     """Into how many parts a mesh (None: the current one) splits this logical axis."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     if mesh.empty or axis is None:

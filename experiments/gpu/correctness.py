@@ -43,7 +43,7 @@ BOUNDS = {
 
 
 def toy(compute_dtype: str, attention: str, grouped_matmul: str) -> ModelConfig:
-    fields = glm45.get_config().model.to_dict() | TOY
+    fields = glm45.get_config().to_dict()["model"] | TOY
     fields |= {
         "compute_dtype": compute_dtype,
         "attention": attention,
@@ -76,7 +76,7 @@ def numbers(config: ModelConfig, params, router, *, engine_attention: str) -> di
     greedy tokens and log-probabilities.
     """
     data = batch()
-    optimizer = glm45.get_config().optimizer.to_dict() | {"ns_dtype": "float32"}
+    optimizer = glm45.get_config().to_dict()["optimizer"] | {"ns_dtype": "float32"}
     spec = TrainSpec.create(config, from_mapping(OptimizerConfig, optimizer, "optimizer"))
     rate = jnp.float32(1e-2)
     scalars = StepScalars(jnp.int32(1), rate, jnp.float32(0.3), jnp.float32(1e-3))
@@ -136,7 +136,7 @@ def reference(section: Section):
     with jax.default_matmul_precision("highest"):
         found = numbers(config, params, router, engine_attention="reference")
     weights = {f"weights/{name}": np.asarray(x) for name, x in named((params, router)).items()}
-    np.savez(section.output / "reference.npz", **found, **weights)
+    np.savez(section.output / "reference.npz", allow_pickle=False, **found, **weights)
 
 
 def correctness(section: Section):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import importlib
 import subprocess
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +97,7 @@ def _attention(section: Section, name: str, length: int, packed: bool, sizes: tu
         return named_attention(q, k, v, segments, scale=size**-0.5, implementation=implementation)
 
     def both(q, k, v, dout, segments):
-        out, pull = jax.vjp(lambda *args: forward(*args, segments), q, k, v)
+        out, pull = jax.vjp(lambda q, k, v: forward(q, k, v, segments), q, k, v)
         return out, *pull(dout)
 
     def timed(function, work, *args):
@@ -168,7 +169,7 @@ def _grouped(section: Section, fields: dict, sizes: np.ndarray, x, w, dy):
             ]
         )
 
-    implementations = {"one product a group, sizes known": a_product_each}
+    implementations: dict[str, Callable] = {"one product a group, sizes known": a_product_each}
     for name in ("mosaic_gpu", "batched", "ragged_dot"):
         if name != "mosaic_gpu" or needs_gpu(section, "grouped product by Mosaic GPU"):
             implementations[name] = functools.partial(grouped_matmul, implementation=name)

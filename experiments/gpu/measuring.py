@@ -93,7 +93,7 @@ def seconds(program, *args, repeats: int = 5, calls: int = 1) -> float:
     jax.block_until_ready(program(*args))
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start, out = time.perf_counter(), None
         for _ in range(calls):
             out = program(*args)
         jax.block_until_ready(out)

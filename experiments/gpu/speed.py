@@ -26,7 +26,7 @@ DOCUMENT = 1024  # tokens of each of a packed row's documents
 
 
 def model_config(section: Section, **changes) -> ModelConfig:
-    fields = gpu_1b.get_config().model.to_dict() | changes
+    fields = gpu_1b.get_config().to_dict()["model"] | changes
     if section.rehearse:
         fields |= TOY | {"compute_dtype": "float32", "attention": "xla", "num_mtp_layers": 0}
     return from_mapping(ModelConfig, fields, "model")
@@ -44,13 +44,11 @@ def training_alternatives(section: Section):
 
 def _train(section: Section, changes: dict[str, str]):
     config = model_config(section, **changes)
-    given = gpu_1b.get_config()
-    rows, length = (
-        (2, 64) if section.rehearse else (given.data.batch_size, given.data.sequence_length)
-    )
-    spec = TrainSpec.create(
-        config, from_mapping(OptimizerConfig, given.optimizer.to_dict(), "optimizer")
-    )
+    given = gpu_1b.get_config().to_dict()
+    rows, length = given["data"]["batch_size"], given["data"]["sequence_length"]
+    if section.rehearse:
+        rows, length = 2, 64
+    spec = TrainSpec.create(config, from_mapping(OptimizerConfig, given["optimizer"], "optimizer"))
     mesh = make_mesh(MeshConfig(1, 1, 1, 1, 1), jax.devices()[:1])
     start = time.perf_counter()
     state = spec.create_state(mesh, 0)

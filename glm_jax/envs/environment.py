@@ -38,9 +38,11 @@ class Environment(Protocol):
 
     def reset(self, task: Task, seed: int) -> Start | Awaitable[Start]:
         """seed: of the rollout; all that is random in the environment comes from it."""
+        ...
 
     def step(self, message: Mapping) -> Step | Awaitable[Step]:
         """message: the assistant's, as data.chat_output.parse gives it."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from glm_jax.infer.engine import Engine
 from glm_jax.infer.request import Request
 from glm_jax.infer.sampling import SamplingParams
 from glm_jax.rewards import verifiers
-from glm_jax.rollouts.rollout import Group, Rollout, RolloutStatus
+from glm_jax.rollouts.rollout import ALONG_TOKENS, Group, Rollout, RolloutStatus
 from glm_jax.rollouts.task import Reward, Task
 
 logger = logging.getLogger(__name__)
@@ -92,9 +92,10 @@ class _Episode:
         self.reward = Reward(self.reward.value + reward.value, dict(parts))
 
     def rollout(self) -> Rollout:
+        assert self.status is not None, "it has ended"
+        along = {n: np.asarray(getattr(self, n), dtype) for n, dtype in ALONG_TOKENS.items()}
         return Rollout(
-            task=self.task, tokens=self.tokens, mask=self.mask, logprobs=self.logprobs,
-            versions=self.versions, status=self.status, reward=self.reward,
+            task=self.task, **along, status=self.status, reward=self.reward,
             experts=np.concatenate(self.experts) if self.experts else None,
         )  # fmt: skip
 
@@ -108,7 +109,7 @@ class RolloutWorker:
         self.engine, self.tokenizer = engine, tokenizer
         self.stops = {tokenizer.special(name): name for name in chat_template.STOP_TOKENS}
         self.stop_tokens = tuple(self.stops)
-        self.seconds: collections.Counter = collections.Counter()
+        self.seconds: dict[str, float] = collections.defaultdict(float)
         self._running: dict[int, tuple[Request, _Episode]] = {}  # by the id of the request
         # What environments are asked, with what goes on when they answer, and until when they may.
         self._waiting: dict[concurrent.futures.Future, tuple[_Episode, Callable, float]] = {}
@@ -118,7 +119,7 @@ class RolloutWorker:
         tasks: Sequence[Task],
         spec: SamplingSpec,
         first: int,
-        progress: Callable[[int], None] = lambda _: None,
+        progress: Callable[[int], object] = lambda _: None,
     ) -> list[Group]:
         """A group for each task, in order. first: number of the first of them among all that the
         run has sampled; with the run's seed it decides every rollout. progress: told how many
@@ -154,9 +155,11 @@ class RolloutWorker:
 
     def judge(self, episodes: Sequence[_Episode]):
         """Gives the verifiers' rewards to the episodes of one turn that can be read."""
-        readable = [e for e in episodes if e.message is not None]
-        scores = verifiers.score([e.task for e in readable], [e.message for e in readable])
-        for episode, reward in zip(readable, scores, strict=True):
+        readable = [(e, e.message) for e in episodes if e.message is not None]
+        scores = verifiers.score(
+            [e.task for e, _ in readable], [message for _, message in readable]
+        )
+        for (episode, _), reward in zip(readable, scores, strict=True):
             episode.reward = reward
             if reward.parts.get("environment_error"):
                 episode.status = RolloutStatus.ENVIRONMENT_ERROR

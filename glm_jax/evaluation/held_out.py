@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import types
 from collections.abc import Sequence
 
 import jax
@@ -23,7 +22,7 @@ from glm_jax.model.moe import RouterBias
 from glm_jax.run.checkpoints import read_config
 from glm_jax.sharding import MeshConfig, make_mesh
 from glm_jax.train.evaluation import Evaluator
-from glm_jax.train.state import build_model
+from glm_jax.train.state import TrainState, build_model
 
 DEFAULT_ROW = 512  # tokens of held-out text, for a model that does not say how it was trained
 
@@ -87,7 +86,7 @@ def run_held_out(batches: HeldOutBatches, subject: Subject) -> dict[str, dict]:
     params, router = (
         nnx.to_pure_dict(part) for part in nnx.state(subject.model, nnx.Param, RouterBias)
     )
-    state = types.SimpleNamespace(params=params, router=router)
+    state = TrainState(jnp.zeros((), jnp.int32), params, router, opt_state=())
     metrics = {}
     with jax.set_mesh(mesh):
         first = Evaluator(config, mesh, tqdm(batches, desc="held_out", unit="batch"))(state)

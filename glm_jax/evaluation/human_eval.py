@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from glm_jax.evaluation import chat
-from glm_jax.evaluation.subject import Settings, Subject, mean_and_error, result
+from glm_jax.evaluation.subject import Metric, Settings, Subject, mean_and_error, result
 from glm_jax.infer.bulk import continue_all
 from glm_jax.infer.sampling import SamplingParams
 from glm_jax.rewards.code import CodeVerifier
@@ -78,7 +78,7 @@ def run_human_eval(
         for value, error in zip(shares["passed"], shares["environment_error"], strict=True)
         if not error
     ]
-    metrics = {"pass@1": mean_and_error(judged)} if judged else {}
+    metrics: dict[str, Metric] = {"pass@1": mean_and_error(judged)} if judged else {}
     metrics |= {name: mean_and_error(shares[name]) for name in ("timeout", "environment_error")}
     metrics["did_not_fit"] = left_out / len(tasks)
     if lengths:
@@ -101,9 +101,8 @@ def completed(
         for number in range(len(tasks))
     ]  # fmt: skip
     fits = [chat.fits_into(subject, prompt) for prompt in prompts]
-    asked, *fitting = (
-        list(itertools.compress(column, fits)) for column in (tasks, prompts, params)
-    )
+    asked = list(itertools.compress(tasks, fits))
+    fitting = list(itertools.compress(prompts, fits)), list(itertools.compress(params, fits))
     requests = continue_all(subject.engine, *fitting, "human_eval")
     texts = [tokenizer.decode(request.text_tokens) for request in requests]
     ends = [min((text + stop).find(stop) for stop in STOP_STRINGS) for text in texts]

@@ -12,6 +12,7 @@ import os
 import pathlib
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from lm_eval import evaluator
@@ -19,6 +20,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks.manager import TaskDict
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, yaml
 
 from data.tokenizer import Tokenizer
@@ -84,8 +86,8 @@ class EngineLM(LM):
         """
         prompts, params, stops = [], [], []
         for number, request in enumerate(requests):
-            context = request.args[0]
-            settings = normalize_gen_kwargs(request.args[1], DEFAULT_NEW_TOKENS)
+            context, asked = request.arguments
+            settings: dict[str, Any] = {**normalize_gen_kwargs(asked, DEFAULT_NEW_TOKENS)}
             unknown = settings.keys() - GENERATION_KEYS
             if unknown:
                 raise ValueError(
@@ -153,7 +155,7 @@ def _cut(text: str, stops: Sequence[str]) -> str:
 
 def load_tasks(
     names: Sequence[str], folder: pathlib.Path, more_names: Sequence[str] = ()
-) -> dict[str, dict]:
+) -> dict[str, TaskDict]:
     """Each name's tasks and groups, with their documents read: names of lm-eval or of `folder`, or
     paths of YAML files of one task.
 
@@ -176,7 +178,7 @@ def load_tasks(
     return {name: _load(name, manager) for name in names}
 
 
-def _load(name: str, manager: TaskManager) -> dict:
+def _load(name: str, manager: TaskManager) -> TaskDict:
     if name in manager.all_tasks:
         return manager.load([name])
     try:
@@ -193,7 +195,7 @@ def _unknown(names: Sequence[str], manager: TaskManager) -> list[str]:
     ]
 
 
-def run_tasks(lm: LM, loaded: dict, limit: int | None) -> dict[str, dict]:
+def run_tasks(lm: LM, loaded: TaskDict, limit: int | None) -> dict[str, dict]:
     """Runs what `load_tasks` gave for one name, on the first `limit` documents of each task (None:
     all).
 
@@ -209,9 +211,11 @@ def run_tasks(lm: LM, loaded: dict, limit: int | None) -> dict[str, dict]:
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=1234)
-    out = evaluator.evaluate(
+    evaluated = evaluator.evaluate(
         lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=1000, log_samples=False
     )
+    assert evaluated is not None, "one process has all results"
+    out: dict[str, Any] = {**evaluated}
     found = {}
     for name, values in (out["results"] | out.get("groups", {})).items():
         metrics = {}

@@ -55,7 +55,7 @@ def completed(asked: list[puzzles.Puzzle], subject: Subject, label: str) -> list
     prompts = [completion_prompt(puzzle, subject) for puzzle in asked]
     fits = [chat.fits_into(subject, prompt) for prompt in prompts]
     params = [completion_sampling(number, subject) for number in range(len(asked))]
-    fitting = [list(itertools.compress(column, fits)) for column in (prompts, params)]
+    fitting = list(itertools.compress(prompts, fits)), list(itertools.compress(params, fits))
     requests = iter(continue_all(subject.engine, *fitting, label))
     return [
         completion_record(puzzle, next(requests), subject) if fit else NOT_FITTING

@@ -35,7 +35,7 @@ def open_worker(
     if tokenizer is None:
         raise ValueError(f"{workdir} has no tokenizer.json")
     prompts = {t.id: len(prompt_of(tokenizer, t, thinking=spec.thinking)) for t in tasks}
-    longest = max(prompts, key=prompts.get)
+    longest = max(prompts, key=lambda name: prompts[name])
     context = prompts[longest] + spec.max_new_tokens
     if context > model.config.max_length:
         raise ValueError(

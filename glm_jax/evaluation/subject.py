@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -78,10 +78,11 @@ class Subject:
         }
 
 
+Metric = tuple[float, float | None] | float  # with its standard error (None: not known), or alone
 Measurement = Callable[[Subject], dict[str, dict]]  # results by name, see `result`
 
 
-def result(metrics: dict[str, tuple[float, float | None] | float], count: int, unit: str) -> dict:
+def result(metrics: Mapping[str, Metric], count: int, unit: str) -> dict:
     """One entry of the results: metrics as {"value", "stderr"} (None: not known), and of how many
     `unit` they are.
     """

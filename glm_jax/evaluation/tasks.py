@@ -38,18 +38,20 @@ def prepare(
         raise ValueError(
             f"tasks: none given; valid are {', '.join(OURS)}, names of lm-eval and YAML files"
         )
-    tasks: dict[str, Measurement] = dict.fromkeys(names)
-    foreign = [name for name in tasks if name not in OURS]
-    if foreign:
-        tasks |= prepare_lm_eval(foreign, settings)
-    for name in tasks:
-        if name == "held_out":
+    names = list(dict.fromkeys(names))
+    foreign = [name for name in names if name not in OURS]
+    theirs = prepare_lm_eval(foreign, settings) if foreign else {}
+    tasks: dict[str, Measurement] = {}
+    for name in names:
+        if name in theirs:
+            tasks[name] = theirs[name]
+        elif name == "held_out":
             tasks[name] = functools.partial(
                 run_held_out, held_out_batches(path, data, tokenizer, settings)
             )
         elif name == "human_eval":
             tasks[name] = human_eval.prepare(settings)
-        elif name in OURS:
+        else:
             limit = settings.limit or DEFAULT_PUZZLES
             chosen = {
                 generator: puzzles.distinct(generator, "held_out", limit)

@@ -142,7 +142,7 @@ def check_quantization(quantization: Mapping | None):
         return
     check_choice(
         "config.json: quantization_config.quant_method",
-        quantization.get("quant_method"),
+        quantization.get("quant_method", ""),
         ("compressed-tensors", "fp8"),
     )
     for name, group in quantization.get("config_groups", {}).items():

@@ -51,7 +51,7 @@ PREFIXES = {
 }
 EXPERTS = "mlp.experts."  # ours: gate_proj [E, D, F]; on disk: {expert}.gate_proj.weight [F, D]
 # 'copied' folders carry the trunk's embedding and head a second time, with the MTP block.
-COPIES = {
+COPIES: dict[Path, str] = {
     ("embed_tokens", "weight"): "embed_tokens.weight",
     ("lm_head", "weight"): "shared_head.head.weight",
 }
@@ -78,7 +78,12 @@ def abstract_parameters(config: ModelConfig) -> Mapping[Path, nnx.Variable]:
     """Every parameter and router bias by its path, with shapes in place of arrays. Not to be
     changed: others get the same.
     """
-    return dict(nnx.to_flat_state(nnx.state(abstract_model(config))))
+    return dict(flat(nnx.state(abstract_model(config))))
+
+
+def flat(state: nnx.State) -> list[tuple[Path, nnx.Variable]]:
+    """Every variable of a state by its path."""
+    return [(tuple(map(str, path)), variable) for path, variable in nnx.to_flat_state(state)]
 
 
 def name_table(config: ModelConfig) -> list[Tensor]:

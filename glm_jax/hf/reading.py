@@ -157,9 +157,9 @@ class Folder:
             128,
             128,
         ]
-        for block in ((1, matrix[1]), tuple(matrix), tuple(blocks)):
-            if tuple(-(-size // b) for size, b in zip(matrix, block, strict=True)) == scale:
-                return block
+        for rows, columns in ((1, matrix[1]), tuple(matrix), tuple(blocks)):
+            if (-(-matrix[0] // rows), -(-matrix[1] // columns)) == scale:
+                return rows, columns
         raise ValueError(
             f"{self.root}: {self.scale_of[name]} has shape {scale}, which scales no rows or"
             f" {blocks} blocks of {matrix}"

@@ -28,6 +28,7 @@ from glm_jax.hf.names import (
     Path,
     Tensor,
     abstract_parameters,
+    flat,
     name_table,
 )
 from glm_jax.hf.reading import read_json
@@ -42,7 +43,7 @@ def hf_tensors(
     dtype: as of export_checkpoint. Also maps gradients, or anything else of the parameters'
     structure.
     """
-    arrays = {path: _host_view(variable.get_value()) for path, variable in nnx.to_flat_state(state)}
+    arrays = {path: _host_view(variable.get_value()) for path, variable in flat(state)}
     types = export_types(state, dtype)
     for t in name_table(config):
         value = np.asarray(arrays[t.path][t.index])
@@ -55,7 +56,7 @@ def export_types(state: nnx.State, dtype: str) -> dict[Path, np.dtype]:
     """
     check_choice("dtype", dtype, CHECKPOINT_TYPES)
     types = {}
-    for path, variable in nnx.to_flat_state(state):
+    for path, variable in flat(state):
         ours = np.dtype(variable.get_value().dtype)
         if ours not in DISK_TYPES.values():
             raise ValueError(
@@ -131,9 +132,9 @@ def export_checkpoint(
 def main_type(state: nnx.State, types: Mapping[Path, np.dtype]) -> str:
     """The type that most of the parameters have: config.json knows one alone."""
     sizes = collections.Counter()
-    for path, variable in nnx.to_flat_state(state):
+    for path, variable in flat(state):
         sizes[types[path].name] += math.prod(variable.get_value().shape)
-    return max(sizes, key=sizes.get)
+    return max(sizes, key=lambda name: sizes[name])
 
 
 def plan_shards(
@@ -178,7 +179,7 @@ def _write_shards(
 
 
 def _check_state(config: ModelConfig, state: nnx.State):
-    found = {path: tuple(v.get_value().shape) for path, v in nnx.to_flat_state(state)}
+    found = {path: tuple(v.get_value().shape) for path, v in flat(state)}
     expected = {path: tuple(v.get_value().shape) for path, v in abstract_parameters(config).items()}
     for path in found.keys() | expected.keys():
         if found.get(path) != expected.get(path):

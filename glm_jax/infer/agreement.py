@@ -40,12 +40,14 @@ def training_forward(
 
 def replay_of(requests: Sequence[Request], num_layers: int, length: int) -> np.ndarray:
     """The experts of finished requests as GLM.trunk takes them: int32 [MoE layers, B, length, K],
-    -1 where unknown.
+    -1 where unknown. Raises ValueError where a request has none.
     """
-    per_token = requests[0].experts.shape[-1]
-    replay = np.full((num_layers, len(requests), length, per_token), -1, np.int32)
-    for row, request in enumerate(requests):
-        replay[:, row, : len(request.experts)] = request.experts[:, :num_layers].swapaxes(0, 1)
+    known = [request.experts for request in requests if request.experts is not None]
+    if len(known) < len(requests):
+        raise ValueError("replay needs requests of an engine with keep_experts=True")
+    replay = np.full((num_layers, len(requests), length, known[0].shape[-1]), -1, np.int32)
+    for row, experts in enumerate(known):
+        replay[:, row, : len(experts)] = experts[:, :num_layers].swapaxes(0, 1)
     return replay
 
 
@@ -59,8 +61,6 @@ def agreement(model: GLM, requests: Sequence[Request], *, replay: bool) -> dict[
     `experts_differ`: share of computed tokens whose set of experts differs in at least one layer;
     without replay only, as with it none can.
     """
-    if replay and any(r.experts is None for r in requests):
-        raise ValueError("replay needs requests of an engine with keep_experts=True")
     length = max(len(r.sequence) for r in requests)
     length = -(-length // CHUNK) * CHUNK if length > CHUNK else length
     tokens = np.zeros((len(requests), length), np.int32)

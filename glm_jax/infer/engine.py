@@ -421,10 +421,9 @@ class Engine:
             request.tokens.append(token)
             request.logprobs.append(float(sampled.logprobs[place, number]))
             request.versions.append(self.version)
-            if request.params.top_logprobs:
-                request.top_logprobs.append(
-                    best_of(request.params.top_logprobs, *(x[place, number] for x in sampled.top))
-                )
+            if request.params.top_logprobs and sampled.top is not None:
+                tokens, logprobs = (x[place, number] for x in sampled.top)
+                request.top_logprobs.append(best_of(request.params.top_logprobs, tokens, logprobs))
             try:
                 if (
                     token in request.params.stop_tokens
@@ -439,7 +438,7 @@ class Engine:
             self._finish(request, "length")
 
     def _text_stops(self, request: Request) -> bool:
-        if not request.params.stop_strings:
+        if not request.params.stop_strings or self.decode_text is None:
             return False
         longest = max(map(len, request.params.stop_strings))
         # a token is rarely under a quarter of a character

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from glm_jax.infer.sampling import ConstraintState, SamplingParams
+from glm_jax.sharding import Array
 
 
 @dataclasses.dataclass(eq=False)
@@ -106,6 +107,6 @@ class Request:
             )
 
 
-def best_of(count: int, tokens: np.ndarray, logprobs: np.ndarray) -> list[tuple[int, float]]:
+def best_of(count: int, tokens: Array, logprobs: Array) -> list[tuple[int, float]]:
     """The first `count` pairs of token and log-probability."""
     return list(zip(tokens[:count].tolist(), logprobs[:count].tolist(), strict=True))

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glm_jax.sharding import Array
+
 MAX_STOP_TOKENS = 8
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300  # tokens of one request
@@ -21,11 +23,13 @@ class ConstraintState(Protocol):
     @property
     def finished(self) -> bool:
         """The output is complete and nothing may follow: the request ends."""
+        ...
 
     def mask(self) -> np.ndarray:
         """Tokens allowed next: uint32 [ceil(vocabulary / 32)], bit i % 32 of word i // 32 is token
         i. Raises ValueError.
         """
+        ...
 
     def accept(self, token: int) -> None:
         """Moves on by one sampled token. Raises ValueError where the constraint cannot go on."""
@@ -133,13 +137,13 @@ class RowParams:
     [S, MAX_STOP_TOKENS] (-1: none).
     """
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
-    key_words: jax.Array
-    stop_tokens: jax.Array
-    logprob_temperature: jax.Array
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    min_p: Array
+    key_words: Array
+    stop_tokens: Array
+    logprob_temperature: Array
 
 
 @jax.tree_util.register_dataclass
@@ -149,14 +153,14 @@ class LogitChanges:
     without any has no LogitChanges.
     """
 
-    prompts_SC: jax.Array  # the prompts' tokens; the vocabulary's size after their ends
-    outputs_SC: jax.Array  # the tokens sampled so far, likewise
-    presence_S: jax.Array
-    frequency_S: jax.Array
-    repetition_S: jax.Array
-    bias_tokens_SB: jax.Array  # padded like the prompts
-    bias_SB: jax.Array
-    allowed_SW: jax.Array  # uint32 words of ConstraintState.mask
+    prompts_SC: Array  # the prompts' tokens; the vocabulary's size after their ends
+    outputs_SC: Array  # the tokens sampled so far, likewise
+    presence_S: Array
+    frequency_S: Array
+    repetition_S: Array
+    bias_tokens_SB: Array  # padded like the prompts
+    bias_SB: Array
+    allowed_SW: Array  # uint32 words of ConstraintState.mask
 
     def counts(self, vocab_size: int) -> jax.Array:
         """How often each row has sampled each token, int32 [S, V]."""
@@ -188,7 +192,7 @@ class LogitChanges:
         return jnp.where(allowed_SV[:, None] > 0, logits, -jnp.inf)
 
 
-def count_tokens(counts_SV: jax.Array, tokens_SL: jax.Array) -> jax.Array:
+def count_tokens(counts_SV: jax.Array, tokens_SL: Array) -> jax.Array:
     """counts_SV and one more for each token; ids outside the vocabulary count nowhere."""
     return counts_SV.at[jnp.arange(len(tokens_SL))[:, None], tokens_SL].add(1, mode="drop")
 
@@ -235,7 +239,7 @@ def best_token(logits_SV: jax.Array) -> jax.Array:
     ).astype(jnp.int32)
 
 
-def choose(logits_SV: jax.Array, params: RowParams, index_S: jax.Array) -> jax.Array:
+def choose(logits_SV: jax.Array, params: RowParams, index_S: Array) -> jax.Array:
     """Each row's token number index_S, int32 [S]: the largest of its sampling logits plus Gumbel
     noise, which samples exactly from their softmax. The noise is that of (seed, sample, index)
     alone; none is made where every row takes its best token.
@@ -251,7 +255,7 @@ def choose(logits_SV: jax.Array, params: RowParams, index_S: jax.Array) -> jax.A
     )
 
 
-def keys(params: RowParams, index_S: jax.Array) -> jax.Array:
+def keys(params: RowParams, index_S: Array) -> jax.Array:
     """A key for each row's token number index_S: a row's noise is the same wherever it stands and
     whatever has become of it.
     """
@@ -264,7 +268,7 @@ def keys(params: RowParams, index_S: jax.Array) -> jax.Array:
     return jax.vmap(key)(params.key_words, index_S)
 
 
-def model_logprobs(logits_SV: jax.Array, token_S: jax.Array, temperature_S: jax.Array) -> jax.Array:
+def model_logprobs(logits_SV: jax.Array, token_S: jax.Array, temperature_S: Array) -> jax.Array:
     """Log-probabilities of tokens under the model itself, at a temperature and without any filter;
     float32 [S].
     """
@@ -274,7 +278,7 @@ def model_logprobs(logits_SV: jax.Array, token_S: jax.Array, temperature_S: jax.
     ]
 
 
-def top_logprobs(logits_SV: jax.Array, temperature_S: jax.Array) -> tuple[jax.Array, jax.Array]:
+def top_logprobs(logits_SV: jax.Array, temperature_S: Array) -> tuple[jax.Array, jax.Array]:
     """The MAX_TOP_LOGPROBS most likely tokens (all, of a smaller vocabulary), best first, and their
     model_logprobs; both [S, T].
     """

@@ -22,6 +22,7 @@ from glm_jax.infer.sampling import (
     top_logprobs,
 )
 from glm_jax.model.cache import Cache
+from glm_jax.sharding import Array
 
 SCORED_AT_A_TIME = 16  # positions of a prompt whose logits exist at a time
 
@@ -35,9 +36,9 @@ class Rows:
     changes: None where no row of the batch changes its logits.
     """
 
-    stored_S: jax.Array
-    counts_S: jax.Array
-    sampled_S: jax.Array
+    stored_S: Array
+    counts_S: Array
+    sampled_S: Array
     params: RowParams
     changes: LogitChanges | None = None
 
@@ -296,9 +297,8 @@ def decode(
 def _nothing_sampled(size: int, steps: int, num_top: int | None) -> Sampled:
     zeros = jnp.zeros(size, jnp.int32)
     tokens, logprobs = jnp.zeros((size, steps), jnp.int32), jnp.zeros((size, steps), jnp.float32)
-    top = (
-        None
-        if num_top is None
-        else tuple(jnp.zeros((size, steps, num_top), x.dtype) for x in (tokens, logprobs))
-    )
+    top = None
+    if num_top is not None:
+        shape = (size, steps, num_top)
+        top = jnp.zeros(shape, tokens.dtype), jnp.zeros(shape, logprobs.dtype)
     return Sampled(tokens, logprobs, zeros, zeros, zeros, top)

@@ -86,7 +86,7 @@ class Attention(nnx.Module):
             proj(x_BLD).reshape(batch, length, -1, self.config.head_size)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return apply_rope(q, angles), apply_rope(k, angles), v
 

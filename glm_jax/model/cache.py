@@ -47,7 +47,8 @@ class Cache:
         """Of `pages` (see below), for a call with `length` tokens of each row."""
         per_group, at = config.num_heads // config.num_kv_heads, (tables_SP, starts_S, counts_S)
         run = functools.partial(lists, length, per_group, implementation=config.attention)
-        return cls(*pages, *at, by_device(run, (PAGES, TABLES, ROWS, ROWS), ROWS)(pages[0], *at))
+        k, v, experts = pages
+        return cls(k, v, experts, *at, by_device(run, (PAGES, TABLES, ROWS, ROWS), ROWS)(k, *at))
 
     @property
     def pages(self) -> tuple[jax.Array, jax.Array, jax.Array | None]:

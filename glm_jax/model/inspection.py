@@ -62,7 +62,7 @@ def _inspect(graphdef, state, rows) -> Inspection:
         )
         entropy, observed = _look(mtp.block, x_BLD, segment_ids_BL, angles)[1]
         entropies.append(entropy[None])
-        counts.append(observed[None])
+        counts.append(None if observed is None else observed[None])
     counts = [c for c in counts if c is not None] or [
         jnp.zeros((0, model.config.num_experts), jnp.int32)
     ]

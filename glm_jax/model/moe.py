@@ -205,7 +205,8 @@ def _placed(w):
     its experts whole.
     """
     if isinstance(w, InStack):
-        return InStack(jax.tree.map(lambda _: ("layers", "experts"), w.stack), ())
+        axes = jax.tree.map(lambda _: ("layers", "experts"), w.stack)
+        return dataclasses.replace(w, stack=axes, layer=())
     return ("experts",)
 
 

@@ -22,7 +22,6 @@ class Layer(nnx.Module):
     """Pre-norm attention and feed-forward, dense or MoE."""
 
     def __init__(self, config: ModelConfig, moe: bool, *, rngs: nnx.Rngs):
-        self.moe = moe
         self.input_layernorm = RMSNorm(config, config.hidden_size, rngs=rngs)
         self.self_attn = Attention(config, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config, config.hidden_size, rngs=rngs)
@@ -40,11 +39,12 @@ class Layer(nnx.Module):
         )
         x_BLD = x_BLD + attended
         normed = self.post_attention_layernorm(x_BLD)
-        y_BLD, observation = (
-            self.mlp(normed, segment_ids_BL, replay_BLK) if self.moe else (self.mlp(normed), None)
-        )
-        if cache is not None and self.moe:
-            cache = cache.write_experts(layer, observation.experts)
+        if isinstance(self.mlp, MoE):
+            y_BLD, observation = self.mlp(normed, segment_ids_BL, replay_BLK)
+            if cache is not None:
+                cache = cache.write_experts(layer, observation.experts)
+        else:
+            y_BLD, observation = self.mlp(normed), None
         return constrain(x_BLD + y_BLD, "batch", "length", "act_embed"), observation, cache
 
 
@@ -90,8 +90,11 @@ class GLM(nnx.Module):
         self.moe_layers = stack(config, moe=True, count=config.num_moe_layers, rngs=rngs)
         self.norm = RMSNorm(config, config.hidden_size, rngs=rngs)
         self.lm_head = Weight(config, ("embed", "vocab"), rngs=rngs)
-        block = Layer(config, True, rngs=rngs) if config.num_mtp_layers else None
-        self.mtp = MTP(config, block, rngs=rngs) if config.num_mtp_layers else None
+        self.mtp = (
+            MTP(config, Layer(config, True, rngs=rngs), rngs=rngs)
+            if config.num_mtp_layers
+            else None
+        )
 
     def __call__(self, tokens_BL, *, segment_ids=None, positions=None) -> jax.Array:
         """Logits [B, L, V] in float32. Without segment ids every row is one document; positions
@@ -104,8 +107,6 @@ class GLM(nnx.Module):
         """The second head's logits [B, L - 1, V]: position i has seen tokens up to i + 1 and
         predicts token i + 2.
         """
-        if self.mtp is None:
-            raise ValueError("this model has no MTP block: num_mtp_layers=0")
         segment_ids, positions = self.defaults(tokens_BL, segment_ids, positions)
         h = self.trunk(tokens_BL, segment_ids, positions).h
         x, _, _ = self.mtp_hidden(
@@ -149,9 +150,10 @@ class GLM(nnx.Module):
         """State [B, L, D] before the second head, the router's observation, the cache. next_tokens
         are t_{i+1}: a batch's `targets`.
         """
-        embedding = self.embed(self.mtp.embed_tokens or self.embed_tokens, next_tokens_BL)
+        block = self.mtp_block
+        embedding = self.embed(block.embed_tokens or self.embed_tokens, next_tokens_BL)
         run = remat(lambda mtp, *args: nnx.merge(*mtp)(*args), self.config.remat)
-        graphdef, state = nnx.split(self.mtp)
+        graphdef, state = nnx.split(block)
         return run((graphdef, state), h_BLD, embedding, segment_ids_BL, positions_BL, cache)
 
     def embed(self, table: Weight, tokens_BL) -> jax.Array:
@@ -164,8 +166,15 @@ class GLM(nnx.Module):
         return run(table.weight[...], tokens_BL)
 
     @property
+    def mtp_block(self) -> MTP:
+        """Raises ValueError where the model has none."""
+        if self.mtp is None:
+            raise ValueError("this model has no MTP block: num_mtp_layers=0")
+        return self.mtp
+
+    @property
     def mtp_head(self) -> Weight:
-        return self.mtp.shared_head.head or self.lm_head
+        return self.mtp_block.shared_head.head or self.lm_head
 
     def logits(self, h_BLD, head: Weight | None = None, *, sampling: bool = False) -> jax.Array:
         """Float32 logits [B, L, V]; for training use losses.chunked_cross_entropy, which never

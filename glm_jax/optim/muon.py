@@ -64,11 +64,11 @@ def scale_by_muon(
     def init(params):
         return MuonState(jax.tree.map(jnp.zeros_like, params))
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         del params
-        buffer = jax.tree.map(lambda m, g: momentum * m + g, state.momentum, grads)
+        buffer = jax.tree.map(lambda m, g: momentum * m + g, state.momentum, updates)
         direction = (
-            jax.tree.map(lambda m, g: momentum * m + g, buffer, grads) if nesterov else buffer
+            jax.tree.map(lambda m, g: momentum * m + g, buffer, updates) if nesterov else buffer
         )
         leaves, treedef = jax.tree.flatten(direction)
         splits = [None] * len(leaves) if head_splits is None else treedef.flatten_up_to(head_splits)

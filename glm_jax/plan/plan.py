@@ -233,6 +233,7 @@ def _estimate(read: Program, work: Work, mesh: Mesh, topology: str, outer_loops:
     """The seconds of a Plan, and its number of kernel calls."""
     with jax.set_mesh(compiler.one_device(topology)):
         kind, core = target_kind(), pltpu.get_tpu_info()
+        assert kind is not None, "the topology is one of TPUs"
     cores = 2 if kind == "v5p" else 1  # of a device
     peak = cores * core.bf16_ops_per_second
     clock = core.bf16_ops_per_second / (8 * core.mxu_column_size**2)
@@ -253,7 +254,7 @@ def _estimate(read: Program, work: Work, mesh: Mesh, topology: str, outer_loops:
             )
         return operation.cycles / clock
 
-    total, parts, calls = collections.Counter(), collections.Counter(), 0
+    total, parts, calls = collections.defaultdict(float), collections.defaultdict(float), 0
     for operation, times in read.executed(outer_loops):
         spent = seconds(operation)
         if operation.kind == "collective":
@@ -269,7 +270,7 @@ def _estimate(read: Program, work: Work, mesh: Mesh, topology: str, outer_loops:
         "exposed_collective_seconds": total["collective"],
         "estimated_step_seconds": step, "estimated_mfu": work.flops / peak / step,
         "needed_hbm_seconds": work.hbm_bytes / bandwidth,
-        "kernel_calls": calls, "parts": dict(parts.most_common()),
+        "kernel_calls": calls, "parts": dict(sorted(parts.items(), key=lambda part: -part[1])),
     }  # fmt: skip
 
 

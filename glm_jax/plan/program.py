@@ -157,7 +157,7 @@ def read(text: str) -> Program:
         sizes[name] = largest(shape)
         if opcode == "while":
             condition, body = (
-                re.search(rf"{role}=%?([\w.\-]+)", line)[1] for role in ("condition", "body")
+                _found(rf"{role}=%?([\w.\-]+)", line) for role in ("condition", "body")
             )
             found.append((computation, body, condition))
             continue
@@ -171,10 +171,7 @@ def read(text: str) -> Program:
             calls[computation] += [branch.strip().lstrip("%") for branch in named]
         elif opcode in ("call", "async-start"):
             calls[computation] += re.findall(r"(?:to_apply|calls)=%?([\w.\-]+)", line)[:1]
-        if (
-            opcode.endswith("-done")
-            and (start := re.search(r"-done\(%?([\w.\-]+)", line)[1]) in started
-        ):
+        if opcode.endswith("-done") and (start := _found(r"-done\(%?([\w.\-]+)", line)) in started:
             meanwhile[start] = operations[computation][started[start] :]
         cycles = _CYCLES.search(line)
         cycles = int(cycles[1]) if cycles and int(cycles[1]) < NO_WORK else 0
@@ -273,6 +270,14 @@ def _trips(condition: list[str]) -> int | None:
     return int(constant[1]) if constant else None
 
 
+def _found(pattern: str, text: str) -> str:
+    """The first group of the first match. Raises ValueError where there is none."""
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"the compiler's text is not as expected: no {pattern!r} in {text[:200]}")
+    return match[1]
+
+
 def _sources(text: str) -> dict[int, str]:
     """The innermost line of this project of each stack frame of the program's tables."""
     tables = collections.defaultdict(dict)
@@ -287,7 +292,7 @@ def _sources(text: str) -> dict[int, str]:
     location = {}
     for number, fields in tables["FileLocations"].items():
         file, function, line = (
-            int(re.search(rf"{name}=(\d+)", fields)[1])
+            int(_found(rf"{name}=(\d+)", fields))
             for name in ("file_name_id", "function_name_id", "line")
         )
         path = tables["FileNames"][file].strip('"')

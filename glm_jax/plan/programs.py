@@ -5,6 +5,7 @@ decode call and its prefill call.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,10 @@ def trace_train(
         shape, dtype, sharding=named(mesh, (None, "batch", "length"), shape, "batch")
     )
     batch = {name: array(jnp.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
-    scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=named(mesh, ()))
+
+    def scalar(dtype) -> Any:  # stands for an array in what is traced
+        return jax.ShapeDtypeStruct((), dtype, sharding=named(mesh, ()))
+
     scalars = StepScalars(scalar(jnp.int32), *[scalar(jnp.float32)] * 3)
     step = compile_step(spec, balance_weight, mesh)
     # not around the above, which runs operations of its own: the devices are not here
@@ -115,7 +119,10 @@ def _pages(model: ModelConfig, engine: EngineConfig, mesh: Mesh):
 def _rows(engine: EngineConfig, mesh: Mesh):
     """Rows, last tokens and page tables of a full batch, replicated as the host sends them."""
     size, whole = engine.num_rows, named(mesh, ())
-    array = lambda dtype, *shape: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=whole)
+
+    def array(dtype, *shape) -> Any:  # stands for an array in what is traced
+        return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=whole)
+
     ints, floats = array(jnp.int32), array(jnp.float32)
     params = RowParams(
         floats,

@@ -96,7 +96,7 @@ def format_parts(
     deltas = [
         delta for piece in (pieces[:-1] if stopped else pieces) for delta in reader.feed(*piece)
     ] + reader.finish()
-    content = "".join(delta.value for delta in deltas if delta.field == "content")
+    content = "".join(str(delta.value) for delta in deltas if delta.field == "content")
     calls = any(delta.field == "tool_calls" for delta in deltas)
     try:
         parse_tokens(tokenizer, ids, tools)

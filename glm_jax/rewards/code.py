@@ -64,7 +64,10 @@ class Verdict(enum.Enum):
     ENVIRONMENT = "environment"
 
 
-VERDICT_OF = {Status.TIMEOUT: Verdict.TIMEOUT, Status.ENVIRONMENT: Verdict.ENVIRONMENT}
+VERDICT_OF: dict[Status | None, Verdict] = {  # None: it still runs
+    Status.TIMEOUT: Verdict.TIMEOUT,
+    Status.ENVIRONMENT: Verdict.ENVIRONMENT,
+}
 VERDICT_OF |= dict.fromkeys(
     (Status.MEMORY, Status.PROCESSES, Status.FILES, Status.OUTPUT), Verdict.RESOURCES
 )
@@ -336,15 +339,15 @@ def same_output(found: str, expected: str, tolerance: float) -> bool:
     """Compared as judges do: line by line, without white space at their ends and empty lines at the
     end.
     """
-    lines, expected = (
+    lines, wanted = (
         [line.rstrip() for line in text.rstrip().splitlines()] for text in (found, expected)
     )
-    if lines == expected or tolerance == 0:
-        return lines == expected
+    if lines == wanted or tolerance == 0:
+        return lines == wanted
     pairs = [
-        list(zip(a.split(), b.split(), strict=False)) for a, b in zip(lines, expected, strict=False)
+        list(zip(a.split(), b.split(), strict=False)) for a, b in zip(lines, wanted, strict=False)
     ]
-    same_shape = [len(line.split()) for line in lines] == [len(line.split()) for line in expected]
+    same_shape = [len(line.split()) for line in lines] == [len(line.split()) for line in wanted]
     return same_shape and all(a == b or is_near(a, b, tolerance) for line in pairs for a, b in line)
 
 

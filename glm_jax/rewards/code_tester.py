@@ -156,9 +156,10 @@ def make_candidate(send, messages, names, is_class):
     def ask(do, /, *args, **kwargs):
         if do == "getattr" and args[1] in PREDICATES and not is_class:
             raise AttributeError(args[1])
-        writer = Writer([], refer)
+        objects = []
+        writer = Writer(objects, refer)
         message = {"do": do, "args": writer.tree(list(args)), "kwargs": writer.tree(kwargs)}
-        given = list(writer.objects)
+        given = list(objects)
         with turn:
             send(message)
             answer = next(messages)
@@ -175,7 +176,7 @@ def make_candidate(send, messages, names, is_class):
         reader = Reader(given, reference, Items)
         value = reader.value(answer["returned"])
         for number, content in answer.get("changed", ()):
-            reader.refill(writer.objects[number], content)
+            reader.refill(objects[number], content)
         if "awaitable" in answer:
             return (
                 awaiting(value, None) if answer["awaitable"] == "coroutine" else AsyncItems(value)
@@ -285,7 +286,7 @@ def exception_of(answer, names):
         answer["raised"][0], (kind,), {"__str__": lambda self: text, "__init__": lambda self: None}
     )
     error = shown.__new__(shown)
-    error.args = tuple(Reader().value(answer.get("args", [])))
+    error.args = tuple(Reader().fill([], answer.get("args", [])))
     return error
 
 
@@ -455,7 +456,7 @@ def pytest_module():
         def __eq__(self, found):
             return self._near(self.expected, found)
 
-        __hash__ = None
+        __hash__ = None  # pyright: ignore[reportAssignmentType]  # Python's way to say unhashable
 
         def _near(self, expected, found):
             if isinstance(expected, dict):
@@ -482,5 +483,5 @@ def pytest_module():
     def fail(reason=""):
         raise AssertionError(reason)
 
-    module.raises, module.mark, module.approx, module.fail = raises, Mark(), Approx, fail
+    vars(module).update(raises=raises, mark=Mark(), approx=Approx, fail=fail)
     return module

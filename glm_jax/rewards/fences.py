@@ -98,10 +98,10 @@ def solution(text: str, entry_point: str | None = None) -> str:
         blocks = [b for b in found if _parsed(b.code) and _defines(b.code, entry_point)]
     if not blocks:
         return text
-    defining = [
-        i for i, b in enumerate(blocks) if entry_point is not None and _defines(b.code, entry_point)
-    ]
-    defining = [i for i in defining if not _imports(blocks[i].code, entry_point)] or defining
+    defining = []
+    if entry_point is not None:
+        defining = [i for i, b in enumerate(blocks) if _defines(b.code, entry_point)]
+        defining = [i for i in defining if not _imports(blocks[i].code, entry_point)] or defining
     python = [i for i, b in enumerate(blocks) if b.is_python]
     chosen = (defining or python or [len(blocks) - 1])[-1]
     return (
@@ -176,7 +176,9 @@ def _needed(code: str, earlier: list[str], entry_point: str | None) -> list[str]
     missing, taken = used - _names_of(tree) - set(dir(builtins)), []
     for before in reversed(earlier):
         found = _parsed(before)
-        names = set() if found is None else _names_of(found)
+        if found is None:
+            continue
+        names = _names_of(found)
         if names & missing and entry_point not in names:
             taken.insert(0, before)
             inner = {

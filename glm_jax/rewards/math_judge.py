@@ -182,7 +182,11 @@ def is_same(reference: str, answer: str) -> bool:
         answer = f"({values})" if reference.strip().startswith("(") else values
         parts[1] = _split(answer, ",;")
     references, answers = _read(reference), _read(answer)
-    if not references or not answers or not _units_match(*parts, references[-1], answers[-1]):
+    if (
+        not references
+        or not answers
+        or not _units_match(parts[0], parts[1], references[-1], answers[-1])
+    ):
         return False
     halves = _half_units(reference)
     return any(_equal(one, other, halves) for one in references for other in answers)
@@ -227,7 +231,12 @@ def _read(text: str) -> list:
 def _parsed(text: str):
     """sympy's object with exact numbers; None where math-verify reads none."""
     # Without limits of its own, which are signals of Python's and stop no C code.
-    read = parse(f"\\boxed{{{text}}}", TARGETS, fallback_mode="no_fallback", parsing_timeout=None)
+    read = parse(
+        f"\\boxed{{{text}}}",
+        TARGETS,
+        fallback_mode="no_fallback",
+        parsing_timeout=None,  # pyright: ignore[reportArgumentType]  # none; it says int
+    )
     if not read:
         return None
     exact = {float(digits): sympy.Rational(digits) for digits, *_ in _DECIMAL.findall(text)}
@@ -276,7 +285,7 @@ def _equal(one, other, halves: dict) -> bool:
         return _equal_sets(one, other, halves)
     pairs = _pairs(one, other)
     if pairs is not None:
-        return all(_equal(*pair, halves) for pair in pairs)
+        return all(_equal(first, second, halves) for first, second in pairs)
     return verify([one], [other], timeout_seconds=None)
 
 
@@ -349,12 +358,9 @@ def _solutions(value, beside):
     comparable = isinstance(beside, sympy.Set) or (
         isinstance(beside, logic) and beside.free_symbols == value.free_symbols
     )
-    if (
-        isinstance(value, sympy.FiniteSet)
-        and value.args
-        and all(isinstance(part, logic) for part in value.args)
-    ):
-        value = sympy.Or(*value.args)
+    if isinstance(value, sympy.FiniteSet) and value.args:
+        parts = [part for part in value.args if isinstance(part, logic)]
+        value = sympy.Or(*parts) if len(parts) == len(value.args) else value
     if (
         not isinstance(value, logic)
         or isinstance(value, sympy.Eq)

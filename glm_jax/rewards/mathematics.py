@@ -71,15 +71,11 @@ def score(tasks: Sequence[Task], messages: Sequence[Mapping]) -> list[Reward]:
     where a judge died.
     """
     answers = [boxed_answer(message["content"]) for message in messages]
-    usable = [answer is not None and len(answer) <= MAX_LENGTH for answer in answers]
-    asked = [
-        (task.answer, answer)
-        for task, answer, use in zip(tasks, answers, usable, strict=True)
-        if use
-    ]
+    usable = [a if a is not None and len(a) <= MAX_LENGTH else None for a in answers]
+    asked = [(task.answer, a) for task, a in zip(tasks, usable, strict=True) if a is not None]
     verdicts = iter(_judge_all(asked))
     return [
-        _reward(answer, next(verdicts) if use else "different")
+        _reward(answer, "different" if use is None else next(verdicts))
         for answer, use in zip(answers, usable, strict=True)
     ]
 
@@ -104,12 +100,14 @@ class _Judge:
         # -P: our folder must not shadow the standard library. The seed: the order of a set must not
         # decide a verdict.
         command = [sys.executable, "-P", str(pathlib.Path(__file__).with_name("math_judge.py"))]
-        self._process = subprocess.Popen(
+        process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             encoding="utf-8",
             env={**os.environ, "PYTHONHASHSEED": "0"},
         )  # fmt: skip
-        if self._process.stdout.readline() != "ready\n":
+        assert process.stdin is not None and process.stdout is not None, "both are pipes"
+        self._process, self._stdin, self._stdout = process, process.stdin, process.stdout
+        if self._stdout.readline() != "ready\n":
             raise RuntimeError(
                 f"the judge of mathematical answers does not start; see {' '.join(command)}"
             )
@@ -117,11 +115,11 @@ class _Judge:
     def ask(self, reference: str, answer: str) -> str:
         """same, different or failed; died: and so will every question after it."""
         try:
-            self._process.stdin.write(json.dumps([reference, answer]) + "\n")
-            self._process.stdin.flush()
+            self._stdin.write(json.dumps([reference, answer]) + "\n")
+            self._stdin.flush()
         except BrokenPipeError:
             return "died"
-        return self._process.stdout.readline().strip() or "died"
+        return self._stdout.readline().strip() or "died"
 
 
 _idle: queue.SimpleQueue[_Judge] = queue.SimpleQueue()

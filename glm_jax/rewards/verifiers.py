@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 from glm_jax.rollouts.task import Reward, Task
 
@@ -21,11 +21,13 @@ class Verifier(Protocol):
         """Raises ValueError naming the first task whose answer it cannot use, and why; or what is
         not installed.
         """
+        ...
 
     def score(self, tasks: Sequence[Task], messages: Sequence[Mapping]) -> list[Reward]:
         """A reward for the assistant's message (as data.chat_output.parse gives it) to each task;
         never raises for what it says.
         """
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class _Lazy:
     @functools.cached_property
     def _verifier(self) -> Verifier:
         module = importlib.import_module(self.module)
-        return getattr(module, self.maker)() if self.maker else module
+        return getattr(module, self.maker)() if self.maker else cast(Verifier, module)
 
     def check(self, tasks: Sequence[Task]) -> None:
         self._verifier.check(tasks)

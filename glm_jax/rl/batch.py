@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from glm_jax.rl.advantages import token_weights
 from glm_jax.rollouts.rollout import Rollout
+from glm_jax.sharding import Array
 
 
 @jax.tree_util.register_dataclass
@@ -19,10 +20,10 @@ class TokenInputs:
     the beginning of a step with several updates; None: those weights are the trained ones.
     """
 
-    loss_weights: jax.Array
-    advantages: jax.Array
-    engine_logprobs: jax.Array
-    old_logprobs: jax.Array | None = None
+    loss_weights: Array
+    advantages: Array
+    engine_logprobs: Array
+    old_logprobs: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -32,15 +33,15 @@ class PolicyBatch:
     targets. experts: int16 [A, MoE layers, B, L, K] to route to, -1 where unknown; None: no replay.
     """
 
-    tokens: jax.Array
-    targets: jax.Array
-    segment_ids: jax.Array
-    positions: jax.Array
+    tokens: Array
+    targets: Array
+    segment_ids: Array
+    positions: Array
     inputs: TokenInputs
-    experts: jax.Array | None = None
+    experts: Array | None = None
 
     @property
-    def rows(self) -> Mapping[str, jax.Array]:
+    def rows(self) -> dict[str, Array]:
         """The rows of pre-training."""
         names = ("tokens", "targets", "segment_ids", "positions")
         weights = {"loss_weights": self.inputs.loss_weights}
@@ -50,7 +51,7 @@ class PolicyBatch:
         """All arrays that there are, by name, for a file."""
         inputs = {f.name: getattr(self.inputs, f.name) for f in dataclasses.fields(TokenInputs)}
         named = self.rows | inputs | {"experts": self.experts}
-        return {name: x for name, x in named.items() if x is not None}
+        return {name: np.asarray(x) for name, x in named.items() if x is not None}
 
 
 def place(lengths: Sequence[int], row_length: int) -> list[list[int]]:
@@ -96,7 +97,7 @@ def pack(
     placed = place(lengths, row_length)
     microbatches = -(-most // rows)
     shape = (microbatches * rows, row_length)
-    batch = {
+    batch: dict[str, np.ndarray] = {
         name: np.zeros(shape, np.int32)
         for name in ("tokens", "targets", "segment_ids", "positions")
     }
@@ -104,8 +105,10 @@ def pack(
         name: np.zeros(shape, np.float32)
         for name in ("loss_weights", "advantages", "engine_logprobs")
     }
+    experts = None
     if replay:
-        layers, per_token = pairs[0][0].experts.shape[1:]
+        known = next(r.experts for r, _ in pairs if r.experts is not None)
+        layers, per_token = known.shape[1:]
         experts = np.full((microbatches, layers, rows, row_length, per_token), -1, np.int16)
     for row, indices in enumerate(placed):
         start = 0
@@ -119,7 +122,7 @@ def pack(
             batch["loss_weights"][at] = loss_mask * weights[index]
             batch["advantages"][at] = loss_mask * advantage
             batch["engine_logprobs"][at] = loss_mask * rollout.logprobs[1:]
-            if replay:
+            if experts is not None and rollout.experts is not None:
                 experts[row // rows, :, row % rows, start : start + len(rollout.experts)] = (
                     rollout.experts.swapaxes(0, 1)
                 )
@@ -127,5 +130,5 @@ def pack(
     stacked = {name: x.reshape(microbatches, rows, row_length) for name, x in batch.items()}
     names = ("loss_weights", "advantages", "engine_logprobs")
     inputs = TokenInputs(**{name: stacked.pop(name) for name in names})
-    packed = PolicyBatch(**stacked, inputs=inputs, experts=experts if replay else None)
+    packed = PolicyBatch(**stacked, inputs=inputs, experts=experts)
     return packed, -(-len(placed) // rows)

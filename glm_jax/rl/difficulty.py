@@ -17,7 +17,7 @@ def measure(
     tasks: Sequence[Task],
     spec: SamplingSpec,
     many: int,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> dict[str, Difficulty]:
     """Task id -> difficulty: of spec.group_size rollouts; for those never solved of further rounds
     of as many, up to `many` in all, until the first success. progress: told how many rollouts have

@@ -46,19 +46,19 @@ class Learner:
         grpo, updates = self.config.grpo, []
         dealt = [groups[i :: grpo.updates_per_step] for i in range(grpo.updates_per_step)]
         batches = [self.batch(part) for part in dealt if any(g.has_variance for g in part)]
-        temperature = jnp.float32(temperature)
+        sampled_with = jnp.float32(temperature)
         with jax.set_mesh(self.mesh):
             if len(batches) > 1 and grpo.old_logprobs == "trainer":
                 # All before the first update: they are the denominators of all ratios.
                 weights = self.config.model, self.state.params, self.state.router
                 for number, (batch, used) in enumerate(batches):
-                    old = trainer_logprobs(*weights, batch, jnp.int32(used), temperature)
+                    old = trainer_logprobs(*weights, batch, jnp.int32(used), sampled_with)
                     inputs = dataclasses.replace(batch.inputs, old_logprobs=np.asarray(old))
                     batches[number] = dataclasses.replace(batch, inputs=inputs), used
             for batch, used in batches:
                 warm = min(1.0, (self.version + 1) / max(grpo.warmup_updates, 1))
                 rate = jnp.float32(grpo.learning_rate * warm)
-                scalars = PolicyScalars(jnp.int32(used), rate, temperature)
+                scalars = PolicyScalars(jnp.int32(used), rate, sampled_with)
                 self.state, metrics = self._update(self.state, batch, scalars)
                 self.version += 1
                 updates.append(jax.device_get(metrics))
@@ -82,7 +82,8 @@ class Learner:
         record = {}
         counts = [u.pop("expert_counts") for u in updates if "expert_counts" in u]
         if counts:
-            violation, entropy = load_statistics(sum(counts)[: self.config.model.num_moe_layers])
+            total = sum(counts[1:], start=counts[0])
+            violation, entropy = load_statistics(total[: self.config.model.num_moe_layers])
             record |= {"max_violation": violation, "load_entropy": entropy}
         record |= {name: float(np.mean([u[name] for u in updates])) for name in updates[0]}
         # How far the trainer is from the engine, before any update has moved it.

@@ -120,7 +120,7 @@ class Run:
         self.controllers, self.learner, self.source = controllers, learner, source
         self.collector = Collector(source, config.rollout, config.grpo.max_staleness)
         self.step = first  # steps done
-        self.seconds: collections.Counter = collections.Counter()
+        self.seconds: dict[str, float] = collections.defaultdict(float)
         self.bar = tqdm(
             total=config.loop.steps, initial=first, desc="rl", unit="step", disable=not progress
         )
@@ -225,7 +225,9 @@ class Run:
 
     def phases(self) -> dict[str, float]:
         """Seconds since the last call, by phase."""
-        seconds = self.seconds + self.source.seconds
+        found = dict(self.seconds)
+        for phase, seconds in self.source.seconds.items():
+            found[phase] = found.get(phase, 0.0) + seconds
         self.seconds.clear()
         self.source.seconds.clear()
-        return dict(seconds)
+        return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -16,10 +15,11 @@ from glm_jax.rollouts.task import Task
 class RolloutSource(Protocol):
     """seconds: spent since it was last cleared, by phase."""
 
-    seconds: collections.Counter
+    seconds: dict[str, float]
 
     def rollouts(self, tasks: Sequence[Task], spec: SamplingSpec, first: int) -> list[Group]:
         """As RolloutWorker.rollouts."""
+        ...
 
     def set_weights(self, state, version: int):
         """Samples from these weights (an nnx state) from now on; version is written down with every

@@ -86,7 +86,7 @@ def loss_function(
     if more.mtp is not None:
         aux["mtp"] = more.mtp
         loss += grpo.mtp_weight * aux["mtp"]
-    if more.balance is not None:
+    if more.balance is not None and more.expert_counts is not None:
         aux["balance"] = more.balance / tokens
         loss += grpo.balance_weight * aux["balance"]
         # An MTP block that is left out chose no experts, and its biases stay.
@@ -139,11 +139,9 @@ def policy_step(
 def place(batch: PolicyBatch) -> PolicyBatch:
     """The batch's arrays where the mesh wants their rows."""
     rows = lambda x: constrain(x, None, "batch", "length")
+    of_experts = lambda x: constrain(x, None, None, "batch", "length", None)
     placed = jax.tree.map(rows, dataclasses.replace(batch, experts=None))
-    if batch.experts is None:
-        return placed
-    experts = constrain(batch.experts, None, None, "batch", "length", None)
-    return dataclasses.replace(placed, experts=experts)
+    return dataclasses.replace(placed, experts=jax.tree.map(of_experts, batch.experts))
 
 
 def compile_policy_step(spec: TrainSpec, grpo: GrpoConfig, mesh: Mesh):

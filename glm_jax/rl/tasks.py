@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from data.tokenizer import Tokenizer
 from glm_jax.envs import environment
@@ -48,6 +49,6 @@ class Tasks:
         known = read_difficulties(control.difficulty)
         return split_pools(self.train, known, control.pass_few, control.pass_many)
 
-    def take(self, count: int, pool: str, indices: list[int]) -> list[Task]:
+    def take(self, count: int, pool: str, indices: Sequence[int]) -> list[Task]:
         """The next tasks of a pool."""
         return self.order.take(count, pool, indices)

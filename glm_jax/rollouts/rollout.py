@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -134,7 +135,7 @@ def unpack_groups(entries: Sequence[Mapping], arrays: Mapping[str, np.ndarray]) 
     arrays = pack_groups(())[1] | dict(arrays)
     groups, start, first = [], 0, 0
     for entry in entries:
-        fields = {
+        fields: dict[str, Any] = {
             k: tuple(v) if k in ("messages", "tools") else v for k, v in entry["task"].items()
         }
         group = Group(Task(**fields), [])

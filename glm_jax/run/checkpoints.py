@@ -11,7 +11,7 @@ import json
 import logging
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 logger = logging.getLogger(__name__)
+_Read = TypeVar("_Read")
 ARRAYS = "saved_arrays"  # in the progress: their names
 
 
@@ -85,13 +86,13 @@ class Checkpoints:
             state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
         )
         restored = reading(folder, lambda: self.manager.restore(step, args=args))
-        progress, arrays = dict(restored.data), {}
+        progress, arrays = dict(restored["data"]), {}
         if names := progress.pop(ARRAYS, []):
             marks = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
             args = ocp.args.PyTreeRestore(item=dict.fromkeys(names, 0), restore_args=marks)
             with ocp.PyTreeCheckpointer() as reader:
                 arrays = reading(folder, lambda: reader.restore(folder / "arrays", args=args))
-        return restored.state, progress, arrays
+        return restored["state"], progress, arrays
 
     def wait(self):
         """Until what was saved is on disk; raises OSError, naming the folder, where it cannot be
@@ -126,7 +127,7 @@ class Checkpoints:
             ) from error
 
 
-def reading(folder: pathlib.Path, read: Callable[[], object]):
+def reading(folder: pathlib.Path, read: Callable[[], _Read]) -> _Read:
     try:
         return read()
     except Exception as error:  # Orbax raises bare Exception for an array that it cannot read

@@ -49,7 +49,7 @@ def check_finite(
         return
     path = workdir / f"nonfinite_step_{step}_process_{jax.process_index()}.npz"
     try:
-        np.savez(path, **batch())
+        np.savez(path, allow_pickle=False, **batch())
         where = f"its batch is in {path}"
     except OSError as error:  # a full disk must not hide what happened
         where = f"its batch could not be written to {path} ({error.strerror})"
@@ -79,7 +79,7 @@ class Recorder:
         kept = [line for line in self.path.read_text().splitlines() if _step_of(line) < first_step]
         write_text(self.path, "".join(line + "\n" for line in kept))
 
-    def write(self, record: dict):
+    def write(self, record: Mapping):
         """record: `step` and scalars or lists of numbers; each list entry becomes a TensorBoard
         curve of its own. Raises OSError.
         """

@@ -71,8 +71,9 @@ class WorkDir:
 
     def should_stop(self, step: int) -> bool:
         """Whether to save after `step` steps and return; the same on all processes."""
-        alone = jax.process_count() == 1
-        return self._stop.requested if alone else self.checkpoints.preempted(step)
+        if jax.process_count() > 1:
+            return self.checkpoints.preempted(step)
+        return self._stop is not None and self._stop.requested
 
     def check_finite(
         self, metrics: Mapping, *, step: int, batch: Callable[[], Mapping[str, np.ndarray]]

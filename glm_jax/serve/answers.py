@@ -108,9 +108,8 @@ class CompletionAnswer(Answer):
 
     def _take(self, piece: Piece) -> tuple[dict, bool]:
         index, start = piece.index, self._lengths[piece.index]
-        tokens, tops = (
-            ([], []) if self._prompts_only else (list(piece.tokens), list(piece.top_logprobs))
-        )
+        tokens: list[Token] = [] if self._prompts_only else list(piece.tokens)
+        tops: list[Top | None] = [] if self._prompts_only else list(piece.top_logprobs)
         if (
             self._echo is not None
             and self._logprobs
@@ -121,7 +120,9 @@ class CompletionAnswer(Answer):
             # where it is the stop token, too.
             tokens, tops = [*tokens, Token(-1, None, "")], [*tops, *[None] * bool(tops)]
         if self._echo is not None and self._is_new[index]:
-            tokens, tops = self._prompt(piece) + tokens, self._prompt_tops(piece) + tops
+            ids = self._echo[index]
+            tokens = self._prompt(ids, piece) + tokens
+            tops = self._prompt_tops(len(ids), piece) + tops
         self._is_new[index] = False
         self._tokens[index] += tokens
         self._tops[index] += tops
@@ -132,15 +133,14 @@ class CompletionAnswer(Answer):
         self._lengths[index] += len(choice["text"])
         return choice, bool(choice["text"] or (tokens and self._logprobs))
 
-    def _prompt(self, piece: Piece) -> list[Token]:
+    def _prompt(self, ids: Sequence[int], piece: Piece) -> list[Token]:
         """The prompt's tokens with their text; a first one has no log-probability."""
-        ids, text = self._echo[piece.index], TextStream(self._decode)
+        text = TextStream(self._decode)
         logprobs = piece.prompt.logprobs[-len(ids) :] if piece.prompt and ids else [None] * len(ids)
         tokens = [token for pair in zip(ids, logprobs, strict=True) for token in text.push(*pair)]
         return tokens + text.finish()
 
-    def _prompt_tops(self, piece: Piece) -> list[Top | None]:
-        count = len(self._echo[piece.index])
+    def _prompt_tops(self, count: int, piece: Piece) -> list[Top | None]:
         return piece.prompt.top_logprobs[-count:] if piece.prompt and count else []
 
     def _choice(self, index: int) -> dict:
@@ -208,7 +208,7 @@ class ChatAnswer(Answer):
         delta = {}
         for new in deltas:
             value = new.value
-            if new.field == "tool_calls":
+            if isinstance(value, dict):  # a call
                 if message["tool_calls"] and not self._parallel:
                     continue
                 call = {"id": f"call_{uuid.uuid4().hex[:24]}"} | value

@@ -105,7 +105,8 @@ class Connection(H11Protocol):
             if self._eof and not self.transport.is_closing():
                 self.transport.close()
 
-    def eof_received(self) -> bool:
+    # asyncio reads what it returns, though its base class here says None
+    def eof_received(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The client sends no more. It may still read, as `nc -N` does, or be gone, which only
         writing to it tells.
         """

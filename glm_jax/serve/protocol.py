@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -403,11 +403,12 @@ class ChatRequest(_Request):
 
         Raises ApiError for a schema that cannot be followed.
         """
-        reasoning = {
+        forms: dict[str, grammar.Reasoning] = {
             "": "whole" if self.thinks else "",
             "content": "",
             "reasoning_content": "rest",
-        }[begun]
+        }
+        reasoning, asked = forms[begun], self.response_format
         try:
             if self.must_call:
                 name = (
@@ -422,12 +423,12 @@ class ChatRequest(_Request):
                     reasoning=reasoning,
                     parallel=self.parallel_tool_calls,
                 )
-            if not self.makes_json:
+            if asked is None or asked.type == "text":
                 return None
-            if self.response_format.type == "json_object":
+            if asked.json_schema is None:
                 return grammar.json_object(tokenizer, reasoning=reasoning)
             return grammar.json_schema(
-                tokenizer, self.response_format.json_schema.json_schema, reasoning=reasoning
+                tokenizer, asked.json_schema.json_schema, reasoning=reasoning
             )
         except ValueError as error:
             param = "tool_choice" if self.must_call else "response_format"
@@ -439,7 +440,10 @@ class ChatRequest(_Request):
         return "max_tokens", self.max_tokens
 
 
-def read_request(kind: type[_Request], body: bytes) -> _Request:
+AnyRequest = TypeVar("AnyRequest", bound=_Request)
+
+
+def read_request(kind: type[AnyRequest], body: bytes) -> AnyRequest:
     """The request in a body of JSON. Raises ApiError naming the first field that is wrong."""
     try:
         return kind.model_validate_json(body)
@@ -455,7 +459,7 @@ def read_request(kind: type[_Request], body: bytes) -> _Request:
     if first["type"] == "extra_forbidden":
         near = (
             difflib.get_close_matches(param, kind.model_fields, n=1)
-            if len(first["loc"]) == 1
+            if param is not None and len(first["loc"]) == 1
             else None
         )
         message = "unknown field" + (f"; did you mean {near[0]}?" if near else "")

@@ -13,7 +13,7 @@ import json
 import logging
 import secrets
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 
 import uvicorn
 from starlette.applications import Starlette
@@ -36,7 +36,13 @@ from glm_jax.serve.connections import (
 )
 from glm_jax.serve.gates import Gate, Guard, ServerConfig
 from glm_jax.serve.metrics import ServerMetrics
-from glm_jax.serve.protocol import ApiError, ChatRequest, CompletionRequest, read_request
+from glm_jax.serve.protocol import (
+    AnyRequest,
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    read_request,
+)
 from glm_jax.serve.service import QueueFull, Service, ServiceDown, Stream, TimedOut
 
 HEAD_SECONDS = 15  # for a client to send a request's head
@@ -123,7 +129,7 @@ class _Api:
             message = f"model: {name!r:.100} is not served here; valid: {self._config.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def completions(self, request: Request) -> Response:
+    async def completions(self, request: Request) -> ASGIApp:
         body = await self._read(request, CompletionRequest)
         texts = [p for p in body.prompt if isinstance(p, str)]
         encoded = iter(await asyncio.to_thread(self._tokenizer.encode_batch, texts))
@@ -149,7 +155,7 @@ class _Api:
         )  # fmt: skip
         return await self._answer(request, body, "prompt", prompts, answer)
 
-    async def chat(self, request: Request) -> Response:
+    async def chat(self, request: Request) -> ASGIApp:
         body = await self._read(request, ChatRequest)
         try:
             # The tools are checked even where tool_choice keeps them from the model.
@@ -182,7 +188,7 @@ class _Api:
                 code="invalid_api_key",
             )
 
-    async def _read(self, request: Request, kind: type):
+    async def _read(self, request: Request, kind: type[AnyRequest]) -> AnyRequest:
         """The request in the body. Raises ApiError."""
         self._check_key(request)
         kind_of_body = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -203,7 +209,7 @@ class _Api:
         prompts: list[list[int]],
         new_answer: Callable[..., Answer],
         constraint=None,
-    ) -> Response:
+    ) -> ASGIApp:
         """Submits n samples of each prompt, and answers with what becomes of them. field: where the
         prompts came from.
         """
@@ -294,7 +300,9 @@ async def _whole(stream: Stream, answer: Answer) -> dict:
     return answer.whole()
 
 
-async def _events(stream: Stream, answer: Answer, include_usage: bool) -> AsyncIterator[dict | str]:
+async def _events(
+    stream: Stream, answer: Answer, include_usage: bool
+) -> AsyncGenerator[dict | str, None]:
     """What a stream sends: chunks, and then the word that it is done; or an error, and nothing
     more.
     """
@@ -319,7 +327,10 @@ class _Events:
     """
 
     def __init__(
-        self, stream: Stream, events: AsyncIterator[dict | str], observe: Callable[[Stream], None]
+        self,
+        stream: Stream,
+        events: AsyncGenerator[dict | str, None],
+        observe: Callable[[Stream], None],
     ):
         self._stream, self._events, self._observe = stream, events, observe
 
@@ -435,10 +446,16 @@ class Server(uvicorn.Server):
         self.connections = Connections(most, head_seconds)
         super().__init__(
             uvicorn.Config(
-                app, http=self.connections.protocol, loop="asyncio", ws="none", lifespan="off",
+                app,
+                # it calls what it is given
+                http=self.connections.protocol,  # pyright: ignore[reportArgumentType]
+                loop="asyncio", ws="none", lifespan="off",
                 backlog=backlog, log_config=None,
                 log_level="warning", access_log=False, server_header=False,
-                timeout_graceful_shutdown=drain_seconds + FAREWELL_SECONDS,
+                # a timeout of asyncio's, which need not be whole
+                timeout_graceful_shutdown=(
+                    drain_seconds + FAREWELL_SECONDS  # pyright: ignore[reportArgumentType]
+                ),
             )
         )  # fmt: skip
 

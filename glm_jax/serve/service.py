@@ -212,7 +212,7 @@ class Service:
         self.capacity = engine.config.num_rows + config.queue_limit  # samples in batch and queue
         self.status = Status(free_pages=engine.num_free_pages)
         self._engine, self._config = engine, config
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._lock = threading.Lock()  # over the four below
         self._streams: set[Stream] = set()  # not all of whose samples have left the engine
         self._swaps: set[concurrent.futures.Future] = set()
@@ -314,9 +314,10 @@ class Service:
 
     def _abort(self, stream: Stream):
         job = self._jobs.pop(stream, None)
-        for index, request in job.requests.items() if job else ():
-            self._engine.abort(request)
-            self._count(request, len(request.tokens) - job.sent[index])
+        if job is not None:
+            for index, request in job.requests.items():
+                self._engine.abort(request)
+                self._count(request, len(request.tokens) - job.sent[index])
         self._forget(stream)
 
     def _swap(self, state, recompute: bool, future: concurrent.futures.Future):

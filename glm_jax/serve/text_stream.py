@@ -12,10 +12,12 @@ _BROKEN = "\ufffd"  # what `decode` makes of bytes that are no character, or not
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """A sampled token and its text; a character that several tokens make up is the last one's."""
+    """A token and its text; a character that several tokens make up is the last one's. logprob:
+    None where nothing was before it.
+    """
 
     id: int
-    logprob: float
+    logprob: float | None
     text: str
     is_cut: bool = False  # by a stop string
 
@@ -77,7 +79,7 @@ class TextStream:
         self._half = 0  # of the tokens held, the last ones that share an incomplete character
         self.stopped = False
 
-    def push(self, token: int, logprob: float) -> list[Token]:
+    def push(self, token: int, logprob: float | None) -> list[Token]:
         """The tokens that are certain now and were not before."""
         if self.stopped:
             return []

@@ -11,7 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from data.chat_messages import TemplateError, arguments_of, check_tools, visible_text
 
@@ -165,11 +165,13 @@ def disliked(
     min_preference.
     """
     subjective = [sample for sample in samples if sample.reward is None]
-    if subjective and preference is None:
-        raise ValueError(
-            f"task {subjective[0].task!r} has no objective answer: a reward model is needed"
-        )
-    scores = iter(preference(subjective) if subjective else ())
+    scores: Iterator[float] = iter(())
+    if subjective:
+        if preference is None:
+            raise ValueError(
+                f"task {subjective[0].task!r} has no objective answer: a reward model is needed"
+            )
+        scores = iter(preference(subjective))
     return [
         ("disliked" if next(scores) < min_preference else None) if sample.reward is None else None
         for sample in samples
@@ -234,7 +236,7 @@ def hard_tasks(samples: Iterable[Sample], config: RejectionConfig) -> set[str]:
         sample for sample in samples if sample.reward is not None and sample.status in models
     )
     rates = {
-        task: sum(s.reward >= config.min_reward for s in own) / len(own)
+        task: sum(s.reward is not None and s.reward >= config.min_reward for s in own) / len(own)
         for task, own in judged.items()
     }
     return {task for task, rate in rates.items() if rate <= config.hard_pass_rate}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from data.fim import fim_prompt
-from data.held_out import HeldOutBatches
 from data.tokenizer import Tokenizer
 from glm_jax.config import ModelConfig
 from glm_jax.infer.engine import generate
@@ -23,7 +23,7 @@ from glm_jax.train.state import TrainState, build_model
 class Evaluator:
     """Held-out loss: nats a token and bits per byte of the text, both over the same tokens."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, batches: HeldOutBatches):
+    def __init__(self, config: ModelConfig, mesh: Mesh, batches: Iterable[Mapping]):
         self.config, self.batches = config, batches
         self.sharding = named(mesh, ("batch", "length"))
         self.num_parts = data_rank(mesh)[1]

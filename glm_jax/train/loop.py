@@ -20,7 +20,7 @@ from glm_jax.config import ModelConfig, check_types
 from glm_jax.files import write_text
 from glm_jax.optim.optimizer import OptimizerConfig
 from glm_jax.optim.schedules import Schedule, ScheduleConfig, ScheduleValues
-from glm_jax.run.checkpoints import Checkpoints
+from glm_jax.run.checkpoints import Checkpoints, newest_step
 from glm_jax.run.workdir import WorkDir
 from glm_jax.sharding import MeshConfig, data_rank, make_mesh, named, one_process
 from glm_jax.train.evaluation import Evaluator, Sampler
@@ -156,14 +156,14 @@ def train(
         first, tokens, state = resume(folder.checkpoints, abstract, batches)
     else:
         check_start(config.start, config.model, tokenizer)
-        first, tokens = 0, 0
+        first, tokens, state = 0, 0, None
     schedule = Schedule(
         config.schedule, config.data.batch_size * config.data.sequence_length, first, tokens
     )
 
     # Everything that can be wrong was read; from here on the work directory is written.
     folder.begin(tokenizer)
-    if not folder.resuming:
+    if state is None:
         state = starting_state(config.start, spec, mesh, config.loop.seed)
     run = _Run(config, folder, mesh, spec, schedule, tokenizer, first, progress, held_out)
     try:
@@ -183,7 +183,7 @@ def resume(
     checkpoints: Checkpoints, abstract: TrainState, batches: Batches
 ) -> tuple[int, int, TrainState]:
     """(step, tokens seen, state) of the newest checkpoint, with `batches` where they were."""
-    first = checkpoints.latest()
+    first = newest_step(checkpoints.folder.parent)
     state, progress, _ = checkpoints.restore(first, abstract)
     if "tokens" not in progress:
         raise ValueError(

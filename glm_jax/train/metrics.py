@@ -56,9 +56,9 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
     return 6 * matmul_parameters(config) + attention
 
 
-def peak_flops(device: jax.Device) -> float | None:
-    """FLOP/s of one device: from PEAK_FLOPS; a CPU's float32 matmul is timed (all simulated devices
-    share it). None: unknown.
+def peak_flops(device) -> float | None:
+    """FLOP/s of one of jax.devices(): from PEAK_FLOPS; a CPU's float32 matmul is timed (all
+    simulated devices share it). None: unknown.
     """
     if device.platform != "cpu":
         return PEAK_FLOPS.get(device.device_kind)

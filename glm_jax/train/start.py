@@ -95,8 +95,9 @@ def load_weights(
     shardings = shardings or jax.tree.map(
         lambda _: device, {"params": params, "router": router}, is_leaf=_is_axes
     )
+    restored = None if dtype is None else jnp.dtype(dtype)
     marks = jax.tree.map(
-        lambda sharding: ocp.ArrayRestoreArgs(sharding=sharding, dtype=dtype), shardings
+        lambda sharding: ocp.ArrayRestoreArgs(sharding=sharding, dtype=restored), shardings
     )
     item = jax.tree.map(lambda _: 0, {"params": params, "router": router}, is_leaf=_is_axes)
     with ocp.PyTreeCheckpointer() as reader:

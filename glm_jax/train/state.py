@@ -24,9 +24,9 @@ from glm_jax.optim.optimizer import OptimizerConfig, group_tree, make_optimizer
 
 # Compiler options for programs that run once: XLA:CPU compiles them several times faster than it
 # would fast ones.
-FAST_COMPILE = {"xla_backend_optimization_level": "0"}
+FAST_COMPILE: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
 # later ones have no other emitters, and end the process at an unknown option
-if jax.version.__version_info__ < (0, 11, 1):
+if jax.__version_info__ < (0, 11, 1):
     FAST_COMPILE["xla_cpu_use_fusion_emitters"] = False
 
 
@@ -134,7 +134,10 @@ class TrainSpec:
             p: x if masked(x) else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding),
             state.opt_state, params, transform_non_params=scalar, is_leaf=masked,
         )  # fmt: skip
-        return TrainState(scalar(state.step), params, place(router_axes, state.router), opt_state)
+        step, router = scalar(state.step), place(router_axes, state.router)
+        return dataclasses.replace(
+            state, step=step, params=params, router=router, opt_state=opt_state
+        )
 
     def create_state(self, mesh: Mesh, seed: int) -> TrainState:
         """Initial state, every array born on its own devices."""
