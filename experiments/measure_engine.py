@@ -75,13 +75,13 @@ def held_out_prompts(workdir: pathlib.Path) -> list[list[int]]:
 
 def engine(model: GLM, rows: int, **settings) -> Engine:
     context, page_size = PROMPT_TOKENS.value + NEW_TOKENS.value + 1, 16
-    plain = dict(draft_tokens=0, weights="compute", cache_dtype="compute", keep_experts=False)
-    config = EngineConfig(
+    plain = EngineConfig(
         context=context, num_rows=rows, page_size=page_size,
         num_pages=rows * -(-(context + 8) // page_size),
-        prefill_chunk=64, min_rows=1, min_chunk=1, decode_steps=16, **(plain | settings),
+        prefill_chunk=64, min_rows=1, min_chunk=1, decode_steps=16,
+        draft_tokens=0, weights="compute", cache_dtype="compute", keep_experts=False,
     )  # fmt: skip
-    return Engine(model, config)
+    return Engine(model, dataclasses.replace(plain, **settings))
 
 
 def sampling(temperature: float) -> list[SamplingParams]:
