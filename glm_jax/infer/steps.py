@@ -207,6 +207,25 @@ def _appended(
     )
 
 
+def _counts_before(counts_SV, drafts_SK) -> jax.Array:
+    """How often each token came before the first draft, and before each place after a draft: [S, K
+    + 1, V].
+    """
+    of_drafts = jax.nn.one_hot(drafts_SK, counts_SV.shape[1], dtype=jnp.int32)
+    before = jnp.cumsum(of_drafts, axis=1)
+    return counts_SV[:, None] + jnp.concatenate(
+        [jnp.zeros_like(counts_SV)[:, None], before], axis=1
+    )
+
+
+def _mtp_logits(model, changes: LogitChanges | None, counts_SV, x_SD) -> jax.Array:
+    """Logits [S, V] of the MTP block's states, changed as the trunk's."""
+    logits_S1V = model.logits(x_SD[:, None], model.mtp_head, sampling=True)
+    if changes is not None:
+        logits_S1V = changes.apply(logits_S1V, counts_SV[:, None])
+    return logits_S1V[:, 0]
+
+
 @functools.partial(jax.jit, static_argnums=(0, 6, 7, 8), donate_argnums=2)
 def decode(
     graphdef,
@@ -229,9 +248,6 @@ def decode(
     model = nnx.merge(graphdef, state)
     size, params, changes, vocab = len(token_S), rows.params, rows.changes, model.config.vocab_size
 
-    def unfinished(carry):
-        return jnp.any(carry["live"])
-
     def body(carry):
         sampled, live, pages = carry["sampled"], carry["live"], carry["pages"]
         stored_S, index_S = rows.stored_S + sampled.count_S, rows.sampled_S + sampled.count_S
@@ -243,12 +259,7 @@ def decode(
         logits_SLV = model.logits(h_SLD, sampling=True)
         counts_SV, changed_SLV = carry["counts"], logits_SLV
         if changes is not None:
-            # Each draft counts for the positions after it.
-            before = jnp.cumsum(jax.nn.one_hot(drafts.tokens, vocab, dtype=jnp.int32), axis=1)
-            counts_SLV = counts_SV[:, None] + jnp.concatenate(
-                [jnp.zeros_like(counts_SV)[:, None], before], axis=1
-            )
-            changed_SLV = changes.apply(logits_SLV, counts_SLV)
+            changed_SLV = changes.apply(logits_SLV, _counts_before(counts_SV, drafts.tokens))
         new_SL, accepted_S = speculative.verify(changed_SLV, drafts, params, index_S)
         last_S, stop_S = _last_taken(rows, sampled, new_SL, accepted_S)
         last_S = jnp.where(live, jnp.minimum(last_S, stop_S), -1)
@@ -263,13 +274,7 @@ def decode(
         live = live & (stop_S > last_S) & (sampled.count_S < rows.counts_S)
         if num_drafts:
             block = functools.partial(mtp, model, tables_SP=tables_SP)
-
-            def head(x_SD):
-                logits_S1V = model.logits(x_SD[:, None], model.mtp_head, sampling=True)
-                return (
-                    logits_S1V if changes is None else changes.apply(logits_S1V, counts_SV[:, None])
-                )[:, 0]
-
+            head = functools.partial(_mtp_logits, model, changes, counts_SV)
             drafts, pages = speculative.draft(
                 block, head, pages, h_SLD, new_SL, stored_S, taken_S, num_drafts, params, index_S
             )
@@ -290,7 +295,7 @@ def decode(
         "drafts": speculative.no_drafts(size, num_drafts),
         "counts": None if changes is None else changes.counts(vocab), "pages": pages,
     }  # fmt: skip
-    end = jax.lax.while_loop(unfinished, body, start)
+    end = jax.lax.while_loop(lambda carry: jnp.any(carry["live"]), body, start)
     return end["sampled"], end["pages"]
 
 

@@ -10,7 +10,9 @@ half.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +21,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
-from pallas_kernels.attention.kernel import (
+from pallas_kernels.attention.tiles import FIRST, NEXT, Tiles
+from pallas_kernels.attention.walk import (
     LN2,
+    Blocks,
+    Keys,
+    KeyStream,
+    QueryBlock,
     causal_macs,
     head,
-    is_full,
-    is_visited,
-    key_copies,
     product,
     query_specs,
-    write_bias,
 )
-from pallas_kernels.attention.tiles import FIRST, NEXT, STOP, Tiles
 from pallas_kernels.cost import cost
 from pallas_kernels.once import once
 
@@ -39,232 +41,304 @@ from pallas_kernels.once import once
 SEEN, SLOT, COMING, LEAVING = range(4)
 
 
-def _backward(
-    meta, queries, keys, q_ref, do_ref, lse_ref, delta_ref, q_ids_ref, k_hbm, v_hbm, kv_ids_hbm, _,
-    __, dq_ref, dk_hbm, dv_hbm,
-    k_buf, v_buf, ids_buf, dk_buf, dv_buf, dq_acc, bias, state, in_sems, sum_sems, *,
-    kv_block: int, piece: int, kv_piece: int, unroll: int, ahead: int, transposed: bool,
-    force: str | None,
-):  # fmt: skip
-    b, g, i = (pl.program_id(axis) for axis in range(3))
-    q_block, size = q_ref.shape[0], k_buf.shape[-1]
-    heads = q_ref.shape[1] // size
-    first, stop = queries[FIRST, b, i], queries[STOP, b, i]
-    num_blocks = pl.num_programs(2)
-    parts = [slice(start, start + piece) for start in range(0, q_block, piece)]
-    key_parts = [slice(start, start + kv_piece) for start in range(0, kv_block, kv_piece)]
+class BackwardQueries(NamedTuple):
+    """q and ids as of kernel.Queries. do: gradient of the output, like q. lse: log-sum-exp in units
+    of log2, and delta: sum over a head of output x its gradient, less the gradient of the natural
+    log-sum-exp, both float32 [B, G, heads, L].
+    """
 
-    def sum_place(ref, j):
-        rows, columns = pl.ds(j * kv_block, kv_block), pl.ds(g * size, size)
-        return ref.at[b, columns, rows] if transposed else ref.at[b, rows, columns]
+    q: jax.Array
+    do: jax.Array
+    lse: jax.Array
+    delta: jax.Array
+    ids: jax.Array
 
-    def inputs(j, slot):
-        return key_copies(
-            b, g, j, slot, (k_hbm, v_hbm, kv_ids_hbm), (k_buf, v_buf, ids_buf), in_sems
-        )
 
-    def sums(j, slot, *, out: bool):
-        for ref, buf, n in ((dk_hbm, dk_buf, 0), (dv_hbm, dv_buf, 1)):
-            ends = (buf.at[slot], sum_place(ref, j)) if out else (sum_place(ref, j), buf.at[slot])
-            yield pltpu.make_async_copy(*ends, sum_sems.at[slot, n])
+class Sums(NamedTuple):
+    """Gradients of keys and of values, float32 [B, M, G x H] or, transposed, [B, G x H, M]; inside
+    of the kernel refs, of these in HBM or of two buffers of a block.
+    """
 
-    def start(copies):
-        for copy in copies:
+    dk: jax.Array
+    dv: jax.Array
+
+
+class _Scratch(NamedTuple):
+    """dq: [heads, H, queries]. bias: of a tile, [keys, queries]."""
+
+    keys: Keys
+    sums: Sums
+    dq: jax.Ref
+    bias: jax.Ref
+    state: jax.Ref
+    key_semaphores: jax.Ref
+    sum_semaphores: jax.Ref
+
+
+@dataclasses.dataclass(frozen=True)
+class SumStream:
+    """A key block's sums, between HBM and one of two buffers."""
+
+    at: QueryBlock
+    hbm: Sums
+    buffers: Sums
+    state: jax.Ref
+    semaphores: jax.Ref  # [2, 2]
+
+    def place(self, ref, j):
+        blocks, b = self.at.blocks, self.at.b
+        size = self.buffers.dk.shape[1 if blocks.transposed else 2]
+        rows, columns = pl.ds(j * blocks.kv, blocks.kv), pl.ds(self.at.g * size, size)
+        return ref.at[b, columns, rows] if blocks.transposed else ref.at[b, rows, columns]
+
+    def copies(self, j, slot, *, out: bool):
+        for n, (hbm, buffers) in enumerate(zip(self.hbm, self.buffers, strict=True)):
+            there, here = self.place(hbm, j), buffers.at[slot]
+            source, target = (here, there) if out else (there, here)
+            yield pltpu.make_async_copy(source, target, self.semaphores.at[slot, n])
+
+    def start_load(self, j, slot):
+        for copy in self.copies(j, slot, out=False):
             copy.start()
 
-    def wait(copies):
-        for copy in copies:
+    def wait_load(self, j, slot):
+        for copy in self.copies(j, slot, out=False):
             copy.wait()
 
-    def settle(slot):
+    def start_store(self, j, slot):
+        for copy in self.copies(j, slot, out=True):
+            copy.start()
+        self.state[LEAVING + slot] = 1
+
+    def wait_store(self, slot):
         """Waits until the sums that last left a buffer are in HBM."""
 
-        @pl.when(state[LEAVING + slot] == 1)
+        @pl.when(self.state[LEAVING + slot] == 1)
         def _():
-            wait(sums(0, slot, out=True))  # waiting looks at the size alone
-            state[LEAVING + slot] = 0
+            for copy in self.copies(0, slot, out=True):  # waiting looks at the size alone
+                copy.wait()
+            self.state[LEAVING + slot] = 0
 
-    def add_tile(slot, sum_slot, masked: bool, between):
-        """The tile's share of all three gradients; `between` runs once, after the first group of
-        heads.
-        """
-        k, v = k_buf[slot], v_buf[slot]
-        dk, dv = dk_buf.at[sum_slot], dv_buf.at[sum_slot]
 
-        def group(number, _):
-            pieces = [
-                (number * unroll + h, part, some)
-                for h in range(unroll)
-                for part in parts
-                for some in key_parts
-            ]
+@dataclasses.dataclass(frozen=True)
+class _Backward:
+    """The turn of a query block. force: as of the forward kernel."""
 
-            def scores(h, part, some):
-                return product(k[some], head(q_ref, h, size)[part, :], 1, 1), product(
-                    v[some], head(do_ref, h, size)[part, :], 1, 1
-                )
+    at: QueryBlock
+    queries: BackwardQueries
+    keys: KeyStream
+    sums: SumStream
+    dq: jax.Ref
+    scratch: _Scratch
+    blocks: Blocks
+    force: str | None
 
-            def add(h, part, some, probs, dscores):
-                q, do = head(q_ref, h, size)[part, :], head(do_ref, h, size)[part, :]
-                if transposed:
-                    dv[:, some] += product(do, probs, 0, 1)
-                    dk[:, some] += product(q, dscores, 0, 1)
-                else:
-                    dv[some] += product(probs, do, 1, 0)
-                    dk[some] += product(dscores, q, 1, 0)
-                dq_acc[h, :, part] += product(k[some], dscores, 0, 0)
+    @property
+    def heads(self) -> int:
+        return self.queries.lse.shape[0]
 
-            waiting, pending = [scores(*piece) for piece in pieces[:ahead]], None
-            for n, (h, part, some) in enumerate(pieces):
-                waiting += [scores(*piece) for piece in pieces[n + ahead : n + ahead + 1]]
-                s, dprobs = waiting.pop(0)
-                if pending is not None:
-                    add(*pending)
-                shift = lse_ref[pl.ds(h, 1), part]
-                # The bias joins the row first: as a part of the scores it delays the MXU (v6e:
-                # half the rate).
-                probs = jnp.exp2(s - (shift - bias[some, part] if masked else shift))
-                dscores = probs * (dprobs - delta_ref[pl.ds(h, 1), part])
-                pending = h, part, some, probs.astype(v.dtype), dscores.astype(k.dtype)
-            add(*pending)
-            pl.when(number == 0)(between)
+    def run(self):
+        at, dq = self.at, self.scratch.dq
+        pl.when(at.starts_row())(self.start_row)
+        dq[...] = jnp.zeros_like(dq)
+
+        @pl.when(at.first < at.stop)
+        def _():
+            lax.fori_loop(at.first, at.stop, self.visit, 0)
+
+        def write(h, _):
+            head(self.dq, h, dq.shape[1])[...] = (dq[h] * LN2).T.astype(self.dq.dtype)
             return 0
 
-        lax.fori_loop(0, heads // unroll, group, 0)
+        lax.fori_loop(0, self.heads, write, 0)
 
-    def visit(j, _):
+    def start_row(self):
+        state = self.scratch.state
+        for n in range(LEAVING + 2):
+            state[n] = 0
+        j = self.at.first_of_row()
+        self.keys.start(j, 0)
+        self.sums.start_load(j, 0)
+        state[COMING] = 1
+
+    def visit(self, j, _):
+        """Waits for a key block and its sums, starts the copies of the next ones, adds the tile,
+        and sends the sums back, unless the next query block begins with the same key block.
+        """
+        at, state, sums = self.at, self.scratch.state, self.sums
+        num_blocks = pl.num_programs(2)
         slot, sum_slot = state[SEEN] % 2, state[SLOT]
-        more = (j + 1 < stop) | (queries[NEXT, b, i + 1] < num_blocks)
-        next_i = jnp.minimum(queries[NEXT, b, i + 1], num_blocks - 1)
-        next_j = jnp.where(j + 1 < stop, j + 1, queries[FIRST, b, next_i])
+        more = (j + 1 < at.stop) | (at.tiles.queries[NEXT, at.b, at.i + 1] < num_blocks)
+        next_i = jnp.minimum(at.tiles.queries[NEXT, at.b, at.i + 1], num_blocks - 1)
+        next_j = jnp.where(j + 1 < at.stop, j + 1, at.tiles.queries[FIRST, at.b, next_i])
         moves = more & (next_j != j)
-        wait(inputs(j, slot))
-        pl.when(more)(lambda: start(inputs(next_j, 1 - slot)))
+        self.keys.wait(j, slot)
+        pl.when(more)(lambda: self.keys.start(next_j, 1 - slot))
 
         @pl.when(state[COMING] == 1)
         def _():
-            wait(sums(j, sum_slot, out=False))
+            sums.wait_load(j, sum_slot)
             state[COMING] = 0
 
-        @pl.when(~moves)
-        def _():
-            settle(1 - sum_slot)
+        pl.when(~moves)(lambda: sums.wait_store(1 - sum_slot))
 
         def fetch_next():
             @pl.when(moves)
             def _():
-                settle(1 - sum_slot)
-                start(sums(next_j, 1 - sum_slot, out=False))
+                sums.wait_store(1 - sum_slot)
+                sums.start_load(next_j, 1 - sum_slot)
 
-        full = is_full(queries, keys, meta, b, i, j, q_block, kv_block)
-        seen = is_visited(queries, keys, meta, b, i, j, q_block, kv_block)
-        if force is None:
-
-            @pl.when(full)
-            def _():
-                add_tile(slot, sum_slot, False, fetch_next)
-
-            @pl.when(seen & ~full)
-            def _():
-                write_bias(
-                    bias, q_ids_ref, ids_buf.at[slot], meta[0] + i * q_block, meta[1] + j * kv_block
-                )
-                add_tile(slot, sum_slot, True, fetch_next)
-
-            pl.when(~seen)(fetch_next)
-        else:
-            add_tile(slot, sum_slot, force == "masked", fetch_next)
-
-        @pl.when(moves | ~more)
-        def _():
-            start(sums(j, sum_slot, out=True))
-            state[LEAVING + sum_slot] = 1
+        self.add_tile(j, slot, sum_slot, fetch_next)
+        pl.when(moves | ~more)(lambda: sums.start_store(j, sum_slot))
 
         @pl.when(moves)
         def _():
             state[COMING] = 1
             state[SLOT] = 1 - sum_slot
 
-        pl.when(~more)(lambda: settle(sum_slot))
+        pl.when(~more)(lambda: sums.wait_store(sum_slot))
         state[SEEN] += 1
         return 0
 
-    @pl.when((i == 0) & (queries[NEXT, b, 0] < num_blocks))
-    def _():
-        for n in range(LEAVING + 2):
-            state[n] = 0
-        j = queries[FIRST, b, queries[NEXT, b, 0]]
-        start(inputs(j, 0))
-        start(sums(j, 0, out=False))
-        state[COMING] = 1
+    def add_tile(self, j, slot, sum_slot, between):
+        """The tile's share of all three gradients; `between` runs once, after the first group of
+        heads.
+        """
+        add = functools.partial(self.add_groups, slot, sum_slot, between)
+        full, visited = self.at.is_full(j), self.at.is_visited(j)
+        if self.force is not None:
+            add(masked=self.force == "masked")
+            return
 
-    dq_acc[...] = jnp.zeros_like(dq_acc)
+        @pl.when(full)
+        def _():
+            add(masked=False)
 
-    @pl.when(first < stop)
-    def _():
-        lax.fori_loop(first, stop, visit, 0)
+        @pl.when(visited & ~full)
+        def _():
+            ids = self.scratch.keys.ids.at[slot]
+            self.at.write_bias(self.scratch.bias, self.queries.ids, ids, j)
+            add(masked=True)
 
-    def write(h, _):
-        head(dq_ref, h, size)[...] = (dq_acc[h] * LN2).T.astype(dq_ref.dtype)
-        return 0
+        pl.when(~visited)(between)
 
-    lax.fori_loop(0, heads, write, 0)
+    def add_groups(self, slot, sum_slot, between, *, masked: bool):
+        k, v = self.scratch.keys.k[slot], self.scratch.keys.v[slot]
+        dk, dv = (ref.at[sum_slot] for ref in self.scratch.sums)
+
+        def group(number, _):
+            self.add_heads(k, v, dk, dv, number, masked=masked)
+            pl.when(number == 0)(between)
+            return 0
+
+        lax.fori_loop(0, self.heads // self.blocks.unroll, group, 0)
+
+    def add_heads(self, k, v, dk, dv, group, *, masked: bool):
+        """A tile's work of blocks.unroll heads; the scores of `ahead` pieces run before the others'
+        exponentials.
+        """
+        queries, bias, size = self.queries, self.scratch.bias, k.shape[-1]
+
+        def scores(h, part, some):
+            return (
+                product(k[some], head(queries.q, h, size)[part, :], 1, 1),
+                product(v[some], head(queries.do, h, size)[part, :], 1, 1),
+            )
+
+        def add(h, part, some, probs, dscores):
+            q, do = head(queries.q, h, size)[part, :], head(queries.do, h, size)[part, :]
+            if self.blocks.transposed:
+                dv[:, some] += product(do, probs, 0, 1)
+                dk[:, some] += product(q, dscores, 0, 1)
+            else:
+                dv[some] += product(probs, do, 1, 0)
+                dk[some] += product(dscores, q, 1, 0)
+            self.scratch.dq[h, :, part] += product(k[some], dscores, 0, 0)
+
+        todo = self.blocks.pieces(group)
+        waiting, pending = [scores(*piece) for piece in todo[: self.blocks.ahead]], None
+        for n, (h, part, some) in enumerate(todo):
+            following = todo[n + self.blocks.ahead : n + self.blocks.ahead + 1]
+            waiting += [scores(*piece) for piece in following]
+            s, dprobs = waiting.pop(0)
+            if pending is not None:
+                add(*pending)
+            shift = queries.lse[pl.ds(h, 1), part]
+            # The bias joins the row first: as a part of the scores it delays the MXU (v6e: half the
+            # rate).
+            probs = jnp.exp2(s - (shift - bias[some, part] if masked else shift))
+            dscores = probs * (dprobs - queries.delta[pl.ds(h, 1), part])
+            pending = h, part, some, probs.astype(v.dtype), dscores.astype(k.dtype)
+        add(*pending)
 
 
-@once("heads", "blocks", "vmem_bytes", "force")
+def _kernel(tiles, queries, keys, _, dq, sums, scratch: _Scratch, *, blocks, force):
+    at = QueryBlock.of_step(tiles, blocks)
+    key_stream = KeyStream(at, keys, scratch.keys, scratch.key_semaphores)
+    sum_stream = SumStream(at, sums, scratch.sums, scratch.state, scratch.sum_semaphores)
+    _Backward(at, queries, key_stream, sum_stream, dq, scratch, blocks, force).run()
+
+
+@once("blocks", "vmem_bytes", "force")
 def backward(
-    q_BLX, do_BLX, lse_BGPL, delta_BGPL, q_ids_B1L, k_BMY, v_BMY, kv_ids_BJ1C, tiles: Tiles,
-    heads: int, blocks, vmem_bytes: int,
+    queries: BackwardQueries,
+    keys: Keys,
+    tiles: Tiles,
+    blocks: Blocks,
+    vmem_bytes: int,
     force: str | None = None,
-):  # fmt: skip
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of kernel.forward's q, k and v: [B, L, G x heads x H] in the type of q, and twice
-    float32 [B, M, G x H].
-
-    lse_BGPL: log-sum-exp in units of log2. delta_BGPL: sum over a head of output x its gradient,
-    less the gradient of the natural log-sum-exp. Others as there.
+    float32 [B, M, G x H]. Arguments as there.
     """
-    batch, length, _ = q_BLX.shape
-    groups = lse_BGPL.shape[1]
-    size = k_BMY.shape[-1] // groups
+    batch, length, _ = queries.q.shape
+    groups, heads = queries.lse.shape[1:3]
+    size = keys.k.shape[-1] // groups
     q_spec, row_spec, ids_spec = query_specs(blocks.q, heads, size)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    body = functools.partial(
-        _backward, **blocks.of_kernel, transposed=blocks.transposed, force=force
-    )
     vmem = lambda *shape, dtype=jnp.float32: pltpu.VMEM(shape, dtype)
     sums, axes = (
         ((size, blocks.kv), (0, 2, 1)) if blocks.transposed else ((blocks.kv, size), (0, 1, 2))
     )
-    zeros = jnp.zeros([k_BMY.shape[axis] for axis in axes], jnp.float32)
-    dq, dk, dv = pl.pallas_call(
-        body,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(batch, groups, length // blocks.q),
-            in_specs=[q_spec, q_spec, row_spec, row_spec, ids_spec, *[anywhere] * 5],
-            out_specs=[q_spec, anywhere, anywhere],
-            scratch_shapes=[
-                vmem(2, blocks.kv, size, dtype=k_BMY.dtype),
-                vmem(2, blocks.kv, size, dtype=v_BMY.dtype),
-                vmem(2, 1, blocks.kv, dtype=jnp.int32),
-                vmem(2, *sums), vmem(2, *sums), vmem(heads, size, blocks.q),
-                vmem(blocks.kv, blocks.q),
-                pltpu.SMEM((LEAVING + 2,), jnp.int32), pltpu.SemaphoreType.DMA((2, 3)),
-                pltpu.SemaphoreType.DMA((2, 2)),
-            ],
+    zeros = jnp.zeros([keys.k.shape[axis] for axis in axes], jnp.float32)
+    scratch = _Scratch(
+        keys=Keys(
+            vmem(2, blocks.kv, size, dtype=keys.k.dtype),
+            vmem(2, blocks.kv, size, dtype=keys.v.dtype),
+            vmem(2, 1, blocks.kv, dtype=jnp.int32),
         ),
-        out_shape=[jax.ShapeDtypeStruct(q_BLX.shape, q_BLX.dtype),
-                   *[jax.ShapeDtypeStruct(zeros.shape, zeros.dtype)] * 2],
-        input_output_aliases={11: 1, 12: 2},
-        cost_estimate=cost(q_BLX, q_BLX, q_BLX, k_BMY, v_BMY, zeros, zeros,
-                           macs=5 * causal_macs(q_BLX, k_BMY)),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel",
-                                                                  "arbitrary"),
-                                                                  vmem_limit_bytes=vmem_bytes),
+        sums=Sums(vmem(2, *sums), vmem(2, *sums)),
+        dq=vmem(heads, size, blocks.q),
+        bias=vmem(blocks.kv, blocks.q),
+        state=pltpu.SMEM((LEAVING + 2,), jnp.int32),
+        key_semaphores=pltpu.SemaphoreType.DMA((2, 3)),
+        sum_semaphores=pltpu.SemaphoreType.DMA((2, 2)),
+    )
+    dq, (dk, dv) = pl.pallas_call(
+        functools.partial(_kernel, blocks=blocks, force=force),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, groups, length // blocks.q),
+            in_specs=[
+                BackwardQueries(q_spec, q_spec, row_spec, row_spec, ids_spec),
+                Keys(*[anywhere] * 3),
+                Sums(*[anywhere] * 2),
+            ],
+            out_specs=[q_spec, Sums(*[anywhere] * 2)],
+            scratch_shapes=[scratch],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(queries.q.shape, queries.q.dtype),
+            Sums(*[jax.ShapeDtypeStruct(zeros.shape, zeros.dtype)] * 2),
+        ],
+        input_output_aliases={11: 1, 12: 2},  # the sums
+        cost_estimate=cost(
+            *[queries.q] * 3, keys.k, keys.v, zeros, zeros, macs=5 * causal_macs(queries.q, keys.k)
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes
+        ),
         interpret=interpret.params(),
         name="attention_backward",
-    )(
-        tiles.offsets, tiles.queries, tiles.keys, q_BLX, do_BLX, lse_BGPL, delta_BGPL, q_ids_B1L,
-        k_BMY, v_BMY, kv_ids_BJ1C, zeros, zeros
-    )  # fmt: skip
+    )(tiles, queries, keys, Sums(zeros, zeros))
     return dq, dk.transpose(axes) * LN2, dv.transpose(axes)

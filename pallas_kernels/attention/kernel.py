@@ -15,8 +15,9 @@ softmax.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,19 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
 from pallas_kernels.attention.reference import NO_KEY
-from pallas_kernels.attention.tiles import FIRST, GREATEST, LEAST, NEXT, ONLY, STOP, Tiles
+from pallas_kernels.attention.tiles import FIRST, NEXT, Tiles
+from pallas_kernels.attention.walk import (
+    LN2,
+    SUBLANES,
+    Blocks,
+    Keys,
+    KeyStream,
+    QueryBlock,
+    causal_macs,
+    head,
+    product,
+    query_specs,
+)
 from pallas_kernels.cost import cost
 from pallas_kernels.once import once
 
@@ -36,293 +49,263 @@ VANISHED = 2.0**-90
 # scores are >= -|q| max|k|, so at shifts up to here the largest term of a row is >= 2^-(HEADROOM +
 # SURE + SURE)
 SURE = 10.0
-MASKED = -1e38
-LN2 = math.log(2.0)
-LANES, SUBLANES = 128, 8
 
 
-def product(a, b, a_axis: int, b_axis: int):
-    """Contracts an axis of each; bfloat16 in one pass, float32 in as many as it takes."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(
-        a,
-        b,
-        (((a_axis,), (b_axis,)), ((), ())),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
-
-
-def head(ref, index, size: int):
-    """Columns of one head of a block [queries, heads x size]."""
-    return ref.at[:, pl.ds(pl.multiple_of(index * size, LANES), size)]
-
-
-def is_visited(queries, keys, meta, b, i, j, q_block: int, kv_block: int):
-    """Whether a tile may hold an allowed pair (as tiles.visits)."""
-    overlap = (keys[LEAST, b, j] <= queries[GREATEST, b, i]) & (
-        keys[GREATEST, b, j] >= queries[LEAST, b, i]
-    )
-    return overlap & (meta[1] + j * kv_block <= meta[0] + (i + 1) * q_block - 1)
-
-
-def is_full(queries, keys, meta, b, i, j, q_block: int, kv_block: int):
-    """Whether every pair of a tile is allowed."""
-    return (queries[ONLY, b, i] == keys[ONLY, b, j]) & (
-        meta[1] + (j + 1) * kv_block - 1 <= meta[0] + i * q_block
-    )
-
-
-def write_bias(bias, q_ids_ref, kv_ids_ref, q_first, kv_first):
-    """0 for the allowed pairs of a tile, MASKED for the others: [keys, queries]."""
-    shape = bias.shape
-    kv_ids = jnp.broadcast_to(kv_ids_ref[...], (SUBLANES, shape[0])).T[:, :1]
-    q_ids = q_ids_ref[...]
-    causal = (kv_first + lax.broadcasted_iota(jnp.int32, shape, 0)) <= (
-        q_first + lax.broadcasted_iota(jnp.int32, shape, 1)
-    )
-    bias[...] = jnp.where((kv_ids == q_ids) & (q_ids > 0) & causal, 0.0, MASKED)
-
-
-def key_copies(b, g, j, slot, hbm, buffers, sems):
-    """Copies of keys, values and ids of key block j to one of the buffers."""
-    (k_hbm, v_hbm, ids_hbm), (k_buf, v_buf, ids_buf) = hbm, buffers
-    _, kv_block, size = k_buf.shape
-    rows, columns = pl.ds(j * kv_block, kv_block), pl.ds(g * size, size)
-    return [
-        pltpu.make_async_copy(k_hbm.at[b, rows, columns], k_buf.at[slot], sems.at[slot, 0]),
-        pltpu.make_async_copy(v_hbm.at[b, rows, columns], v_buf.at[slot], sems.at[slot, 1]),
-        pltpu.make_async_copy(ids_hbm.at[b, j], ids_buf.at[slot], sems.at[slot, 2]),
-    ]
-
-
-def query_specs(q_block: int, heads: int, size: int):
-    """What a grid of (batch, key-value heads, query blocks) reads of [B, L, G x heads x H], [B, G,
-    heads, L] and [B, 1, L].
+class Queries(NamedTuple):
+    """q: [B, L, G x heads x H], times scale x log2 e. shift: float32 [B, G, heads, L]. ids: of
+    segments, [B, 1, L]. Inside of the kernel refs of a block's [L, heads x H], [heads, L], [1, L].
     """
-    return (
-        pl.BlockSpec((None, q_block, heads * size), lambda b, g, i, *_: (b, i, g)),
-        pl.BlockSpec((None, None, heads, q_block), lambda b, g, i, *_: (b, g, 0, i)),
-        pl.BlockSpec((None, 1, q_block), lambda b, g, i, *_: (b, 0, i)),
-    )
+
+    q: jax.Array
+    shift: jax.Array
+    ids: jax.Array
 
 
-def _forward(
-    meta, queries, keys, q_ref, shift_ref, q_ids_ref, k_hbm, v_hbm, kv_ids_hbm, o_ref, lse_ref,
-    k_buf, v_buf, ids_buf, acc, total, best, bias, state, sems, *,
-    kv_block: int, piece: int, kv_piece: int, unroll: int, ahead: int, force: str | None,
-):  # fmt: skip
-    """A query block's turn. state[0]: key blocks seen by this core, whose parity is the buffer.
-    force: 'full' or 'masked' leaves only that form of a tile in the program, for the compiler to
-    judge.
+class _Scratch(NamedTuple):
+    """acc: sums of exponentials x values, [heads, H, queries]. total: sums of exponentials, and
+    best: their running maximum, [heads, 8, queries]. bias: of a tile, [keys, queries]. seen: key
+    blocks seen by this core, whose parity is the buffer; a third is for those that come again.
     """
-    b, g, i = (pl.program_id(axis) for axis in range(3))
-    q_block, size = q_ref.shape[0], k_buf.shape[-1]
-    heads = q_ref.shape[1] // size
-    first, stop = queries[FIRST, b, i], queries[STOP, b, i]
-    parts = [slice(start, start + piece) for start in range(0, q_block, piece)]
-    key_parts = [slice(start, start + kv_piece) for start in range(0, kv_block, kv_piece)]
 
-    def copies(j, slot):
-        return key_copies(b, g, j, slot, (k_hbm, v_hbm, kv_ids_hbm), (k_buf, v_buf, ids_buf), sems)
+    keys: Keys
+    acc: jax.Ref
+    total: jax.Ref
+    best: jax.Ref
+    bias: jax.Ref
+    seen: jax.Ref
+    semaphores: jax.Ref
 
-    def start(j, slot):
-        for copy in copies(j, slot):
-            copy.start()
 
-    def wait(j, slot):
-        for copy in copies(j, slot):
-            copy.wait()
+@dataclasses.dataclass(frozen=True)
+class _Forward:
+    """The turn of a query block. force: 'full' or 'masked' leaves only that form of a tile in the
+    program, for the compiler to judge.
+    """
 
-    def fast(slot, masked: bool):
-        """Adds a tile to acc and total, at the fixed shift."""
-        k, v = k_buf[slot], v_buf[slot]
+    at: QueryBlock
+    queries: Queries
+    keys: KeyStream
+    out: jax.Ref
+    lse: jax.Ref
+    scratch: _Scratch
+    blocks: Blocks
+    force: str | None
 
-        def group(number, _):
-            pieces = [
-                (number * unroll + h, part, some)
-                for h in range(unroll)
-                for part in parts
-                for some in key_parts
-            ]
+    @property
+    def heads(self) -> int:
+        return self.lse.shape[0]
 
-            def scores(h, part, some):
-                return product(k[some], head(q_ref, h, size)[part, :], 1, 1)
+    def run(self):
+        at, seen = self.at, self.scratch.seen
 
-            def add(h, part, some, exps):
-                acc[h, :, part] += product(v[some], exps, 0, 0)
-
-            waiting, pending = [scores(*piece) for piece in pieces[:ahead]], None
-            for n, (h, part, some) in enumerate(pieces):
-                waiting += [scores(*piece) for piece in pieces[n + ahead : n + ahead + 1]]
-                s = waiting.pop(0)
-                if pending is not None:
-                    add(*pending)
-                shift = shift_ref[pl.ds(h, 1), part]
-                # The bias joins the row first: as a part of the scores it delays the MXU.
-                exps = jnp.exp2(s - (shift - bias[some, part] if masked else shift))
-                total[h, :, part] += jnp.sum(exps.reshape(-1, SUBLANES, piece), axis=0)
-                pending = h, part, some, exps.astype(v.dtype)
-            add(*pending)
-            return 0
-
-        lax.fori_loop(0, heads // unroll, group, 0)
-
-    def exact(slot):
-        """Adds a tile by online softmax."""
-        k, v = k_buf[slot], v_buf[slot]
-
-        def one_head(h, _):
-            for part in parts:
-                s = product(k, head(q_ref, h, size)[part, :], 1, 1) + bias[:, part]
-                old = best[h, :1, part]
-                new = jnp.maximum(old, jnp.max(s, axis=0, keepdims=True))
-                exps, kept = jnp.exp2(s - new), jnp.exp2(old - new)
-                total[h, :, part] = total[h, :, part] * kept + jnp.sum(
-                    exps.reshape(-1, SUBLANES, piece), axis=0
-                )
-                acc[h, :, part] = acc[h, :, part] * kept + product(v, exps.astype(v.dtype), 0, 0)
-                best[h, :, part] = jnp.broadcast_to(new, (SUBLANES, piece))
-            return 0
-
-        lax.fori_loop(0, heads, one_head, 0)
-
-    def prepare(slot, j):
-        write_bias(bias, q_ids_ref, ids_buf.at[slot], meta[0] + i * q_block, meta[1] + j * kv_block)
-
-    def visit(j, count):
-        slot = count % 2
-        next_i = jnp.where(j + 1 < stop, i, queries[NEXT, b, i + 1])
-        next_j = jnp.where(
-            j + 1 < stop, j + 1, queries[FIRST, b, jnp.minimum(next_i, pl.num_programs(2) - 1)]
-        )
-        wait(j, slot)
-
-        @pl.when(next_i < pl.num_programs(2))
+        @pl.when(at.starts_row())
         def _():
-            start(next_j, 1 - slot)
+            seen[0] = 0
+            self.keys.start(at.first_of_row(), 0)
 
-        full = is_full(queries, keys, meta, b, i, j, q_block, kv_block)
-        seen = is_visited(queries, keys, meta, b, i, j, q_block, kv_block)
-        if force is not None:
-            fast(slot, force == "masked")
+        self.clear()
+
+        @pl.when(at.first < at.stop)
+        def _():
+            seen[0] = lax.fori_loop(at.first, at.stop, self.visit, seen[0])
+
+        self.finish(lambda h, part: self.queries.shift[pl.ds(h, 1), part])
+        if self.force is None:
+            pl.when(self.has_vanished() & (at.first < at.stop))(self.run_exactly)
+
+    def clear(self):
+        acc, total = self.scratch.acc, self.scratch.total
+        acc[...] = jnp.zeros_like(acc)
+        total[...] = jnp.zeros_like(total)
+
+    def visit(self, j, count):
+        """Waits for a key block, starts the copy of the next one, and adds the tile."""
+        at, slot = self.at, count % 2
+        next_i = jnp.where(j + 1 < at.stop, at.i, at.tiles.queries[NEXT, at.b, at.i + 1])
+        next_j = jnp.where(
+            j + 1 < at.stop,
+            j + 1,
+            at.tiles.queries[FIRST, at.b, jnp.minimum(next_i, pl.num_programs(2) - 1)],
+        )
+        self.keys.wait(j, slot)
+        pl.when(next_i < pl.num_programs(2))(lambda: self.keys.start(next_j, 1 - slot))
+        full, visited = at.is_full(j), at.is_visited(j)
+        if self.force is not None:
+            self.add_tile(slot, masked=self.force == "masked")
             return count + 1
 
         @pl.when(full)
         def _():
-            fast(slot, masked=False)
+            self.add_tile(slot, masked=False)
 
-        @pl.when(seen & ~full)
+        @pl.when(visited & ~full)
         def _():
-            prepare(slot, j)
-            fast(slot, masked=True)
+            self.write_bias(slot, j)
+            self.add_tile(slot, masked=True)
 
         return count + 1
 
-    def finish(shift_of):
+    def write_bias(self, slot, j):
+        ids = self.scratch.keys.ids.at[slot]
+        self.at.write_bias(self.scratch.bias, self.queries.ids, ids, j)
+
+    def add_tile(self, slot, *, masked: bool):
+        """Adds a tile to acc and total, at the fixed shift."""
+        k, v = self.scratch.keys.k[slot], self.scratch.keys.v[slot]
+
+        def group(number, _):
+            self.add_heads(k, v, number, masked=masked)
+            return 0
+
+        lax.fori_loop(0, self.heads // self.blocks.unroll, group, 0)
+
+    def add_heads(self, k, v, group, *, masked: bool):
+        """A tile's work of blocks.unroll heads; the scores of `ahead` pieces run before the others'
+        exponentials.
+        """
+        acc, total, bias = self.scratch.acc, self.scratch.total, self.scratch.bias
+
+        def scores(h, part, some):
+            return product(k[some], head(self.queries.q, h, k.shape[-1])[part, :], 1, 1)
+
+        def add(h, part, some, exps):
+            acc[h, :, part] += product(v[some], exps, 0, 0)
+
+        todo = self.blocks.pieces(group)
+        waiting, pending = [scores(*piece) for piece in todo[: self.blocks.ahead]], None
+        for n, (h, part, some) in enumerate(todo):
+            following = todo[n + self.blocks.ahead : n + self.blocks.ahead + 1]
+            waiting += [scores(*piece) for piece in following]
+            s = waiting.pop(0)
+            if pending is not None:
+                add(*pending)
+            shift = self.queries.shift[pl.ds(h, 1), part]
+            # The bias joins the row first: as a part of the scores it delays the MXU.
+            exps = jnp.exp2(s - (shift - bias[some, part] if masked else shift))
+            total[h, :, part] += _by_sublane(exps)
+            pending = h, part, some, exps.astype(v.dtype)
+        add(*pending)
+
+    def finish(self, shift_of):
+        """Writes the results, of scores that were shifted by shift_of(head, queries)."""
+        acc, total = self.scratch.acc, self.scratch.total
+
         def one_head(h, _):
-            for part in parts:
+            for part in self.blocks.parts:
                 row_sum = jnp.sum(total[h, :, part], axis=0, keepdims=True)
                 share = jnp.where(row_sum > 0, 1 / row_sum, 0.0)
-                head(o_ref, h, size)[part, :] = (acc[h, :, part] * share).T.astype(o_ref.dtype)
+                out = (acc[h, :, part] * share).T.astype(self.out.dtype)
+                head(self.out, h, acc.shape[1])[part, :] = out
                 lse = (shift_of(h, part) + jnp.log2(row_sum)) * LN2
-                lse_ref[pl.ds(h, 1), part] = jnp.where(row_sum > 0, lse, NO_KEY)
+                self.lse[pl.ds(h, 1), part] = jnp.where(row_sum > 0, lse, NO_KEY)
             return 0
 
-        lax.fori_loop(0, heads, one_head, 0)
+        lax.fori_loop(0, self.heads, one_head, 0)
 
-    @pl.when((i == 0) & (queries[NEXT, b, 0] < pl.num_programs(2)))
-    def _():
-        state[0] = 0
-        start(queries[FIRST, b, queries[NEXT, b, 0]], 0)
+    def has_vanished(self):
+        """Whether a query's exponentials may have, at the fixed shift."""
+        row_sums = jnp.sum(self.scratch.total[...], axis=1)
+        lost = (row_sums < VANISHED) & (self.queries.shift[...] > SURE)
+        return jnp.max(jnp.where(lost, 1.0, 0.0)) > 0
 
-    acc[...] = jnp.zeros_like(acc)
-    total[...] = jnp.zeros_like(total)
-
-    @pl.when(first < stop)
-    def _():
-        state[0] = lax.fori_loop(first, stop, visit, state[0])
-
-    finish(lambda h, part: shift_ref[pl.ds(h, 1), part])
-    if force is not None:
-        return
-    row_sums = jnp.sum(total[...], axis=1)
-    vanished = jnp.max(jnp.where((row_sums < VANISHED) & (shift_ref[...] > SURE), 1.0, 0.0)) > 0
-
-    @pl.when(vanished & (first < stop))
-    def _():
-        acc[...] = jnp.zeros_like(acc)
-        total[...] = jnp.zeros_like(total)
+    def run_exactly(self):
+        """The block once more, by online softmax."""
+        best = self.scratch.best
+        self.clear()
         best[...] = jnp.full_like(best, NO_KEY)
 
-        def again(j, _):
-            start(j, 2)
-            wait(j, 2)
-            prepare(2, j)
-            exact(2)
+        def visit(j, _):
+            self.keys.start(j, 2)
+            self.keys.wait(j, 2)
+            self.write_bias(2, j)
+            self.add_tile_exactly(2)
             return 0
 
-        lax.fori_loop(first, stop, again, 0)
-        finish(lambda h, part: best[h, :1, part])
+        lax.fori_loop(self.at.first, self.at.stop, visit, 0)
+        self.finish(lambda h, part: best[h, :1, part])
+
+    def add_tile_exactly(self, slot):
+        scratch = self.scratch
+        k, v = scratch.keys.k[slot], scratch.keys.v[slot]
+
+        def one_head(h, _):
+            for part in self.blocks.parts:
+                q = head(self.queries.q, h, k.shape[-1])[part, :]
+                s = product(k, q, 1, 1) + scratch.bias[:, part]
+                old = scratch.best[h, :1, part]
+                new = jnp.maximum(old, jnp.max(s, axis=0, keepdims=True))
+                exps, kept = jnp.exp2(s - new), jnp.exp2(old - new)
+                scratch.total[h, :, part] = scratch.total[h, :, part] * kept + _by_sublane(exps)
+                scratch.acc[h, :, part] = scratch.acc[h, :, part] * kept + product(
+                    v, exps.astype(v.dtype), 0, 0
+                )
+                scratch.best[h, :, part] = jnp.broadcast_to(new, (SUBLANES, new.shape[1]))
+            return 0
+
+        lax.fori_loop(0, self.heads, one_head, 0)
 
 
-def causal_macs(q_BLX, k_BMY) -> int:
-    """Of one product of all queries with the keys that are not after them."""
-    return q_BLX.size * k_BMY.shape[1] // 2
+def _by_sublane(exps):
+    """Sums over keys, in 8 parts: [8, queries]."""
+    return jnp.sum(exps.reshape(-1, SUBLANES, exps.shape[1]), axis=0)
 
 
-@once("heads", "blocks", "vmem_bytes", "force")
+def _kernel(tiles, queries, keys, out, lse, scratch: _Scratch, *, blocks, force):
+    at = QueryBlock.of_step(tiles, blocks)
+    stream = KeyStream(at, keys, scratch.keys, scratch.semaphores)
+    _Forward(at, queries, stream, out, lse, scratch, blocks, force).run()
+
+
+@once("blocks", "vmem_bytes", "force")
 def forward(
-    q_BLX,
-    shift_BGPL,
-    q_ids_B1L,
-    k_BMY,
-    v_BMY,
-    kv_ids_BJ1C,
+    queries: Queries,
+    keys: Keys,
     tiles: Tiles,
-    heads: int,
-    blocks,
+    blocks: Blocks,
     vmem_bytes: int,
     force: str | None = None,
 ):
-    """softmax(q k^T / log2 e) v of scaled queries, and its log-sum-exp.
-
-    Args:
-      q_BLX: [B, L, G x heads x H], times scale x log2 e. shift_BGPL: float32 [B, G, heads, L].
-      q_ids_B1L, kv_ids_BJ1C: segment ids, [B, 1, L] and [B, key blocks, 1, block]. k_BMY, v_BMY:
-      [B, M, G x H]. tiles: of blocks.q and blocks.kv.
-    Returns out [B, L, G x heads x H] and natural log-sum-exp, float32 [B, G, heads, L].
+    """softmax(q k^T / log2 e) v of scaled queries, and its log-sum-exp: [B, L, G x heads x H] in
+    the type of v, and natural, float32 [B, G, heads, L]. tiles: of blocks.q and blocks.kv.
     """
-    batch, length, _ = q_BLX.shape
-    groups = shift_BGPL.shape[1]
-    size = k_BMY.shape[-1] // groups
+    batch, length, _ = queries.q.shape
+    groups, heads = queries.shift.shape[1:3]
+    size = keys.k.shape[-1] // groups
     q_spec, row_spec, ids_spec = query_specs(blocks.q, heads, size)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    body = functools.partial(_forward, **blocks.of_kernel, force=force)
     vmem = lambda *shape, dtype=jnp.float32: pltpu.VMEM(shape, dtype)
-    return pl.pallas_call(
-        body,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(batch, groups, length // blocks.q),
-            in_specs=[q_spec, row_spec, ids_spec, anywhere, anywhere, anywhere],
-            out_specs=[q_spec, row_spec],
-            scratch_shapes=[
-                vmem(3, blocks.kv, size, dtype=k_BMY.dtype),
-                vmem(3, blocks.kv, size, dtype=v_BMY.dtype),
-                vmem(3, 1, blocks.kv, dtype=jnp.int32),
-                vmem(heads, size, blocks.q), vmem(heads, SUBLANES, blocks.q),
-                vmem(heads, SUBLANES, blocks.q), vmem(blocks.kv, blocks.q),
-                pltpu.SMEM((1,), jnp.int32), pltpu.SemaphoreType.DMA((3, 3)),
-            ],
+    scratch = _Scratch(
+        keys=Keys(
+            vmem(3, blocks.kv, size, dtype=keys.k.dtype),
+            vmem(3, blocks.kv, size, dtype=keys.v.dtype),
+            vmem(3, 1, blocks.kv, dtype=jnp.int32),
         ),
-        out_shape=[jax.ShapeDtypeStruct(q_BLX.shape, v_BMY.dtype),
-                   jax.ShapeDtypeStruct(shift_BGPL.shape, jnp.float32)],
-        cost_estimate=cost(q_BLX, q_BLX, k_BMY, v_BMY, macs=2 * causal_macs(q_BLX, k_BMY)),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel",
-                                                                  "arbitrary"),
-                                                                  vmem_limit_bytes=vmem_bytes),
+        acc=vmem(heads, size, blocks.q),
+        total=vmem(heads, SUBLANES, blocks.q),
+        best=vmem(heads, SUBLANES, blocks.q),
+        bias=vmem(blocks.kv, blocks.q),
+        seen=pltpu.SMEM((1,), jnp.int32),
+        semaphores=pltpu.SemaphoreType.DMA((3, 3)),
+    )
+    return pl.pallas_call(
+        functools.partial(_kernel, blocks=blocks, force=force),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, groups, length // blocks.q),
+            in_specs=[Queries(q_spec, row_spec, ids_spec), Keys(*[anywhere] * 3)],
+            out_specs=[q_spec, row_spec],
+            scratch_shapes=[scratch],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(queries.q.shape, keys.v.dtype),
+            jax.ShapeDtypeStruct(queries.shift.shape, jnp.float32),
+        ],
+        cost_estimate=cost(
+            queries.q, queries.q, keys.k, keys.v, macs=2 * causal_macs(queries.q, keys.k)
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes
+        ),
         interpret=interpret.params(),
         name="attention_forward",
-    )(tiles.offsets, tiles.queries, tiles.keys, q_BLX, shift_BGPL, q_ids_B1L, k_BMY, v_BMY,
-    kv_ids_BJ1C)  # fmt: skip
+    )(tiles, queries, keys)

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pallas_kernels import tuning
+from pallas_kernels.attention.walk import Blocks, Keys
 from pallas_kernels.compiler import Chip, Probe
 from pallas_kernels.target import WIDE_UNITS, target_kind
 
@@ -51,36 +52,6 @@ SHAPES = {
     "128K": Shape(131_072, 12, 1, "bfloat16"),
 }
 SIZE = 128
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """Queries and keys of a tile (q, kv) and of a piece (piece, kv_piece), a unit of
-    interleaving.
-
-    unroll: heads written out in one turn of the loop over heads. ahead: pieces whose scores are
-    multiplied before a piece's exponentials. transposed, backward only: the sums of keys' and
-    values' gradients are [head size, keys], which fills units of 256.
-    """
-
-    q: int
-    kv: int
-    piece: int
-    kv_piece: int
-    unroll: int
-    ahead: int
-    transposed: bool
-
-    @property
-    def of_kernel(self) -> dict[str, int]:
-        """What both kernels take by name."""
-        return {
-            "kv_block": self.kv,
-            "piece": self.piece,
-            "kv_piece": self.kv_piece,
-            "unroll": self.unroll,
-            "ahead": self.ahead,
-        }
 
 
 def blocks_for(q_length: int, kv_length: int, heads: int, dtype, pass_: str) -> Blocks:
@@ -135,8 +106,8 @@ def probe(shape: Shape, blocks: Blocks, pass_: str, force: str = "full") -> Prob
     """One row, one document: all tiles below the diagonal are full. force: the form of the tile,
     'full' or 'masked'.
     """
-    from pallas_kernels.attention.backward_kernel import backward
-    from pallas_kernels.attention.kernel import forward
+    from pallas_kernels.attention.backward_kernel import BackwardQueries, backward
+    from pallas_kernels.attention.kernel import Queries, forward
     from pallas_kernels.attention.tiles import Tiles
 
     length, heads, groups = shape.length, shape.heads, shape.groups
@@ -146,13 +117,13 @@ def probe(shape: Shape, blocks: Blocks, pass_: str, force: str = "full") -> Prob
     listed = Tiles(ints(2), ints(6, 1, num_q + 1), ints(3, 1, num_kv))
     wide, narrow = array(length, groups * heads * SIZE), array(length, groups * SIZE)
     row = array(groups, heads, length, dtype=jnp.float32)
-    ids = array(1, length, dtype=jnp.int32), array(num_kv, 1, blocks.kv, dtype=jnp.int32)
+    ids = array(1, length, dtype=jnp.int32)
     if pass_ == "forward":
-        args = wide, row, ids[0], narrow, narrow, ids[1], listed
-        function = lambda *a: forward(*a, heads, blocks, VMEM_BYTES, force)
+        queries, run = Queries(wide, row, ids), forward
     else:
-        args = wide, wide, row, row, ids[0], narrow, narrow, ids[1], listed
-        function = lambda *a: backward(*a, heads, blocks, VMEM_BYTES, force)
+        queries, run = BackwardQueries(wide, wide, row, row, ids), backward
+    keys = Keys(narrow, narrow, array(num_kv, 1, blocks.kv, dtype=jnp.int32))
+    args, function = (queries, keys, listed), lambda *a: run(*a, blocks, VMEM_BYTES, force)
     region = PRODUCTS[pass_] * blocks.unroll * blocks.q * blocks.kv * SIZE
     ends = np.arange(1, num_q + 1) * blocks.q
     visited = groups * int(np.sum(-(-ends // blocks.kv)))

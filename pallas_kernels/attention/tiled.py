@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import kernel
-from pallas_kernels.attention.backward_kernel import backward
-from pallas_kernels.attention.kernel import LANES, forward
+from pallas_kernels.attention.backward_kernel import BackwardQueries, backward
+from pallas_kernels.attention.kernel import Queries, forward
 from pallas_kernels.attention.rotary import head_products
-from pallas_kernels.attention.shapes import Blocks, blocks_for
+from pallas_kernels.attention.shapes import blocks_for
 from pallas_kernels.attention.tiles import tiles
+from pallas_kernels.attention.walk import LANES, Blocks, Keys
 from pallas_kernels.tuning import vmem_limit
 
 LOG2_E = math.log2(math.e)
@@ -97,20 +98,10 @@ def _attend(
 
 
 def _attend_forward(q_BLX, k_BMY, v_BMY, shift_BGPL, q_ids_BL, kv_ids_BM, offsets, blocks, _):
-    ids = _ids(q_ids_BL, kv_ids_BM, blocks)
+    q_ids, kv_ids = _ids(q_ids_BL, kv_ids_BM, blocks)
     listed = tiles(q_ids_BL, kv_ids_BM, *offsets, blocks.q, blocks.kv)
-    out, lse = forward(
-        q_BLX,
-        shift_BGPL,
-        ids[0],
-        k_BMY,
-        v_BMY,
-        ids[1],
-        listed,
-        shift_BGPL.shape[2],
-        blocks,
-        vmem_limit(),
-    )
+    queries, keys = Queries(q_BLX, shift_BGPL, q_ids), Keys(k_BMY, v_BMY, kv_ids)
+    out, lse = forward(queries, keys, listed, blocks, vmem_limit())
     return (out, lse), (q_BLX, k_BMY, v_BMY, q_ids_BL, kv_ids_BM, offsets, out, lse)
 
 
@@ -118,22 +109,10 @@ def _attend_backward(_, blocks, residuals, cotangents):
     q_BLX, k_BMY, v_BMY, q_ids_BL, kv_ids_BM, offsets, out, lse = residuals
     dout, dlse = cotangents
     delta = head_products(out, dout).reshape(lse.shape) - dlse
-    ids = _ids(q_ids_BL, kv_ids_BM, blocks)
+    q_ids, kv_ids = _ids(q_ids_BL, kv_ids_BM, blocks)
     listed = tiles(q_ids_BL, kv_ids_BM, *offsets, blocks.q, blocks.kv)
-    dq, dk, dv = backward(
-        q_BLX,
-        dout,
-        lse * LOG2_E,
-        delta,
-        ids[0],
-        k_BMY,
-        v_BMY,
-        ids[1],
-        listed,
-        lse.shape[2],
-        blocks,
-        vmem_limit(),
-    )
+    queries = BackwardQueries(q_BLX, dout, lse * LOG2_E, delta, q_ids)
+    dq, dk, dv = backward(queries, Keys(k_BMY, v_BMY, kv_ids), listed, blocks, vmem_limit())
     return dq, dk.astype(k_BMY.dtype), dv.astype(v_BMY.dtype), None, None, None, None
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 
 import jax
@@ -21,6 +20,13 @@ from pallas_kernels.cost import cost
 from pallas_kernels.grouped_matmul.gather import Gathered, GatherStream
 from pallas_kernels.grouped_matmul.rows import row_shape
 from pallas_kernels.grouped_matmul.shapes import Blocks
+from pallas_kernels.grouped_matmul.streams import (
+    MatrixStream,
+    NumberStream,
+    RowStream,
+    WordStream,
+    for_count,
+)
 from pallas_kernels.grouped_matmul.tiles import RowTiles, Steps, row_steps
 
 
@@ -34,6 +40,18 @@ class Rows:
     split: bool = False
     number: bool = False
 
+    def plan(self, tile: int, most: int, columns: int):
+        """Inputs, their specs and the scratch of a stream; most: tiles of a step."""
+        width = self.array.shape[1] // (columns if self.split else 1)
+        shape = (2, most, 1, tile) if self.number else (2, most * tile, width)
+        scratch = [pltpu.VMEM(shape, self.array.dtype), pltpu.SemaphoreType.DMA((2,))]
+        return [self.array], [pl.BlockSpec(memory_space=pl.ANY)], scratch
+
+    def stream(self, inputs, scratch, steps: Steps, tile: int, block) -> RowStream:
+        """What plan requested, as refs inside of the kernel, of a block of columns."""
+        stream = NumberStream if self.number else RowStream
+        return stream(*inputs, *scratch, steps, block if self.split else 0, tile)
+
 
 @dataclasses.dataclass(frozen=True)
 class Matrices:
@@ -43,6 +61,21 @@ class Matrices:
 
     array: jax.Array
     axis: int
+
+    def plan(self, columns: int, gap: int):
+        """As of Rows."""
+        height, width = (
+            n // columns if axis == self.axis else n
+            for axis, n in enumerate(self.array.shape)
+            if axis
+        )
+        buffers = pltpu.VMEM((2, height, width + gap), self.array.dtype)
+        scratch = [buffers, pltpu.SemaphoreType.DMA((2,))]
+        return [self.array], [pl.BlockSpec(memory_space=pl.ANY)], scratch
+
+    def stream(self, inputs, scratch, block, gap: int) -> MatrixStream:
+        """As of Rows."""
+        return MatrixStream(*inputs, *scratch, block, self.axis, gap)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +89,25 @@ class Result:
     words: bool = False
     number: bool = False
 
+    def plan(self, tiles: RowTiles, most: int, columns: int):
+        """The whole of it, and the scratch of a stream."""
+        tile = tiles.tile
+        if self.words:
+            whole = row_shape(tiles.rows, self.width, self.dtype)
+            part = most * tile, 1, whole.shape[2] // columns
+        elif self.number:
+            whole = jax.ShapeDtypeStruct((columns, len(tiles.expert), 1, tile), self.dtype)
+            part = most, 1, tile
+        else:
+            whole = jax.ShapeDtypeStruct((tiles.rows, self.width), self.dtype)
+            part = most * tile, self.width // columns
+        return whole, [pltpu.VMEM((2, *part), whole.dtype), pltpu.SemaphoreType.DMA((2,))]
+
+    def stream(self, output, scratch, steps: Steps, tile: int, block) -> RowStream:
+        """As of Rows."""
+        stream = NumberStream if self.number else WordStream if self.words else RowStream
+        return stream(output, *scratch, steps, block, tile)
+
 
 def sweep(compute, tiles: RowTiles, rows, matrices, results, *, blocks: Blocks, name: str):
     """Runs compute(rows, matrices, results, beside) for every step: refs of what is in VMEM, rows
@@ -65,77 +117,35 @@ def sweep(compute, tiles: RowTiles, rows, matrices, results, *, blocks: Blocks, 
     Gathered. Rows of results in tiles past the used ones are not written.
     """
     steps, num_steps = row_steps(tiles, blocks.size, join=blocks.join, visit_empty=False)
-    bodies = blocks.bodies
-    columns = blocks.columns
+    columns, most = blocks.columns, blocks.bodies[-1][-1]
     per_core = -(-num_steps // blocks.cores)
-    tile, most = tiles.tile, bodies[-1][-1]
-    scratch, inputs, specs = [], [], []
-    for operand in rows:
-        if isinstance(operand, Gathered):
-            arrays, operand_specs, buffers = operand.plan(tile, most)
-        else:
-            arrays, operand_specs = [operand.array], [pl.BlockSpec(memory_space=pl.ANY)]
-            width = operand.array.shape[1] // (columns if operand.split else 1)
-            shape = (2, most, 1, tile) if operand.number else (2, most * tile, width)
-            buffers = [pltpu.VMEM(shape, operand.array.dtype), pltpu.SemaphoreType.DMA((2,))]
-        inputs.append(arrays)
-        specs.append(operand_specs)
-        scratch.append(buffers)
-    for operand in matrices:
-        height, width = (
-            n // columns if axis == operand.axis else n
-            for axis, n in enumerate(operand.array.shape)
-            if axis
-        )
-        inputs.append([operand.array])
-        specs.append([pl.BlockSpec(memory_space=pl.ANY)])
-        scratch.append(
-            [
-                pltpu.VMEM((2, height, width + blocks.gap), operand.array.dtype),
-                pltpu.SemaphoreType.DMA((2,)),
-            ]
-        )
-    shapes = []
-    for result in results:
-        if result.words:
-            whole = row_shape(tiles.rows, result.width, result.dtype)
-            part = most * tile, 1, whole.shape[2] // columns
-        elif result.number:
-            whole = jax.ShapeDtypeStruct((columns, len(tiles.expert), 1, tile), result.dtype)
-            part = most, 1, tile
-        else:
-            whole = jax.ShapeDtypeStruct((tiles.rows, result.width), result.dtype)
-            part = most * tile, result.width // columns
-        shapes.append(whole)
-        scratch.append([pltpu.VMEM((2, *part), whole.dtype), pltpu.SemaphoreType.DMA((2,))])
+    plans = [
+        operand.plan(tiles.tile, most)
+        if isinstance(operand, Gathered)
+        else operand.plan(tiles.tile, most, columns)
+        for operand in rows
+    ]
+    plans += [operand.plan(columns, blocks.gap) for operand in matrices]
+    inputs, specs, scratch = (list(part) for part in zip(*plans, strict=True))
+    shapes, result_scratch = zip(
+        *(result.plan(tiles, most, columns) for result in results), strict=True
+    )
     moved = [
         operand if isinstance(operand, Gathered) else operand.array
         for operand in (*rows, *matrices)
     ]
-    kernel = functools.partial(
-        _kernel,
-        compute,
-        rows,
-        matrices,
-        results,
-        bodies,
-        tile,
-        blocks.gap,
-        [len(i) for i in inputs],
-    )
-    return pl.pallas_call(
-        kernel,
+    macs = sum(tiles.rows * math.prod(w.array.shape[1:]) for w in matrices)
+    (out,) = pl.pallas_call(
+        functools.partial(_kernel, compute, (rows, matrices, results), blocks, tiles.tile),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(Steps._fields) + 1,
+            num_scalar_prefetch=2,
             grid=(blocks.cores, columns, per_core),
-            in_specs=list(itertools.chain(*specs)),
-            out_specs=[pl.BlockSpec(memory_space=pl.ANY) for _ in results],
-            scratch_shapes=scratch,
+            in_specs=[specs],
+            out_specs=[[pl.BlockSpec(memory_space=pl.ANY) for _ in results]],
+            scratch_shapes=[[*scratch, *result_scratch]],
         ),
-        out_shape=shapes,
-        cost_estimate=cost(
-            *moved, *shapes, macs=sum(tiles.rows * math.prod(w.array.shape[1:]) for w in matrices)
-        ),
+        out_shape=[list(shapes)],
+        cost_estimate=cost(*moved, *shapes, macs=macs),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=blocks.vmem_bytes,
@@ -144,36 +154,26 @@ def sweep(compute, tiles: RowTiles, rows, matrices, results, *, blocks: Blocks, 
         ),
         interpret=interpret.params(),
         name=name,
-    )(*steps, num_steps.reshape(1), *itertools.chain(*inputs))
+    )(steps, num_steps.reshape(1), inputs)
+    return out
 
 
-def _kernel(compute, rows, matrices, results, bodies, tile, gap, num_refs, *refs):
-    steps = Steps(*refs[: len(Steps._fields)])
-    num_steps = refs[len(Steps._fields)]
-    refs = list(refs[len(Steps._fields) + 1 :])
-    inputs = [[refs.pop(0) for _ in range(n)] for n in num_refs]
-    outputs = [refs.pop(0) for _ in results]
+def _kernel(compute, operands, blocks, tile, steps, num_steps, inputs, outputs, scratch):
+    rows, matrices, results = operands
     block = pl.program_id(1)
-    loads, fetches, stores = [], [], []
-    for operand, hbm, scratch in zip(rows, inputs, refs, strict=False):
-        if isinstance(operand, Gathered):
-            loads.append(operand.stream(hbm, scratch, steps, tile))
-        else:
-            stream = NumberStream if operand.number else RowStream
-            loads.append(stream(hbm[0], *scratch, steps, block if operand.split else 0, tile))
-    for operand, hbm, scratch in zip(
-        matrices, inputs[len(rows) :], refs[len(rows) :], strict=False
-    ):
-        fetches.append(MatrixStream(hbm[0], *scratch, block, operand.axis, gap))
-    for result, hbm, scratch in zip(
-        results, outputs, refs[len(rows) + len(matrices) :], strict=True
-    ):
-        stream = NumberStream if result.number else WordStream if result.words else RowStream
-        stores.append(stream(hbm, *scratch, steps, block, tile))
+    own = zip([*inputs, *outputs], scratch, strict=True)  # HBM and scratch of each
+    loads = [
+        operand.stream(*next(own), steps, tile)
+        if isinstance(operand, Gathered)
+        else operand.stream(*next(own), steps, tile, block)
+        for operand in rows
+    ]
+    fetches = [operand.stream(*next(own), block, blocks.gap) for operand in matrices]
+    stores = [result.stream(*next(own), steps, tile, block) for result in results]
     step = pl.program_id(0) * pl.num_programs(2) + pl.program_id(2)
     end = jnp.minimum((pl.program_id(0) + 1) * pl.num_programs(2), num_steps[0])
     pl.when(step < end)(
-        functools.partial(_step, compute, steps, bodies, loads, fetches, stores, step, end)
+        functools.partial(_step, compute, steps, blocks.bodies, loads, fetches, stores, step, end)
     )
 
 
@@ -254,116 +254,3 @@ def _step(compute, steps: Steps, bodies, loads, fetches, stores, step, end):
         for store in stores:
             pl.when(index >= 1)(functools.partial(store.wait_store, step - 1, counts))
             store.wait_store(step, counts)
-
-
-def for_count(steps: Steps, step, counts, do):
-    """do(count) with the step's number of tiles as a Python number."""
-    for count in counts:
-        pl.when(steps.count[step] == count)(functools.partial(do, count))
-
-
-@dataclasses.dataclass(frozen=True)
-class RowStream:
-    """Rows of a step between HBM [R, W] and two buffers [2, n * tile, W or a block of it], whose
-    rows may be `gap` longer.
-    """
-
-    hbm: jax.Ref
-    buffer: jax.Ref
-    semaphore: jax.Ref
-    steps: Steps
-    block: jax.Array
-    tile: int
-    gap: int = 0
-
-    def copy(self, step, count: int, *, store: bool):
-        width = self.buffer.shape[2] - self.gap
-        there = self.hbm.at[
-            pl.ds(self.steps.tile[step] * self.tile, count * self.tile),
-            pl.ds(self.block * width, width),
-        ]
-        here = self.view(step % 2, count)
-        source, target = (here, there) if store else (there, here)
-        return pltpu.make_async_copy(source, target, self.semaphore.at[step % 2])
-
-    def start(self, step, counts):
-        for_count(
-            self.steps, step, counts, lambda count: self.copy(step, count, store=False).start()
-        )
-
-    def wait(self, step, counts):
-        for_count(
-            self.steps, step, counts, lambda count: self.copy(step, count, store=False).wait()
-        )
-
-    def wait_store(self, step, counts):
-        for_count(self.steps, step, counts, lambda count: self.copy(step, count, store=True).wait())
-
-    def view(self, slot, count: int):
-        return self.buffer.at[
-            slot, pl.ds(0, count * self.tile), pl.ds(0, self.buffer.shape[2] - self.gap)
-        ]
-
-    def clear(self, slot, n: int):
-        """Makes zeros of the n-th tile of a step."""
-        here = self.buffer.at[slot, pl.ds(n * self.tile, self.tile)]
-        here[...] = jnp.zeros(here.shape, here.dtype)
-
-
-class WordStream(RowStream):
-    """Rows as words, [R, 1, W], from two buffers [2, n * tile, 1, W or a block of it]."""
-
-    def copy(self, step, count: int, *, store: bool):
-        width = self.buffer.shape[3]
-        there = self.hbm.at[
-            pl.ds(self.steps.tile[step] * self.tile, count * self.tile),
-            :,
-            pl.ds(self.block * width, width),
-        ]
-        return pltpu.make_async_copy(self.view(step % 2, count), there, self.semaphore.at[step % 2])
-
-    def view(self, slot, count: int):
-        return self.buffer.at[slot, pl.ds(0, count * self.tile)]
-
-
-@dataclasses.dataclass(frozen=True)
-class NumberStream(RowStream):
-    """One number a row, [blocks, R / tile, 1, tile], from two buffers [2, n, 1, tile]."""
-
-    def copy(self, step, count: int, *, store: bool):
-        there = self.hbm.at[self.block, pl.ds(self.steps.tile[step], count)]
-        here = self.view(step % 2, count)
-        source, target = (here, there) if store else (there, here)
-        return pltpu.make_async_copy(source, target, self.semaphore.at[step % 2])
-
-    def view(self, slot, count: int):
-        return self.buffer.at[slot, pl.ds(0, count)]
-
-
-@dataclasses.dataclass(frozen=True)
-class MatrixStream:
-    """An expert's matrix or a block of its columns, from HBM [E, A, B] into two buffers whose rows
-    may be `gap` longer.
-    """
-
-    hbm: jax.Ref
-    buffer: jax.Ref
-    semaphore: jax.Ref
-    block: jax.Array
-    axis: int
-    gap: int
-
-    def copy(self, expert, slot):
-        width = self.buffer.shape[self.axis] - (self.gap if self.axis == 2 else 0)
-        part = pl.ds(self.block * width, width)
-        there = self.hbm.at[expert, part] if self.axis == 1 else self.hbm.at[expert, :, part]
-        return pltpu.make_async_copy(there, self.view(slot), self.semaphore.at[slot])
-
-    def view(self, slot):
-        return self.buffer.at[slot, :, pl.ds(0, self.buffer.shape[2] - self.gap)]
-
-    def start(self, expert, slot):
-        self.copy(expert, slot).start()
-
-    def wait(self, slot):
-        self.copy(0, slot).wait()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +16,20 @@ from pallas_kernels.cost import cost
 from pallas_kernels.grouped_matmul.gather import Gathered, GatherStream
 from pallas_kernels.grouped_matmul.kernel import CHUNK, chunks, product
 from pallas_kernels.grouped_matmul.shapes import GradientBlocks
-from pallas_kernels.grouped_matmul.sweep import RowStream
+from pallas_kernels.grouped_matmul.streams import RowStream
 from pallas_kernels.grouped_matmul.tiles import RowTiles, Steps, row_steps
 from pallas_kernels.once import once
+
+
+class _Scratch(NamedTuple):
+    """loads: what the streams of x and of dy take. total: sums of an expert's steps so far,
+    float32. out: with its last step's, on their way to HBM.
+    """
+
+    loads: list[list]
+    total: jax.Ref
+    out: jax.Ref
+    semaphore: jax.Ref
 
 
 @once("blocks")
@@ -39,7 +52,7 @@ def weight_gradient(
     steps, num_steps = row_steps(tiles, most, join=False, visit_empty=True)
     cuts = blocks.rows, blocks.columns
     widths = [operand.shape[1] // cut for operand, cut in zip(operands, cuts, strict=True)]
-    inputs, specs, scratch = [], [], []
+    inputs, specs, loads = [], [], []
     for operand, cut, width in zip(operands, cuts, widths, strict=True):
         if isinstance(operand, Gathered):
             arrays, operand_specs, buffers = operand.plan(tile, most, blocks=cut, unpacked=False)
@@ -53,24 +66,23 @@ def weight_gradient(
             ]
         inputs.append(arrays)
         specs.append(operand_specs)
-        scratch.append(buffers)
-    sums = [
-        pltpu.VMEM(tuple(widths), jnp.float32),
-        pltpu.VMEM(tuple(widths), dtype),
-        pltpu.SemaphoreType.DMA(()),
-    ]
+        loads.append(buffers)
+    scratch = _Scratch(
+        loads,
+        total=pltpu.VMEM(tuple(widths), jnp.float32),
+        out=pltpu.VMEM(tuple(widths), dtype),
+        semaphore=pltpu.SemaphoreType.DMA(()),
+    )
     (num_rows, height), width = x_RK.shape, dy_RN.shape[1]
     result = jax.ShapeDtypeStruct((num_experts, height, width), dtype)
     return pl.pallas_call(
-        functools.partial(
-            _kernel, blocks, operands, tile, [len(i) for i in inputs], [len(s) for s in scratch]
-        ),
+        functools.partial(_kernel, blocks, operands, tile),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(Steps._fields),
+            num_scalar_prefetch=1,
             grid=(blocks.rows * blocks.columns, num_steps),
-            in_specs=[*specs[0], *specs[1]],
+            in_specs=[specs],
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
-            scratch_shapes=[*scratch[0], *scratch[1], *sums],
+            scratch_shapes=[scratch],
         ),
         out_shape=result,
         cost_estimate=cost(*operands, result, macs=num_rows * height * width),
@@ -81,97 +93,125 @@ def weight_gradient(
         ),
         interpret=interpret.params(),
         name="grouped_weight_gradient",
-    )(*steps, *inputs[0], *inputs[1])
+    )(steps, inputs)
 
 
-def _kernel(blocks, operands, tile, num_inputs, num_scratch, *refs):
-    refs = list(refs)
-    take = lambda n: [refs.pop(0) for _ in range(n)]
-    steps = Steps(*take(len(Steps._fields)))
-    inputs, (dw_hbm,) = [take(n) for n in num_inputs], take(1)
-    scratch, (sums, out, out_semaphore) = [take(n) for n in num_scratch], take(3)
+def _kernel(blocks, operands, tile, steps, inputs, dw, scratch: _Scratch):
     block, step = pl.program_id(0), pl.program_id(1)
-    row_block, column_block = block // blocks.columns, block % blocks.columns
+    part = block // blocks.columns, block % blocks.columns
     num_steps = pl.num_programs(1)
-    bodies = blocks.bodies
-    counts = [count for body in bodies for count in body]
-    parts = zip(
-        operands,
-        inputs,
-        scratch,
-        (row_block, column_block),
-        (blocks.rows, blocks.columns),
-        strict=True,
-    )
-    loads = [_stream(*part, steps, tile, blocks.gap) for part in parts]
-    moving = [load for load in loads if isinstance(load, RowStream)]
-    gathered = [load for load in loads if isinstance(load, GatherStream)]
-    height, width = sums.shape
+    cuts = blocks.rows, blocks.columns
+    loads = [
+        _stream(*own, steps, tile, blocks.gap)
+        for own in zip(operands, inputs, scratch.loads, part, cuts, strict=True)
+    ]
+    _Gradient(blocks, steps, loads, dw, scratch, part, step, num_steps).run()
 
-    def store(expert):
-        there = dw_hbm.at[
-            expert, pl.ds(row_block * height, height), pl.ds(column_block * width, width)
-        ]
-        return pltpu.make_async_copy(out, there, out_semaphore)
 
-    @pl.when(step == 0)
-    def _():
-        for load in moving:
-            load.start(0, counts)
-        for load in gathered:
-            load.start_first(0, 0)
+@dataclasses.dataclass(frozen=True)
+class _Gradient:
+    """A step's rows, of one expert, for one block of the gradient."""
 
-    @pl.when(step + 1 < num_steps)
-    def _():
-        for load in moving:
-            load.start(step + 1, counts)
+    blocks: GradientBlocks
+    steps: Steps
+    loads: list[RowStream | GatherStream]  # of x and of dy
+    dw: jax.Ref
+    scratch: _Scratch
+    part: tuple[jax.Array, jax.Array]  # the block of rows and that of columns
+    step: jax.Array
+    num_steps: jax.Array
 
-    expert, count = steps.expert[step], steps.count[step]
-    first = (step == 0) | (expert != steps.expert[jnp.maximum(step - 1, 0)])
-    last = (step == num_steps - 1) | (expert != steps.expert[jnp.minimum(step + 1, num_steps - 1)])
+    @property
+    def moving(self) -> list[RowStream]:
+        return [load for load in self.loads if isinstance(load, RowStream)]
 
-    pl.when(last & (steps.run[step] > 0))(lambda: store(0).wait())
-    for load in gathered:
-        load.turn(step, step % 2, step + 1 < num_steps)
-    for load in loads:
-        load.wait(step, counts)
+    @property
+    def gathered(self) -> list[GatherStream]:
+        return [load for load in self.loads if isinstance(load, GatherStream)]
 
-    def add(body, target):
-        x, dy = loads
-        for load in moving:
-            for n in range(body[0], body[-1]):
-                pl.when(count <= n)(functools.partial(load.clear, step % 2, n))
-        parts = chunks(height, blocks.chunk)
-        for n, down in enumerate(parts):
-            for load in gathered:
-                load.ahead(step, step % 2, body, n, len(parts))
-            xt = _columns(x, step, body, down).T
-            for across in chunks(width, CHUNK):
-                partial = product(
-                    xt, _columns(dy, step, body, across, again=n > 0), transposed=False
-                )
-                target[down, across] = (jnp.where(first, 0.0, sums[down, across]) + partial).astype(
-                    target.dtype
-                )
+    @property
+    def counts(self) -> list[int]:
+        return [count for body in self.blocks.bodies for count in body]
 
-    for body in bodies:
-        pl.when(last & (count >= body[0]) & (count <= body[-1]))(functools.partial(add, body, out))
-    if blocks.only is None:
-        pl.when(jnp.logical_not(last))(
-            functools.partial(add, range(blocks.size, blocks.size + 1), sums)
+    def run(self):
+        step, steps, scratch = self.step, self.steps, self.scratch
+        self.start_loads()
+        expert, count = steps.expert[step], steps.count[step]
+        first = (step == 0) | (expert != steps.expert[jnp.maximum(step - 1, 0)])
+        last = (step == self.num_steps - 1) | (
+            expert != steps.expert[jnp.minimum(step + 1, self.num_steps - 1)]
         )
 
-    @pl.when(count == 0)
-    def _():
-        out[...] = jnp.zeros_like(out)
+        pl.when(last & (steps.run[step] > 0))(lambda: self.store(0).wait())
+        self.wait_loads()
+        add = functools.partial(self.add, first, count)
+        for body in self.blocks.bodies:
+            pl.when(last & (count >= body[0]) & (count <= body[-1]))(
+                functools.partial(add, body, scratch.out)
+            )
+        if self.blocks.only is None:
+            whole = range(self.blocks.size, self.blocks.size + 1)
+            pl.when(jnp.logical_not(last))(functools.partial(add, whole, scratch.total))
 
-    pl.when(last)(lambda: store(expert).start())
+        @pl.when(count == 0)
+        def _():
+            scratch.out[...] = jnp.zeros_like(scratch.out)
 
-    @pl.when(step == num_steps - 1)
-    def _():
-        store(0).wait()
-        for load in gathered:
-            load.wait_last(step)
+        pl.when(last)(lambda: self.store(expert).start())
+
+        @pl.when(step == self.num_steps - 1)
+        def _():
+            self.store(0).wait()
+            for load in self.gathered:
+                load.wait_last(step)
+
+    def start_loads(self):
+        """The first step starts its own and the next one's, every other the next one's."""
+
+        @pl.when(self.step == 0)
+        def _():
+            for load in self.moving:
+                load.start(0, self.counts)
+            for load in self.gathered:
+                load.start_first(0, 0)
+
+        @pl.when(self.step + 1 < self.num_steps)
+        def _():
+            for load in self.moving:
+                load.start(self.step + 1, self.counts)
+
+    def wait_loads(self):
+        for load in self.gathered:
+            load.turn(self.step, self.step % 2, self.step + 1 < self.num_steps)
+        for load in self.loads:
+            load.wait(self.step, self.counts)
+
+    def store(self, expert):
+        """The copy of the block to its place in the gradient of an expert's matrix."""
+        height, width = self.scratch.out.shape
+        rows = pl.ds(self.part[0] * height, height)
+        columns = pl.ds(self.part[1] * width, width)
+        there = self.dw.at[expert, rows, columns]
+        return pltpu.make_async_copy(self.scratch.out, there, self.scratch.semaphore)
+
+    def add(self, first, count, body: range, target):
+        """Writes to target the sums with those of this step's rows, of `count` tiles, by a body
+        that takes as many; of an expert's first step these alone.
+        """
+        (x, dy), step, total = self.loads, self.step, self.scratch.total
+        for load in self.moving:
+            for n in range(body[0], body[-1]):
+                pl.when(count <= n)(functools.partial(load.clear, step % 2, n))
+        parts = chunks(total.shape[0], self.blocks.chunk)
+        for n, down in enumerate(parts):
+            for load in self.gathered:
+                load.ahead(step, step % 2, body, n, len(parts))
+            xt = _columns(x, step, body, down).T
+            for across in chunks(total.shape[1], CHUNK):
+                columns = _columns(dy, step, body, across, again=n > 0)
+                partial = product(xt, columns, transposed=False)
+                before = jnp.where(first, 0.0, total[down, across])
+                target[down, across] = (before + partial).astype(target.dtype)
 
 
 def _stream(

@@ -10,7 +10,14 @@ import jax
 
 from pallas_kernels import interpret
 from pallas_kernels.attention.api import chosen
-from pallas_kernels.paged_attention import blocked, kernel, reference, shapes, store_kernel
+from pallas_kernels.paged_attention import (
+    blocked,
+    kernel,
+    reference,
+    shapes,
+    store_kernel,
+    work,
+)
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "pallas")
 SIZES = (64, 128)
@@ -23,8 +30,8 @@ TABLE_ENTRIES = 2**17  # half of a chip's scalar memory
 class Lists(NamedTuple):
     """What the kernels walk over, for reading and for storing."""
 
-    read: tuple[jax.Array, ...]
-    written: tuple[jax.Array, ...]
+    read: work.Read
+    written: work.Written
 
 
 def lists(
@@ -43,8 +50,8 @@ def lists(
         (len(starts_S), length, per_group * k_pages.shape[2], k_pages.shape[3]), k_pages
     )
     found = Lists(
-        kernel.work(length, k_pages, starts_S, counts_S, blocks, cores),
-        store_kernel.work(length, k_pages, tables_SP, starts_S, counts_S, cores),
+        work.read(length, k_pages, starts_S, counts_S, blocks, cores),
+        work.written(length, k_pages, tables_SP, starts_S, counts_S, cores),
     )
     return jax.lax.optimization_barrier(found)  # XLA would repeat in each layer what looks cheap
 
@@ -91,14 +98,17 @@ def paged_attention(
     """
     name = _implementation(implementation)
     _check_shapes(q_SLNH, k_pages, v_pages, tables_SP, starts_S, counts_S)
-    args = q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts_S, scale
+    args = q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts_S
     if name == "pallas":
         _check_pallas(q_SLNH, k_pages, v_pages, tables_SP)
-        works = None if lists is None else lists.read
-        return kernel.paged_attention(
-            *args, shapes.blocks_for(q_SLNH.shape, k_pages), shapes.num_cores(), works
-        )
-    return (reference if name == "reference" else blocked).paged_attention(*args)
+        blocks = shapes.blocks_for(q_SLNH.shape, k_pages)
+        if lists is None:
+            length, cores = q_SLNH.shape[1], shapes.num_cores()
+            works = work.read(length, k_pages, starts_S, counts_S, blocks, cores)
+        else:
+            works = lists.read
+        return kernel.paged_attention(*args, works, scale, blocks)
+    return (reference if name == "reference" else blocked).paged_attention(*args, scale)
 
 
 def store(
@@ -121,14 +131,18 @@ def store(
     their old value is not used any more, `xla` and `reference` are one scatter. No two rows store
     in one page. Raises ValueError as paged_attention.
     """
-    name, at = _implementation(implementation), (layer, tables_SP, starts_S, counts_S)
+    name = _implementation(implementation)
     _check_shapes(k_SLGH, k_pages, v_pages, tables_SP, starts_S, counts_S)
     if name == "pallas":
         _check_pallas(k_SLGH, k_pages, v_pages, tables_SP)
-        works = None if lists is None else lists.written
-        return tuple(
-            store_kernel.store(k_SLGH, v_SLGH, k_pages, v_pages, *at, shapes.num_cores(), works)
-        )
+        if lists is None:
+            length, cores = k_SLGH.shape[1], shapes.num_cores()
+            works = work.written(length, k_pages, tables_SP, starts_S, counts_S, cores)
+        else:
+            works = lists.written
+        new = k_SLGH, v_SLGH
+        return store_kernel.store(*new, k_pages, v_pages, layer, starts_S, counts_S, works)
+    at = layer, tables_SP, starts_S, counts_S
     return reference.store(k_SLGH, k_pages, *at, -1), reference.store(v_SLGH, v_pages, *at, -2)
 
 

@@ -8,8 +8,10 @@ product. Two cores share the heads where they can, else the list.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,36 +22,52 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import fp8_bits, interpret, tuning
 from pallas_kernels.cost import cost
 from pallas_kernels.once import once
+from pallas_kernels.paged_attention.work import Blocks, Read
 from pallas_kernels.target import heads_of_core
 
 LANES = 128
 MASKED = -1e38
 
 
-@once("scale", "blocks", "cores")
+class _Rows(NamedTuple):
+    """The other scalars; tables: those of all rows, one after the other."""
+
+    starts_S: jax.Ref
+    tables: jax.Ref
+    layer: jax.Ref
+
+
+class _Pages(NamedTuple):
+    k: jax.Ref
+    v: jax.Ref
+
+
+class _Scratch(NamedTuple):
+    """Two buffers of a block's pages, of queries and of results; acc: sums of exponentials x
+    values, [heads, Q, H]; best: running maximum, and sums: of exponentials, [heads, Q, 128].
+    """
+
+    pages: _Pages
+    q: jax.Ref
+    out: jax.Ref
+    acc: jax.Ref
+    best: jax.Ref
+    sums: jax.Ref
+    semaphores: jax.Ref
+
+
+@once("scale", "blocks")
 def paged_attention(
-    q_SLNH,
-    k_pages,
-    v_pages,
-    layer,
-    tables_SP,
-    starts_S,
-    counts_S,
-    scale,
-    blocks,
-    cores: int,
-    works=None,
-) -> jax.Array:
-    """As api.paged_attention. blocks: shapes.Blocks. cores: of the chip, which share the work.
-    works: as `work` gives them.
+    q_SLNH, k_pages, v_pages, layer, tables_SP, starts_S, counts_S, work: Read, scale: float,
+    blocks: Blocks,
+) -> jax.Array:  # fmt: skip
+    """As api.paged_attention. work: as work.read gives them for these blocks, of the chip's cores,
+    which share them.
     """
     rows, length, num_heads, size = q_SLNH.shape
-    groups, page_size = k_pages.shape[2], k_pages.shape[4]
-    per_group, tokens = num_heads // groups, min(blocks.tokens, length)
-    sublanes = 32 // q_SLNH.dtype.itemsize
+    groups, tokens = k_pages.shape[2], min(blocks.tokens, length)
+    per_group, num_blocks = num_heads // groups, -(-length // tokens)
     used = tokens * per_group
-    q_rows = -(-used // sublanes) * sublanes
-    num_blocks = -(-length // tokens)
     q = jnp.pad(q_SLNH, ((0, 0), (0, num_blocks * tokens - length), (0, 0), (0, 0)))
     q = (
         q.reshape(rows, num_blocks, tokens, groups, per_group, size)
@@ -59,49 +77,21 @@ def paged_attention(
     bits = blocks.bits and q.dtype == jnp.bfloat16
     if bits:
         q, scale = fp8_bits.in_order(q * fp8_bits.LIFT), scale / fp8_bits.LIFT / fp8_bits.SCALE
-    q_SBGQH = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, q_rows - used), (0, 0)))
-
-    heads = heads_of_core(groups, cores)
-    if works is None:
-        works = work(length, k_pages, starts_S, counts_S, blocks, cores)
-    kernel = functools.partial(
-        _kernel, heads=heads, shared=heads != groups, width=tables_SP.shape[1], per_group=per_group,
-        tokens=tokens,
-        page_size=page_size, pages=blocks.pages, join=blocks.join,
-        turn=math.gcd(heads, blocks.turn),
-        bits=bits, factor=scale * math.log2(math.e),
-    )  # fmt: skip
-    buffers = [
-        pltpu.VMEM((2, blocks.pages, heads, *pages.shape[3:]), pages.dtype)
-        for pages in (k_pages, v_pages)
-    ]
-    block = (heads, q_rows, size)
-    starts, tables = starts_S.astype(jnp.int32), tables_SP.reshape(-1).astype(jnp.int32)
-    out = pl.pallas_call(
-        kernel,
-        out_shape=jax.ShapeDtypeStruct(q_SBGQH.shape, q_SBGQH.dtype),
-        cost_estimate=_cost(q_SBGQH, k_pages, v_pages, length * num_heads, tables_SP.size),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=8,
-            grid=(cores,),
-            in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 3,
-            out_specs=pl.BlockSpec(memory_space=pl.ANY),
-            scratch_shapes=[
-                *buffers,
-                pltpu.VMEM((2, *block), q.dtype),
-                pltpu.VMEM((2, *block), q.dtype),
-                pltpu.VMEM(block, jnp.float32),
-                pltpu.VMEM((heads, q_rows, LANES), jnp.float32),
-                pltpu.VMEM((heads, q_rows, LANES), jnp.float32),
-                pltpu.SemaphoreType.DMA((2, 4)),
-            ],
+    q_SBGQH = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, -used % (32 // q.dtype.itemsize)), (0, 0)))
+    out = _call(
+        work,
+        _Rows(
+            starts_S.astype(jnp.int32),
+            tables_SP.reshape(-1).astype(jnp.int32),
+            jnp.asarray(layer, jnp.int32)[None],
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=tuning.vmem_limit()
-        ),
-        interpret=interpret.params(),
-        name="paged_attention",
-    )(*works, starts, tables, jnp.asarray(layer, jnp.int32)[None], q_SBGQH, k_pages, v_pages)
+        q_SBGQH,
+        _Pages(k_pages, v_pages),
+        dataclasses.replace(blocks, tokens=tokens, bits=bits),
+        per_group,
+        scale * math.log2(math.e),
+        _cost(q_SBGQH, k_pages, v_pages, length * num_heads, tables_SP.size),
+    )
     out = (
         out[:, :, :, :used]
         .reshape(rows, num_blocks, groups, tokens, per_group, size)
@@ -110,6 +100,45 @@ def paged_attention(
     out = out.reshape(rows, num_blocks * tokens, num_heads, size)[:, :length]
     # What no core has written is unknown.
     return jnp.where((jnp.arange(length) < counts_S[:, None])[..., None, None], out, 0)
+
+
+def _call(
+    work: Read, rows: _Rows, q_SBGQH, pages: _Pages, blocks: Blocks, per_group: int,
+    factor: float, cost_estimate,
+) -> jax.Array:  # fmt: skip
+    """The kernel's results, like q_SBGQH: blocks of queries, Q of them with all heads of a group
+    and padding. factor: on the scores, for units of log2.
+    """
+    cores, (groups, q_rows, size) = len(work.total), q_SBGQH.shape[2:]
+    heads = heads_of_core(groups, cores)
+    anywhere, vmem = pl.BlockSpec(memory_space=pl.ANY), pltpu.VMEM
+    scratch = _Scratch(
+        pages=_Pages(*(vmem((2, blocks.pages, heads, *p.shape[3:]), p.dtype) for p in pages)),
+        q=vmem((2, heads, q_rows, size), q_SBGQH.dtype),
+        out=vmem((2, heads, q_rows, size), q_SBGQH.dtype),
+        acc=vmem((heads, q_rows, size), jnp.float32),
+        best=vmem((heads, q_rows, LANES), jnp.float32),
+        sums=vmem((heads, q_rows, LANES), jnp.float32),
+        semaphores=pltpu.SemaphoreType.DMA((2, 4)),
+    )
+    blocks = dataclasses.replace(blocks, turn=math.gcd(heads, blocks.turn))
+    return pl.pallas_call(
+        functools.partial(_kernel, blocks=blocks, per_group=per_group, factor=factor),
+        out_shape=jax.ShapeDtypeStruct(q_SBGQH.shape, q_SBGQH.dtype),
+        cost_estimate=cost_estimate,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(cores,),
+            in_specs=[anywhere, _Pages(anywhere, anywhere)],
+            out_specs=anywhere,
+            scratch_shapes=[scratch],
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=tuning.vmem_limit()
+        ),
+        interpret=interpret.params(),
+        name="paged_attention",
+    )(work, rows, q_SBGQH, pages)
 
 
 def _cost(q_SBGQH, k_pages, v_pages, queries: int, pages: int):
@@ -124,224 +153,204 @@ def _cost(q_SBGQH, k_pages, v_pages, queries: int, pages: int):
     return cost(q_SBGQH, q_SBGQH, *read, macs=2 * queries * size * pages * k_pages.shape[4])
 
 
-def work(length: int, k_pages, starts_S, counts_S, blocks, cores: int) -> tuple[jax.Array, ...]:
-    """What the kernel walks over for `length` new tokens of a row: the same in every layer."""
-    groups, tokens = k_pages.shape[2], min(blocks.tokens, length)
-    split = heads_of_core(groups, cores) == groups
-    return _work(
-        starts_S,
-        counts_S,
-        tokens,
-        -(-length // tokens),
-        k_pages.shape[4],
-        blocks.pages,
-        cores,
-        split=split,
-    )
+def _kernel(work, rows, q, pages, out, scratch, *, blocks, per_group, factor):
+    core, heads = pl.program_id(0), scratch.acc.shape[0]
+    first_w, stop_w, count = work.part[2 * core], work.part[2 * core + 1], work.total[core]
+    own = pl.ds(core * heads if heads != q.shape[2] else 0, heads)
+    _Core(
+        work, rows, q, pages, out, scratch, blocks, per_group, factor, first_w, stop_w, count, own
+    ).run()
 
 
-def _work(starts_S, counts_S, tokens, num_blocks, page_size, pages, cores, *, split: bool):
-    """The list of query blocks with real tokens: row, block, and number of pages that it sees [W];
-    after them any other. Where each core's part of it begins and ends [2 cores], and its number of
-    blocks of pages [cores]; each core's part is all unless `split`.
+@dataclasses.dataclass(frozen=True)
+class _Core:
+    """One core's part of the list: `count` blocks of pages, of the places from first_w to before
+    stop_w. w: place in the list, i: block of the pages that it sees; n: blocks so far, whose parity
+    is the buffer. own: the core's key-value heads.
     """
-    first_B = jnp.arange(num_blocks) * tokens
-    live_SB = first_B < counts_S[:, None]
-    seen_SB = starts_S[:, None] + jnp.minimum(counts_S[:, None], first_B + tokens)
-    pages_W = jnp.where(live_SB, -(-seen_SB // page_size), 0).reshape(-1)
-    order_W = jnp.argsort(pages_W == 0, stable=True)
-    row_W, block_W, pages_W = (
-        x[order_W].astype(jnp.int32) for x in (*_indices(live_SB.shape), pages_W)
-    )
-    steps_W = -(-pages_W // pages)
-    live, before_W = jnp.sum(pages_W > 0), jnp.cumsum(steps_W)
-    shares = jnp.arange(cores + 1) * before_W[-1] / cores if split else None
-    ends = (
-        jnp.sum(before_W[None] <= shares[:, None], axis=1)
-        .clip(max=live)
-        .at[-1]
-        .set(live)
-        .at[0]
-        .set(0)
-        if split
-        else None
-    )
-    part = (
-        jnp.stack([ends[:-1], ends[1:]], axis=1)
-        if split
-        else jnp.tile(jnp.stack([0, live])[None], (cores, 1))
-    )
-    zero_W = jnp.concatenate([jnp.zeros(1, before_W.dtype), before_W])
-    total = zero_W[part[:, 1]] - zero_W[part[:, 0]]
-    return row_W, block_W, pages_W, part.reshape(-1).astype(jnp.int32), total.astype(jnp.int32)
 
+    work: Read
+    rows: _Rows
+    q: jax.Ref
+    pages: _Pages
+    out: jax.Ref
+    scratch: _Scratch
+    blocks: Blocks
+    per_group: int
+    factor: float
+    first_w: jax.Array
+    stop_w: jax.Array
+    count: jax.Array
+    own: pl.Slice
 
-def _indices(shape):
-    return jnp.indices(shape, jnp.int32).reshape(2, -1)
+    def run(self):
+        # a page that is not fetched is multiplied by zeros, which NaN would survive
+        if self.blocks.pages > 1:
+            for buf in self.scratch.pages:
+                buf[...] = jnp.zeros_like(buf)
 
+        @pl.when(self.count > 0)
+        def _():
+            self.q_copy(self.first_w).start()
+            self.for_pages(self.first_w, 0, 0, lambda copy: copy.start())
 
-def _kernel(
-    row_W, block_W, pages_W, part, total, starts_S, tables, layer, q_hbm, k_hbm, v_hbm, out_hbm,
-    k_buf, v_buf, q_buf, out_buf, acc, best, sums, sems,
-    *, heads: int, shared: bool, width: int, per_group: int, tokens: int, page_size: int,
-    pages: int, join: int, turn: int, bits: bool,
-    factor: float,
-):  # fmt: skip
-    """One core's part of the list. w: place in it, i: block of the pages that it sees; n: blocks so
-    far, whose parity is the buffer.
-    """
-    core = pl.program_id(0)
-    first_w, stop_w, count = part[2 * core], part[2 * core + 1], total[core]
-    (q_rows, size), dtype = q_buf.shape[2:], q_buf.dtype
-    own = pl.ds(core * heads if shared else 0, heads)
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    dot = functools.partial(jnp.dot, precision=precision, preferred_element_type=jnp.float32)
-    unpack = fp8_bits.to_bfloat16 if bits else lambda page: page.astype(dtype)
+        lax.fori_loop(0, self.count, self.step, (self.first_w, jnp.int32(0)))
+        for back in (2, 1):
 
-    def q_copy(w):
-        slot = (w - first_w) % 2
-        return pltpu.make_async_copy(
-            q_hbm.at[row_W[w], block_W[w], own], q_buf.at[slot], sems.at[slot, 2]
-        )
+            @pl.when(self.stop_w - self.first_w >= back)
+            def _(back=back):
+                self.out_copy(self.stop_w - back).wait()
 
-    def out_copy(w):
-        slot = (w - first_w) % 2
-        return pltpu.make_async_copy(
-            out_buf.at[slot], out_hbm.at[row_W[w], block_W[w], own], sems.at[slot, 3]
-        )
+    def slot(self, w):
+        return (w - self.first_w) % 2
 
-    def for_pages(w, i, slot, do):
+    def q_copy(self, w):
+        slot, scratch = self.slot(w), self.scratch
+        there = self.q.at[self.work.row_W[w], self.work.block_W[w], self.own]
+        return pltpu.make_async_copy(there, scratch.q.at[slot], scratch.semaphores.at[slot, 2])
+
+    def out_copy(self, w):
+        slot, scratch = self.slot(w), self.scratch
+        there = self.out.at[self.work.row_W[w], self.work.block_W[w], self.own]
+        return pltpu.make_async_copy(scratch.out.at[slot], there, scratch.semaphores.at[slot, 3])
+
+    def for_pages(self, w, i, slot, do):
         """Starts or waits for the copies of a block's pages; the row's last block may have
         fewer.
         """
+        pages, width = self.blocks.pages, self.rows.tables.shape[0] // self.rows.starts_S.shape[0]
         for j in range(pages):
 
-            @pl.when(i * pages + j < pages_W[w])
+            @pl.when(i * pages + j < self.work.pages_W[w])
             def _(j=j):
-                page = tables[row_W[w] * width + i * pages + j]
-                for number, (hbm, buf) in enumerate(((k_hbm, k_buf), (v_hbm, v_buf))):
-                    do(
-                        pltpu.make_async_copy(
-                            hbm.at[layer[0], page, own], buf.at[slot, j], sems.at[slot, number]
-                        )
-                    )
+                page = self.rows.tables[self.work.row_W[w] * width + i * pages + j]
+                for n, (hbm, buf) in enumerate(zip(self.pages, self.scratch.pages, strict=True)):
+                    there = hbm.at[self.rows.layer[0], page, self.own]
+                    semaphore = self.scratch.semaphores.at[slot, n]
+                    do(pltpu.make_async_copy(there, buf.at[slot, j], semaphore))
 
-    if pages > 1:  # a page that is not fetched is multiplied by zeros, which NaN would survive
-        for buf in (k_buf, v_buf):
-            buf[...] = jnp.zeros_like(buf)
+    def step(self, n, carry):
+        """Waits for a block of pages, starts the copies of the next one, and attends to it; at the
+        first and last of a query block also moves queries and results.
+        """
+        (w, i), slot, scratch = carry, n % 2, self.scratch
+        last = (i + 1) * self.blocks.pages >= self.work.pages_W[w]
+        next_w, next_i = jnp.where(last, w + 1, w), jnp.where(last, 0, i + 1)
 
-    @pl.when(count > 0)
-    def _():
-        q_copy(first_w).start()
-        for_pages(first_w, 0, 0, lambda copy: copy.start())
+        @pl.when(n + 1 < self.count)
+        def _():
+            self.for_pages(next_w, next_i, 1 - slot, lambda copy: copy.start())
 
-    def compute(w, i, slot):
-        q_slot = (w - first_w) % 2
-        # Rows are tokens x heads of a group; the float division is exact for any block that fits.
-        token = jnp.floor(
-            (lax.broadcasted_iota(jnp.int32, (q_rows, 1), 0).astype(jnp.float32) + 0.5) / per_group
-        ).astype(jnp.int32)
-        position = starts_S[row_W[w]] + block_W[w] * tokens + token
-        key = i * pages * page_size + lax.broadcasted_iota(
-            jnp.int32, (q_rows, pages * page_size), 1
-        )
-        seen = key <= position
+        @pl.when(i == 0)
+        def _():
+            self.q_copy(w).wait()
+            pl.when(w + 1 < self.stop_w)(lambda: self.q_copy(w + 1).start())
+            scratch.acc[...] = jnp.zeros_like(scratch.acc)
+            scratch.sums[...] = jnp.zeros_like(scratch.sums)
+            scratch.best[...] = jnp.full_like(scratch.best, MASKED)
 
-        def some_heads(first):
-            """In phases over all of them, loads first and stores last, so that one head's latencies
-            are hidden by the others.
-            """
-            heads_here = [first + h for h in range(turn)]
-            queries = [q_buf[q_slot, h] for h in heads_here]
-            old, before, sum_before = ([ref[h] for h in heads_here] for ref in (best, acc, sums))
-            scores = [
-                jnp.where(seen, _scores(q, h) * factor, MASKED)
-                for q, h in zip(queries, heads_here, strict=True)
-            ]
-            new = [
-                jnp.maximum(o, jnp.max(s, axis=1, keepdims=True))
-                for o, s in zip(old, scores, strict=True)
-            ]
-            exps = [jnp.exp2(s - _wide(n, s.shape[1])) for s, n in zip(scores, new, strict=True)]
-            added = [_values(e, h) for e, h in zip(exps, heads_here, strict=True)]
-            for n, h in enumerate(heads_here):
-                kept = jnp.exp2(old[n] - new[n])
-                best[h] = new[n]
-                sums[h] = sum_before[n] * kept + jnp.sum(exps[n], axis=1, keepdims=True)
-                acc[h] = before[n] * _wide(kept, size) + added[n]
+        self.for_pages(w, i, slot, lambda copy: copy.wait())
+        self.attend(w, i, slot)
 
-        def _scores(q, h):
-            """[Q, pages x page size]. With `join` pages of one product, each with rows of its own:
-            [q 0; 0 q] [k0; k1].
-            """
-            out = []
-            for j in range(0, pages, join):
-                k = jnp.concatenate([unpack(k_buf[slot, j + n, h]) for n in range(join)], axis=0)
-                zeros = jnp.zeros_like(q)
-                lhs = [
-                    jnp.concatenate([q if m == n else zeros for m in range(join)], axis=1)
-                    for n in range(join)
-                ]
-                product = dot(jnp.concatenate(lhs, axis=0), k)
-                out += [product[n * q_rows : (n + 1) * q_rows] for n in range(join)]
-            return jnp.concatenate(out, axis=1)
+        @pl.when(last)
+        def _():
+            pl.when(w - self.first_w >= 2)(lambda: self.out_copy(w - 2).wait())
+            out = scratch.acc[...] / _wide(scratch.sums[...], scratch.acc.shape[2])
+            scratch.out[self.slot(w)] = out.astype(scratch.out.dtype)
+            self.out_copy(w).start()
 
-        def _values(exps, h):
-            """[Q, H]."""
-            exps = (_in_order(exps) * fp8_bits.LIFT if bits else exps).astype(dtype)
-            out = 0.0
-            for j in range(0, pages, join):
-                v = jnp.concatenate([unpack(v_buf[slot, j + n, h]) for n in range(join)], axis=0)
-                out += dot(exps[:, j * page_size : (j + join) * page_size], v)
-            return out * (1 / fp8_bits.LIFT / fp8_bits.SCALE) if bits else out
+        return next_w, next_i
 
+    def attend(self, w, i, slot):
+        """Adds a block of pages to acc and sums, by online softmax."""
+        q_slot, seen = self.slot(w), self.seen(w, i)
+        heads, turn = self.scratch.acc.shape[0], self.blocks.turn
+        some_heads = lambda first: self.attend_heads(first, q_slot, slot, seen)
         if turn == heads:
             some_heads(0)
         else:
             lax.fori_loop(0, heads // turn, lambda n, _: (some_heads(n * turn), 0)[1], 0)
 
-    def step(n, carry):
-        w, i = carry
-        slot = n % 2
-        last = (i + 1) * pages >= pages_W[w]
-        next_w, next_i = jnp.where(last, w + 1, w), jnp.where(last, 0, i + 1)
+    def seen(self, w, i):
+        """Which positions of a block of pages which queries see, [Q, pages x page size]."""
+        work, (pages, tokens) = self.work, (self.blocks.pages, self.blocks.tokens)
+        q_rows, page_size = self.scratch.q.shape[2], self.page_size
+        # Rows are tokens x heads of a group; the float division is exact for any block that fits.
+        row = lax.broadcasted_iota(jnp.int32, (q_rows, 1), 0).astype(jnp.float32)
+        token = jnp.floor((row + 0.5) / self.per_group).astype(jnp.int32)
+        position = self.rows.starts_S[work.row_W[w]] + work.block_W[w] * tokens + token
+        key = i * pages * page_size + lax.broadcasted_iota(
+            jnp.int32, (q_rows, pages * page_size), 1
+        )
+        return key <= position
 
-        @pl.when(n + 1 < count)
-        def _():
-            for_pages(next_w, next_i, 1 - slot, lambda copy: copy.start())
+    @property
+    def page_size(self) -> int:
+        return self.scratch.pages.k.shape[-1]
 
-        @pl.when(i == 0)
-        def _():
-            q_copy(w).wait()
+    def attend_heads(self, first, q_slot, slot, seen):
+        """In phases over all heads of a turn, loads first and stores last, so that one head's
+        latencies are hidden by the others.
+        """
+        scratch = self.scratch
+        heads = [first + h for h in range(self.blocks.turn)]
+        queries = [scratch.q[q_slot, h] for h in heads]
+        old, before, sum_before = (
+            [ref[h] for h in heads] for ref in (scratch.best, scratch.acc, scratch.sums)
+        )
+        scores = [
+            jnp.where(seen, self.scores(q, slot, h) * self.factor, MASKED)
+            for q, h in zip(queries, heads, strict=True)
+        ]
+        new = [
+            jnp.maximum(o, jnp.max(s, axis=1, keepdims=True))
+            for o, s in zip(old, scores, strict=True)
+        ]
+        exps = [jnp.exp2(s - _wide(n, s.shape[1])) for s, n in zip(scores, new, strict=True)]
+        added = [self.values(e, slot, h) for e, h in zip(exps, heads, strict=True)]
+        for n, h in enumerate(heads):
+            kept = jnp.exp2(old[n] - new[n])
+            scratch.best[h] = new[n]
+            scratch.sums[h] = sum_before[n] * kept + jnp.sum(exps[n], axis=1, keepdims=True)
+            scratch.acc[h] = before[n] * _wide(kept, scratch.acc.shape[2]) + added[n]
 
-            @pl.when(w + 1 < stop_w)
-            def _():
-                q_copy(w + 1).start()
+    def scores(self, q, slot, h):
+        """[Q, pages x page size]. With `join` pages of one product, each with rows of its own: [q
+        0; 0 q] [k0; k1].
+        """
+        (pages, join), q_rows, out = (self.blocks.pages, self.blocks.join), len(q), []
+        for j in range(0, pages, join):
+            k = self.unpacked(self.scratch.pages.k, slot, j, h)
+            zeros = jnp.zeros_like(q)
+            lhs = [
+                jnp.concatenate([q if m == n else zeros for m in range(join)], axis=1)
+                for n in range(join)
+            ]
+            product = _dot(jnp.concatenate(lhs, axis=0), k)
+            out += [product[n * q_rows : (n + 1) * q_rows] for n in range(join)]
+        return jnp.concatenate(out, axis=1)
 
-            acc[...] = jnp.zeros_like(acc)
-            sums[...] = jnp.zeros_like(sums)
-            best[...] = jnp.full_like(best, MASKED)
+    def values(self, exps, slot, h):
+        """[Q, H]."""
+        (pages, join), bits = (self.blocks.pages, self.blocks.join), self.blocks.bits
+        exps = (_in_order(exps) * fp8_bits.LIFT if bits else exps).astype(self.scratch.q.dtype)
+        out = 0.0
+        for j in range(0, pages, join):
+            v = self.unpacked(self.scratch.pages.v, slot, j, h)
+            out += _dot(exps[:, j * self.page_size : (j + join) * self.page_size], v)
+        return out * (1 / fp8_bits.LIFT / fp8_bits.SCALE) if bits else out
 
-        for_pages(w, i, slot, lambda copy: copy.wait())
-        compute(w, i, slot)
+    def unpacked(self, buffer, slot, j, h):
+        """`join` pages of a head, from page j of the block on, one below the other."""
+        dtype = self.scratch.q.dtype
+        unpack = fp8_bits.to_bfloat16 if self.blocks.bits else lambda page: page.astype(dtype)
+        pages = [unpack(buffer[slot, j + n, h]) for n in range(self.blocks.join)]
+        return jnp.concatenate(pages, axis=0)
 
-        @pl.when(last)
-        def _():
-            @pl.when(w - first_w >= 2)
-            def _():
-                out_copy(w - 2).wait()
 
-            out_buf[(w - first_w) % 2] = (acc[...] / _wide(sums[...], size)).astype(dtype)
-            out_copy(w).start()
-
-        return next_w, next_i
-
-    lax.fori_loop(0, count, step, (first_w, jnp.int32(0)))
-    for back in (2, 1):
-
-        @pl.when(stop_w - first_w >= back)
-        def _(back=back):
-            out_copy(stop_w - back).wait()
+def _dot(a, b):
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _wide(x, size: int):

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import compiler, fp8_bits, tuning
 from pallas_kernels.compiler import Chip, Probe
+from pallas_kernels.paged_attention.work import Blocks, read
 from pallas_kernels.target import TWO_CORES, WIDE_UNITS, heads_of_core, target_kind, target_platform
 
 FOLDER = pathlib.Path(__file__).parent
@@ -29,20 +30,6 @@ TURN_ROWS = 192  # query rows of a turn, unless one head has more
 PROMPT_TOKENS = 32  # queries of a block where there are more than FEW_TOKENS
 FEW_TOKENS = 8
 PROMPT_PAGES = 4  # of a step, for them: more take the compiler minutes
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """pages: of a step; join: pages of one product, 2 for MXUs of 256, divides pages;
-    tokens: queries of a block; bits: unpack float8 by fp8_bits, for bfloat16 queries; turn: heads
-    whose work is written out together, to hide each other's latencies.
-    """
-
-    pages: int
-    join: int
-    tokens: int
-    bits: bool
-    turn: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +172,9 @@ def probe(shape: Shape, blocks: Blocks, pass_: str) -> Probe:
     )
 
     def function(*args):
-        return kernel.paged_attention(*args, SIZE**-0.5, blocks, num_cores())
+        k_pages, starts_S, counts_S = args[1], *args[-2:]
+        works = read(shape.length, k_pages, starts_S, counts_S, blocks, num_cores())
+        return kernel.paged_attention(*args, works, SIZE**-0.5, blocks)
 
     pages, steps = int(np.sum(-(-shape.ends // PAGE))), _steps(shape, blocks.pages)
     rows = -(-shape.length * HEADS // 16) * 16

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pallas_kernels import compiler, interpret
 from pallas_kernels.attention import kernel, shapes, tiled
 from pallas_kernels.attention.api import attention
-from pallas_kernels.attention.shapes import Blocks
+from pallas_kernels.attention.walk import Blocks
 
 BATCH, LENGTH, HEADS, GROUPS = 2, 384, 4, 2
 BLOCKS = Blocks(q=128, kv=128, piece=128, kv_piece=128, unroll=2, ahead=1, transposed=False)

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import compiler, interpret
-from pallas_kernels.paged_attention import kernel, reference, shapes, store_kernel
+from pallas_kernels.paged_attention import kernel, reference, shapes, store_kernel, work
 from pallas_kernels.paged_attention.api import paged_attention, store
-from pallas_kernels.paged_attention.shapes import Blocks
+from pallas_kernels.paged_attention.work import Blocks
 
 LAYERS, PAGE = 2, 128
 STRICT = {"detect_races": True, "uninitialized_memory": "nan"}
@@ -71,8 +71,9 @@ def races_found() -> bool:
 
 def check(args, blocks: Blocks, *, cores=1, **options):
     scale = args[0].shape[-1] ** -0.5
+    works = work.read(args[0].shape[1], args[1], *args[-2:], blocks, cores)
     with interpret.on(**STRICT | options):
-        ours = np.asarray(kernel.paged_attention(*args, scale, blocks, cores).astype(jnp.float32))
+        ours = np.asarray(kernel.paged_attention(*args, works, scale, blocks).astype(jnp.float32))
     assert not races_found()
     expected = oracle(*args, scale)
     for row, count in enumerate(np.asarray(args[-1])):
@@ -134,7 +135,7 @@ def test_only_the_rows_own_pages_are_read():
     starts, counts = [0, 127, 300, 513], [1, 1, 0, 1]
     row, block, pages, part, total = map(
         np.asarray,
-        kernel._work(jnp.asarray(starts), jnp.asarray(counts), 1, 1, PAGE, 2, 1, split=False),
+        work._read(jnp.asarray(starts), jnp.asarray(counts), 1, 1, PAGE, 2, 1, split=False),
     )
     assert part.tolist() == [0, 3] and total.tolist() == [1 + 1 + 3]
     assert dict(zip(row[:3].tolist(), pages[:3].tolist(), strict=True)) == {0: 1, 1: 1, 3: 5}
@@ -143,7 +144,7 @@ def test_only_the_rows_own_pages_are_read():
 
 def test_cores_share_a_ragged_list_evenly():
     starts = np.full(16, 128 * 16 - 1)
-    *_, part, total = kernel._work(
+    *_, part, total = work._read(
         jnp.asarray(starts), jnp.ones(16, jnp.int32), 1, 1, PAGE, 4, 2, split=True
     )
     assert part.tolist() == [0, 8, 8, 16] and total.tolist() == [32, 32]
@@ -246,6 +247,13 @@ def new_tokens(args, length, seed=1):
     return [jnp.where(unreal[..., None, None], jnp.nan, x) for x in (k, v)], stored
 
 
+def run_store(new, args, cores: int):
+    """The pages of `args`, as `cache` gives them, with new tokens."""
+    _, k_pages, v_pages, layer, tables, starts, counts = args
+    works = work.written(new[0].shape[1], k_pages, tables, starts, counts, cores)
+    return store_kernel.store(*new, k_pages, v_pages, layer, starts, counts, works)
+
+
 @pytest.mark.parametrize(("dtype", "groups", "size", "page_size", "length", "starts", "counts",
                           "cores"), [
     ("float32", 2, 128, 128, 1, (0, 127, 128, 300, 5), (1, 1, 0, 1, 1), 1),
@@ -265,7 +273,7 @@ def test_new_tokens_are_stored_and_nothing_else_changes(
     )
     new, expected = new_tokens(args, length)
     with interpret.on(**STRICT):
-        found = store_kernel.store(*new, *args[1:], cores)
+        found = run_store(new, args, cores)
     assert not races_found()
     for ours, right in zip(found, expected, strict=True):
         np.testing.assert_array_equal(np.asarray(ours.astype(jnp.float32)), right)
@@ -278,7 +286,7 @@ def test_positions_behind_the_table_are_not_stored():
     args = *args[:-1], jnp.asarray([200])
     new, expected = new_tokens(args, 200)
     with interpret.on(**STRICT):
-        found = store_kernel.store(*new, *args[1:], 1)
+        found = run_store(new, args, 1)
     for ours, right in zip(found, expected, strict=True):
         np.testing.assert_array_equal(np.asarray(ours), right)
 
@@ -300,6 +308,6 @@ def test_the_tpu_compiler_takes_the_store(topology, dtype, length, groups):
     )
 
     def function(*args):
-        return store_kernel.store(*args, shapes.num_cores())
+        return run_store(args[:2], (None, *args[2:]), shapes.num_cores())
 
     compiler.compile_kernel(function, (new, new, k, v, *ints), topology)
