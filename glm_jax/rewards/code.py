@@ -339,15 +339,15 @@ def same_output(found: str, expected: str, tolerance: float) -> bool:
     """Compared as judges do: line by line, without white space at their ends and empty lines at the
     end.
     """
-    lines, wanted = (
+    lines, right = (
         [line.rstrip() for line in text.rstrip().splitlines()] for text in (found, expected)
     )
-    if lines == wanted or tolerance == 0:
-        return lines == wanted
+    if lines == right or tolerance == 0:
+        return lines == right
     pairs = [
-        list(zip(a.split(), b.split(), strict=False)) for a, b in zip(lines, wanted, strict=False)
+        list(zip(a.split(), b.split(), strict=False)) for a, b in zip(lines, right, strict=False)
     ]
-    same_shape = [len(line.split()) for line in lines] == [len(line.split()) for line in wanted]
+    same_shape = [len(line.split()) for line in lines] == [len(line.split()) for line in right]
     return same_shape and all(a == b or is_near(a, b, tolerance) for line in pairs for a, b in line)
 
 
