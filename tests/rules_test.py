@@ -28,7 +28,6 @@ ARROWS = {
     "glm_jax.config": (),
     "glm_jax.torus": (),
     "glm_jax.sharding": ("glm_jax.config", "glm_jax.torus"),
-    "glm_jax.resharding": (),
     "glm_jax.devices": (),
     "glm_jax.files": (),
     "glm_jax.model": ("glm_jax.config", "glm_jax.sharding", "pallas_kernels"),
@@ -39,9 +38,7 @@ ARROWS = {
     "glm_jax.bubblewrap": (),
     "glm_jax.sandbox": ("glm_jax.bubblewrap",),
     "glm_jax.rewards": ("data", "glm_jax.sandbox", "glm_jax.rollouts"),
-    "glm_jax.infer": (
-        "data", "glm_jax.config", "glm_jax.sharding", "glm_jax.resharding", "glm_jax.model",
-    ),
+    "glm_jax.infer": ("data", "glm_jax.config", "glm_jax.sharding", "glm_jax.model"),
     "glm_jax.serve": ("data", "glm_jax.infer"),
     "glm_jax.envs": (
         "data", "glm_jax.sandbox", "glm_jax.rollouts", "glm_jax.rewards",
