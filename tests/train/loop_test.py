@@ -239,7 +239,7 @@ def test_what_other_libraries_log_or_raise_in_threads_is_not_for_the_terminal():
         from absl import logging as absl_logging
         from experiments import entry
 
-        def main(argv):
+        def main():
             absl_logging.error("from Orbax")
             logging.getLogger("asyncio").error("from asyncio")
             logging.getLogger("glm_jax.train").warning("our warning")
