@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
-from pallas_kernels.attention.tiles import FIRST, NEXT, Tiles
+from pallas_kernels.attention.tiles import Tiles
 from pallas_kernels.attention.walk import (
     LN2,
     Blocks,
@@ -30,6 +30,7 @@ from pallas_kernels.attention.walk import (
     QueryBlock,
     causal_macs,
     head,
+    interleaved,
     product,
     query_specs,
 )
@@ -166,11 +167,8 @@ class _Backward:
         and sends the sums back, unless the next query block begins with the same key block.
         """
         at, state, sums = self.at, self.scratch.state, self.sums
-        num_blocks = pl.num_programs(2)
         slot, sum_slot = state[SEEN] % 2, state[SLOT]
-        more = (j + 1 < at.stop) | (at.tiles.queries[NEXT, at.b, at.i + 1] < num_blocks)
-        next_i = jnp.minimum(at.tiles.queries[NEXT, at.b, at.i + 1], num_blocks - 1)
-        next_j = jnp.where(j + 1 < at.stop, j + 1, at.tiles.queries[FIRST, at.b, next_i])
+        more, next_j = at.following(j)
         moves = more & (next_j != j)
         self.keys.wait(j, slot)
         pl.when(more)(lambda: self.keys.start(next_j, 1 - slot))
@@ -234,9 +232,7 @@ class _Backward:
         lax.fori_loop(0, self.heads // self.blocks.unroll, group, 0)
 
     def add_heads(self, k, v, dk, dv, group, *, masked: bool):
-        """A tile's work of blocks.unroll heads; the scores of `ahead` pieces run before the others'
-        exponentials.
-        """
+        """A tile's work of blocks.unroll heads."""
         queries, bias, size = self.queries, self.scratch.bias, k.shape[-1]
 
         def scores(h, part, some):
@@ -244,6 +240,15 @@ class _Backward:
                 product(k[some], head(queries.q, h, size)[part, :], 1, 1),
                 product(v[some], head(queries.do, h, size)[part, :], 1, 1),
             )
+
+        def weigh(h, part, some, found):
+            s, dprobs = found
+            shift = queries.lse[pl.ds(h, 1), part]
+            # The bias joins the row first: as a part of the scores it delays the MXU (v6e: half the
+            # rate).
+            probs = jnp.exp2(s - (shift - bias[some, part] if masked else shift))
+            dscores = probs * (dprobs - queries.delta[pl.ds(h, 1), part])
+            return probs.astype(v.dtype), dscores.astype(k.dtype)
 
         def add(h, part, some, probs, dscores):
             q, do = head(queries.q, h, size)[part, :], head(queries.do, h, size)[part, :]
@@ -255,21 +260,7 @@ class _Backward:
                 dk[some] += product(dscores, q, 1, 0)
             self.scratch.dq[h, :, part] += product(k[some], dscores, 0, 0)
 
-        todo = self.blocks.pieces(group)
-        waiting, pending = [scores(*piece) for piece in todo[: self.blocks.ahead]], None
-        for n, (h, part, some) in enumerate(todo):
-            following = todo[n + self.blocks.ahead : n + self.blocks.ahead + 1]
-            waiting += [scores(*piece) for piece in following]
-            s, dprobs = waiting.pop(0)
-            if pending is not None:
-                add(*pending)
-            shift = queries.lse[pl.ds(h, 1), part]
-            # The bias joins the row first: as a part of the scores it delays the MXU (v6e: half the
-            # rate).
-            probs = jnp.exp2(s - (shift - bias[some, part] if masked else shift))
-            dscores = probs * (dprobs - queries.delta[pl.ds(h, 1), part])
-            pending = h, part, some, probs.astype(v.dtype), dscores.astype(k.dtype)
-        add(*pending)
+        interleaved(self.blocks.pieces(group), self.blocks.ahead, scores, weigh, add)
 
 
 def _kernel(tiles, queries, keys, _, dq, sums, scratch: _Scratch, *, blocks, force):
@@ -296,17 +287,13 @@ def backward(
     size = keys.k.shape[-1] // groups
     q_spec, row_spec, ids_spec = query_specs(blocks.q, heads, size)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    vmem = lambda *shape, dtype=jnp.float32: pltpu.VMEM(shape, dtype)
+    vmem = lambda *shape: pltpu.VMEM(shape, jnp.float32)
     sums, axes = (
         ((size, blocks.kv), (0, 2, 1)) if blocks.transposed else ((blocks.kv, size), (0, 1, 2))
     )
     zeros = jnp.zeros([keys.k.shape[axis] for axis in axes], jnp.float32)
     scratch = _Scratch(
-        keys=Keys(
-            vmem(2, blocks.kv, size, dtype=keys.k.dtype),
-            vmem(2, blocks.kv, size, dtype=keys.v.dtype),
-            vmem(2, 1, blocks.kv, dtype=jnp.int32),
-        ),
+        keys=keys.buffers(2, blocks.kv, size),
         sums=Sums(vmem(2, *sums), vmem(2, *sums)),
         dq=vmem(heads, size, blocks.q),
         bias=vmem(blocks.kv, blocks.q),

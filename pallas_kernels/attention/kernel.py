@@ -27,7 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import interpret
 from pallas_kernels.attention.reference import NO_KEY
-from pallas_kernels.attention.tiles import FIRST, NEXT, Tiles
+from pallas_kernels.attention.tiles import Tiles
 from pallas_kernels.attention.walk import (
     LN2,
     SUBLANES,
@@ -37,6 +37,7 @@ from pallas_kernels.attention.walk import (
     QueryBlock,
     causal_macs,
     head,
+    interleaved,
     product,
     query_specs,
 )
@@ -121,14 +122,9 @@ class _Forward:
     def visit(self, j, count):
         """Waits for a key block, starts the copy of the next one, and adds the tile."""
         at, slot = self.at, count % 2
-        next_i = jnp.where(j + 1 < at.stop, at.i, at.tiles.queries[NEXT, at.b, at.i + 1])
-        next_j = jnp.where(
-            j + 1 < at.stop,
-            j + 1,
-            at.tiles.queries[FIRST, at.b, jnp.minimum(next_i, pl.num_programs(2) - 1)],
-        )
+        more, next_j = at.following(j)
         self.keys.wait(j, slot)
-        pl.when(next_i < pl.num_programs(2))(lambda: self.keys.start(next_j, 1 - slot))
+        pl.when(more)(lambda: self.keys.start(next_j, 1 - slot))
         full, visited = at.is_full(j), at.is_visited(j)
         if self.force is not None:
             self.add_tile(slot, masked=self.force == "masked")
@@ -160,31 +156,23 @@ class _Forward:
         lax.fori_loop(0, self.heads // self.blocks.unroll, group, 0)
 
     def add_heads(self, k, v, group, *, masked: bool):
-        """A tile's work of blocks.unroll heads; the scores of `ahead` pieces run before the others'
-        exponentials.
-        """
+        """A tile's work of blocks.unroll heads."""
         acc, total, bias = self.scratch.acc, self.scratch.total, self.scratch.bias
 
         def scores(h, part, some):
             return product(k[some], head(self.queries.q, h, k.shape[-1])[part, :], 1, 1)
 
-        def add(h, part, some, exps):
-            acc[h, :, part] += product(v[some], exps, 0, 0)
-
-        todo = self.blocks.pieces(group)
-        waiting, pending = [scores(*piece) for piece in todo[: self.blocks.ahead]], None
-        for n, (h, part, some) in enumerate(todo):
-            following = todo[n + self.blocks.ahead : n + self.blocks.ahead + 1]
-            waiting += [scores(*piece) for piece in following]
-            s = waiting.pop(0)
-            if pending is not None:
-                add(*pending)
+        def weigh(h, part, some, s):
             shift = self.queries.shift[pl.ds(h, 1), part]
             # The bias joins the row first: as a part of the scores it delays the MXU.
             exps = jnp.exp2(s - (shift - bias[some, part] if masked else shift))
             total[h, :, part] += _by_sublane(exps)
-            pending = h, part, some, exps.astype(v.dtype)
-        add(*pending)
+            return (exps.astype(v.dtype),)
+
+        def add(h, part, some, exps):
+            acc[h, :, part] += product(v[some], exps, 0, 0)
+
+        interleaved(self.blocks.pieces(group), self.blocks.ahead, scores, weigh, add)
 
     def finish(self, shift_of):
         """Writes the results, of scores that were shifted by shift_of(head, queries)."""
@@ -275,11 +263,7 @@ def forward(
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     vmem = lambda *shape, dtype=jnp.float32: pltpu.VMEM(shape, dtype)
     scratch = _Scratch(
-        keys=Keys(
-            vmem(3, blocks.kv, size, dtype=keys.k.dtype),
-            vmem(3, blocks.kv, size, dtype=keys.v.dtype),
-            vmem(3, 1, blocks.kv, dtype=jnp.int32),
-        ),
+        keys=keys.buffers(3, blocks.kv, size),
         acc=vmem(heads, size, blocks.q),
         total=vmem(heads, SUBLANES, blocks.q),
         best=vmem(heads, SUBLANES, blocks.q),

@@ -54,6 +54,21 @@ class Blocks:
         return slices(self.q, self.piece)
 
 
+def interleaved(pieces, ahead: int, scores, weigh, add):
+    """The work of each piece: scores(*piece), weigh(*piece, scores), add(*piece, *weights), written
+    so that the MXU multiplies the scores of the `ahead` pieces that follow, and adds the piece
+    before, while one is weighed.
+    """
+    waiting, pending = [scores(*piece) for piece in pieces[:ahead]], None
+    for n, piece in enumerate(pieces):
+        waiting += [scores(*following) for following in pieces[n + ahead : n + ahead + 1]]
+        found = waiting.pop(0)
+        if pending is not None:
+            add(*pending)
+        pending = *piece, *weigh(*piece, found)
+    add(*pending)
+
+
 def slices(length: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, length, size)]
 
@@ -67,6 +82,11 @@ class Keys(NamedTuple):
     k: jax.Array
     v: jax.Array
     ids: jax.Array
+
+    def buffers(self, count: int, block: int, size: int) -> Keys:
+        """Buffers in VMEM of so many blocks of one head."""
+        k, v = (pltpu.VMEM((count, block, size), x.dtype) for x in (self.k, self.v))
+        return Keys(k, v, pltpu.VMEM((count, 1, block), jnp.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +117,14 @@ class QueryBlock:
     def first_of_row(self):
         """The key block that the row's walk begins with."""
         return self.tiles.queries[FIRST, self.b, self.tiles.queries[NEXT, self.b, 0]]
+
+    def following(self, j):
+        """Whether this core visits another key block of the row after j, and which."""
+        queries, num_blocks = self.tiles.queries, pl.num_programs(2)
+        next_i = queries[NEXT, self.b, self.i + 1]
+        first = queries[FIRST, self.b, jnp.minimum(next_i, num_blocks - 1)]
+        goes_on = j + 1 < self.stop
+        return goes_on | (next_i < num_blocks), jnp.where(goes_on, j + 1, first)
 
     def is_visited(self, j):
         """Whether the tile of key block j may hold an allowed pair (as tiles.visits)."""
