@@ -12,11 +12,11 @@ import pathlib
 from absl import flags
 from tqdm import tqdm
 
-from experiments import entry
+from experiments import entry, flag_groups
 from glm_jax.evaluation import run_worker
 from glm_jax.rl.difficulty import measure, write_difficulties
 
-SAMPLING = entry.SamplingFlags.define()
+SAMPLING = flag_groups.SamplingFlags.define()
 FEW = flags.DEFINE_integer("few", 8, "The number of rollouts of every task.", lower_bound=1)
 MANY = flags.DEFINE_integer(
     "many",

@@ -28,11 +28,11 @@ import pathlib
 
 from absl import flags
 
-from experiments import entry
+from experiments import entry, flag_groups
 from glm_jax.sft import distillation
 from glm_jax.sft.rejection import RejectionConfig
 
-SAMPLING = entry.SamplingFlags.define()
+SAMPLING = flag_groups.SamplingFlags.define()
 SAMPLES = flags.DEFINE_integer("samples", 8, "The number of rollouts of every task.", lower_bound=1)
 MIN_TOKENS = flags.DEFINE_integer(
     "min_tokens", 1, "Drops outputs with fewer tokens.", lower_bound=1

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from absl import flags
 
-from experiments import entry
+from experiments import entry, flag_groups
 from glm_jax.rl import loop
 
-RUN = entry.RunFlags.define()
+RUN = flag_groups.RunFlags.define()
 
 
 def main():

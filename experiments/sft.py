@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from absl import flags
 
-from experiments import entry
+from experiments import entry, flag_groups
 from glm_jax.sft.conversations import SOURCE
 from glm_jax.train import loop
 
-RUN = entry.RunFlags.define()
+RUN = flag_groups.RunFlags.define()
 
 
 def main():

@@ -62,10 +62,10 @@ def commands(text):
 
 
 def flags_of(source):
-    """Names of the flags that a command's source defines, in groups of experiments/entry.py too."""
-    shared = ast.parse((ROOT / "experiments" / "entry.py").read_text("utf-8")).body
+    """Names of the flags that a command defines, by itself or as groups of flag_groups.py."""
+    shared = ast.parse((ROOT / "experiments" / "flag_groups.py").read_text("utf-8")).body
     groups = {node.name: ast.unparse(node) for node in shared if isinstance(node, ast.ClassDef)}
-    for group in re.findall(r"(?:entry\.)?(\w+)\.define\(\)", source):
+    for group in re.findall(r"(?:flag_groups\.)?(\w+)\.define\(\)", source):
         yield from flags_of(groups[group].replace(f"{group}.define()", ""))
     yield from re.findall(r"""DEFINE_\w+\(\s*['"](\w+)['"]""", source)
     yield from re.findall(r'add_argument\(\s*"--(\w+)"', source)

@@ -14,7 +14,7 @@ import pytest
 from launching import SMALL, Launch, finish, flags
 from toy import records
 
-from experiments import entry
+from experiments import flag_groups
 from glm_jax.run.checkpoints import finished_steps
 
 ROW, MORE = 8 * 64, 3  # tokens of a step; steps after the stop
@@ -109,4 +109,4 @@ def test_what_runs_in_one_process_says_so_before_anything_is_written(tmp_path):
 )
 def test_flags_that_do_not_make_a_run_of_several_processes_are_refused(given):
     with pytest.raises(ValueError, match="--coordinator, --num_processes and --process_index go"):
-        entry.Processes(*[types.SimpleNamespace(value=value) for value in given]).start()
+        flag_groups.Processes(*[types.SimpleNamespace(value=value) for value in given]).start()
