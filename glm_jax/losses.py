@@ -22,6 +22,7 @@ def _weighted(logprobs, weights):
     return -weights * logprobs
 
 
+# No functools.partial: through it a type checker loses the result's type with jax 0.10.
 @lambda function: jax.custom_vjp(function, nondiff_argnums=(0, 5, 6))
 def chunked_token_loss(token_loss, h_BLD, head_DV, targets_BL, inputs, chunk: int, observe: bool):
     """sum over positions of token_loss(log softmax(h head)[target], inputs), holding logits of

@@ -5,6 +5,7 @@ float32 numbers.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +137,8 @@ def reference(section: Section):
     with jax.default_matmul_precision("highest"):
         found = numbers(config, params, router, engine_attention="reference")
     weights = {f"weights/{name}": np.asarray(x) for name, x in named((params, router)).items()}
-    np.savez(section.output / "reference.npz", allow_pickle=False, **found, **weights)
+    arrays: dict[str, Any] = found | weights
+    np.savez(section.output / "reference.npz", **arrays)
 
 
 def correctness(section: Section):

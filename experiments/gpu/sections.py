@@ -91,20 +91,18 @@ def run_all(
     """Section -> `done` or what went wrong; writes measurements.jsonl and gpu.md after each. begin:
     starts one, as `start` does.
     """
-    begun, statuses = time.monotonic(), {}
-    before: dict[str, subprocess.Popen] = {}  # section -> what it waits for
+    begun, statuses, reference = time.monotonic(), {}, None
     output.mkdir(parents=True, exist_ok=True)
     for old in ("measurements.jsonl", "reference.npz"):
         (output / old).unlink(missing_ok=True)
     if "correctness" in names:
-        # on the CPU, while `device` runs
-        before["correctness"] = begin("reference", output, rehearse)
+        reference = begin("reference", output, rehearse)  # on the CPU, while `device` runs
     for name in names:
         left = total - (time.monotonic() - begun)
         ends = time.monotonic() + min(left, total if rehearse else SECTIONS[name] * total)
         status = "done" if left > LEAST * total else "not run: out of time"
-        if status == "done" and name in before:
-            status = finish(before[name], output / "reference.log", ends - time.monotonic())
+        if status == "done" and name == "correctness" and reference is not None:
+            status = finish(reference, output / "reference.log", ends - time.monotonic())
         if status == "done":
             status = finish(
                 begin(name, output, rehearse),
@@ -127,6 +125,6 @@ def run_all(
             names,
         )
         print(f"{seconds:6.1f} s  {name}: {status}", flush=True)
-    for process in before.values():
-        process.kill()
+    if reference is not None:
+        reference.kill()
     return statuses

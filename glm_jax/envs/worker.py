@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -93,7 +94,7 @@ class _Episode:
 
     def rollout(self) -> Rollout:
         assert self.status is not None, "it has ended"
-        along = {n: np.asarray(getattr(self, n), dtype) for n, dtype in ALONG_TOKENS.items()}
+        along: dict[str, Any] = {name: getattr(self, name) for name in ALONG_TOKENS}
         return Rollout(
             task=self.task, **along, status=self.status, reward=self.reward,
             experts=np.concatenate(self.experts) if self.experts else None,

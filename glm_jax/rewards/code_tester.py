@@ -286,7 +286,8 @@ def exception_of(answer, names):
         answer["raised"][0], (kind,), {"__str__": lambda self: text, "__init__": lambda self: None}
     )
     error = shown.__new__(shown)
-    error.args = tuple(Reader().fill([], answer.get("args", [])))
+    args = Reader().value(answer.get("args", []))
+    error.args = tuple(args)  # pyright: ignore[reportArgumentType]  # no list: TypeError
     return error
 
 

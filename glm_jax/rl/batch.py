@@ -107,8 +107,10 @@ def pack(
     }
     experts = None
     if replay:
-        known = next(r.experts for r, _ in pairs if r.experts is not None)
-        layers, per_token = known.shape[1:]
+        known = [r.experts for r, _ in pairs if r.experts is not None]
+        if len(known) < len(pairs):
+            raise ValueError("replay needs rollouts of an engine with keep_experts=True")
+        layers, per_token = known[0].shape[1:]
         experts = np.full((microbatches, layers, rows, row_length, per_token), -1, np.int16)
     for row, indices in enumerate(placed):
         start = 0

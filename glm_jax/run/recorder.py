@@ -8,6 +8,7 @@ import contextlib
 import json
 import pathlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -49,7 +50,8 @@ def check_finite(
         return
     path = workdir / f"nonfinite_step_{step}_process_{jax.process_index()}.npz"
     try:
-        np.savez(path, allow_pickle=False, **batch())
+        arrays: dict[str, Any] = dict(batch())
+        np.savez(path, **arrays)
         where = f"its batch is in {path}"
     except OSError as error:  # a full disk must not hide what happened
         where = f"its batch could not be written to {path} ({error.strerror})"

@@ -50,7 +50,7 @@ class WorkDir:
         return Checkpoints(self.path, keep=self._keep, merge=self._merge)
 
     def begin(self, tokenizer: Tokenizer):
-        """Writes config.json, and tokenizer.json; the first process does."""
+        """Writes config.json and tokenizer.json; the first process does."""
         if not self.is_main:
             return
         write_text(self.path / "config.json", self.config_json)

@@ -356,7 +356,7 @@ class ChatRequest(_Request):
             raise ValueError("top_logprobs: only with logprobs: true")
         if self.must_call and not self.tools:
             raise ValueError("tool_choice: there are no tools to call")
-        if self.must_call and self.makes_json:
+        if self.must_call and self.json_format is not None:
             raise ValueError("response_format: contradicts tool_choice, which asks for a tool call")
         last = self.messages[-1] if self.messages else None
         if self.continue_final_message and not (
@@ -386,8 +386,10 @@ class ChatRequest(_Request):
         return self.tool_choice not in ("none", "auto")
 
     @property
-    def makes_json(self) -> bool:
-        return self.response_format is not None and self.response_format.type != "text"
+    def json_format(self) -> ResponseFormat | None:
+        """The response_format, where it asks for JSON."""
+        asked = self.response_format
+        return None if asked is None or asked.type == "text" else asked
 
     @property
     def offered_tools(self) -> list:
@@ -408,7 +410,7 @@ class ChatRequest(_Request):
             "content": "",
             "reasoning_content": "rest",
         }
-        reasoning, asked = forms[begun], self.response_format
+        reasoning, asked = forms[begun], self.json_format
         try:
             if self.must_call:
                 name = (
@@ -423,7 +425,7 @@ class ChatRequest(_Request):
                     reasoning=reasoning,
                     parallel=self.parallel_tool_calls,
                 )
-            if asked is None or asked.type == "text":
+            if asked is None:
                 return None
             if asked.json_schema is None:
                 return grammar.json_object(tokenizer, reasoning=reasoning)

@@ -20,7 +20,7 @@ from glm_jax.config import ModelConfig, check_types
 from glm_jax.files import write_text
 from glm_jax.optim.optimizer import OptimizerConfig
 from glm_jax.optim.schedules import Schedule, ScheduleConfig, ScheduleValues
-from glm_jax.run.checkpoints import Checkpoints, newest_step
+from glm_jax.run.checkpoints import Checkpoints
 from glm_jax.run.workdir import WorkDir
 from glm_jax.sharding import MeshConfig, data_rank, make_mesh, named, one_process
 from glm_jax.train.evaluation import Evaluator, Sampler
@@ -183,7 +183,8 @@ def resume(
     checkpoints: Checkpoints, abstract: TrainState, batches: Batches
 ) -> tuple[int, int, TrainState]:
     """(step, tokens seen, state) of the newest checkpoint, with `batches` where they were."""
-    first = newest_step(checkpoints.folder.parent)
+    first = checkpoints.latest()
+    assert first is not None, "the run has a checkpoint to resume from"
     state, progress, _ = checkpoints.restore(first, abstract)
     if "tokens" not in progress:
         raise ValueError(
