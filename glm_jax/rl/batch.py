@@ -83,7 +83,7 @@ def pack(
     do for `most` pairs of a row each, so that one program serves every step.
 
     loss_weights are the token weights. replay: with the engine's experts. Raises ValueError for a
-    rollout that does not fit into a row.
+    rollout that does not fit into a row, or has no experts to replay.
     """
     lengths = [len(rollout.tokens) - 1 for rollout, _ in pairs]
     if max(lengths) > row_length:

@@ -270,6 +270,20 @@ def test_experts_lie_along_their_tokens():
         )
 
 
+def test_replay_needs_the_experts_of_every_rollout():
+    """A rollout without any would be routed by the trainer, and nobody would know."""
+    rollouts = make_groups()[0].rollouts[:2]
+    rollouts[0].experts = np.zeros((len(rollouts[0].tokens) - 1, 3, 2), np.int16)
+    rollouts[1].experts = None
+    for chosen in (rollouts, rollouts[::-1], rollouts[1:]):
+        with pytest.raises(ValueError, match="replay needs rollouts of an engine with keep_exp"):
+            pack(
+                [(rollout, 1.0) for rollout in chosen],
+                row_length=64, rows=1, most=2,
+                aggregation="token", mask_truncated=False, replay=True,
+            )  # fmt: skip
+
+
 def test_rows_are_filled_and_nothing_is_lost():
     lengths = np.random.default_rng(0).integers(1, 60, 100).tolist()
     rows = place(lengths, 64)
