@@ -42,6 +42,7 @@ def _rollout() -> ConfigDict:
     rollout.prompts_per_step = 16
     rollout.group_size = 8
     rollout.over_sampling = 1.0
+    rollout.asynchronous = False
     rollout.dynamic_sampling = True
     rollout.max_waves = 1  # no second round for groups without variance
     rollout.mask_truncated = False

@@ -37,6 +37,7 @@ def _size(config: ConfigDict):
     rollout.prompts_per_step = 128
     rollout.group_size = 16
     rollout.over_sampling = 1.25
+    rollout.asynchronous = False
     rollout.dynamic_sampling = True  # the paper's
     rollout.max_waves = 4
 

@@ -10,7 +10,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import entry
-from glm_jax.envs.worker import SamplingSpec
+from glm_jax.envs.episode import SamplingSpec
 from glm_jax.sharding import one_process
 
 flags.disclaim_key_flags()  # what is defined here is the caller's, so that its --help shows it

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from configs import rl_math_tiny
 from experiments import entry
-from glm_jax.envs.worker import SamplingSpec
+from glm_jax.envs.episode import SamplingSpec
 from glm_jax.rewards import verifiers
 from glm_jax.rl import loop
 from glm_jax.rl.source import InProcess

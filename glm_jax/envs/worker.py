@@ -7,40 +7,26 @@ from __future__ import annotations
 import asyncio
 import collections
 import concurrent.futures
-import dataclasses
 import inspect
 import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from data import chat_output, chat_template
 from data.tokenizer import Tokenizer
-from glm_jax.envs.environment import NO_REWARD, Environment, Start, Step, made_for
+from glm_jax.envs.environment import Start, Step, made_for
+from glm_jax.envs.episode import Episode, SamplingSpec
 from glm_jax.infer.engine import Engine
 from glm_jax.infer.request import Request
 from glm_jax.infer.sampling import SamplingParams
 from glm_jax.rewards import verifiers
-from glm_jax.rollouts.rollout import ALONG_TOKENS, Group, Rollout, RolloutStatus
-from glm_jax.rollouts.task import Reward, Task
+from glm_jax.rollouts.rollout import Group, RolloutStatus
+from glm_jax.rollouts.task import Task
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingSpec:
-    """How the rollouts of a call are sampled."""
-
-    group_size: int  # rollouts of a task
-    max_new_tokens: int  # that the model may sample in all turns of an episode together
-    temperature: float
-    seed: int  # of the run
-    thinking: bool
-    max_turns: int = 32  # of the model, then the episode ends as MAX_TURNS
-    step_seconds: float = 60.0  # that an environment may take to answer, then it ends as TIMEOUT
 
 
 def prompt_of(tokenizer: Tokenizer, task: Task, *, thinking: bool) -> list[int]:
@@ -48,62 +34,11 @@ def prompt_of(tokenizer: Tokenizer, task: Task, *, thinking: bool) -> list[int]:
     return chat_template.encode(tokenizer, task.messages, task.tools, thinking=thinking)
 
 
-@dataclasses.dataclass(eq=False)
-class _Episode:
-    """One rollout under way. tokens and what is along them as in Rollout; experts: of the tokens
-    that the engine has computed, in parts.
-    """
-
-    task: Task
-    spec: SamplingSpec
-    seed: int
-    environment: Environment | None
-    tools: Sequence[Mapping] = ()
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    mask: list[bool] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    versions: list[int] = dataclasses.field(default_factory=list)
-    experts: list[np.ndarray] = dataclasses.field(default_factory=list)
-    turns: int = 0
-    status: RolloutStatus | None = None
-    message: Mapping | None = None  # the only turn's, for its verifier
-    reward: Reward = NO_REWARD
-
-    def give(self, tokens: Sequence[int]):
-        """Adds tokens that the model did not sample."""
-        self.tokens += tokens
-        self.mask += [False] * len(tokens)
-        self.logprobs += [0.0] * len(tokens)
-        self.versions += [-1] * len(tokens)
-
-    def take(self, request: Request, num_moe_layers: int):
-        """Adds what a finished request sampled."""
-        self.tokens += request.tokens
-        self.mask += [True] * len(request.tokens)
-        self.logprobs += request.logprobs
-        self.versions += request.versions
-        if request.experts is not None:
-            known = sum(map(len, self.experts))  # as they were when the token was first computed
-            self.experts.append(request.experts[known:, :num_moe_layers])
-        self.turns += 1
-
-    def earn(self, reward: Reward):
-        parts = collections.Counter(self.reward.parts)
-        parts.update(reward.parts)
-        self.reward = Reward(self.reward.value + reward.value, dict(parts))
-
-    def rollout(self) -> Rollout:
-        assert self.status is not None, "it has ended"
-        along: dict[str, Any] = {name: getattr(self, name) for name in ALONG_TOKENS}
-        return Rollout(
-            task=self.task, **along, status=self.status, reward=self.reward,
-            experts=np.concatenate(self.experts) if self.experts else None,
-        )  # fmt: skip
-
-
 class RolloutWorker:
-    """Turns tasks into groups of judged rollouts. Counts the seconds of `generate` and `score` in
-    `seconds`.
+    """Turns tasks into groups of judged rollouts, by events: `begin` and `cancel` groups at any
+    time, call `advance` for what has ended; or wait for all `rollouts` of some tasks, which counts
+    the seconds of `generate`, and of `score` after it, in `seconds`. Verifiers judge in a thread
+    beside the engine. Not thread-safe.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer):
@@ -111,9 +46,71 @@ class RolloutWorker:
         self.stops = {tokenizer.special(name): name for name in chat_template.STOP_TOKENS}
         self.stop_tokens = tuple(self.stops)
         self.seconds: dict[str, float] = collections.defaultdict(float)
-        self._running: dict[int, tuple[Request, _Episode]] = {}  # by the id of the request
+        self._groups: dict[int, list[Episode]] = {}  # that have not ended, by number
+        self._running: dict[int, tuple[Request, Episode]] = {}  # by the id of the request
         # What environments are asked, with what goes on when they answer, and until when they may.
-        self._waiting: dict[concurrent.futures.Future, tuple[_Episode, Callable, float]] = {}
+        self._waiting: dict[concurrent.futures.Future, tuple[Episode, Callable, float]] = {}
+        self._judge = concurrent.futures.ThreadPoolExecutor(1, "judge")
+        self._judged: dict[concurrent.futures.Future, int] = {}  # the groups being judged
+        self._finished: list[tuple[int, Group]] = []
+
+    @property
+    def idle(self) -> bool:
+        """No group is under way and none is left to fetch."""
+        return not self._groups and not self._finished
+
+    def begin(self, number: int, task: Task, spec: SamplingSpec):
+        """Starts a group of rollouts. number: of the task among all that the run has sampled; with
+        the run's seed it decides every rollout. Raises ValueError for the number of a group that is
+        under way.
+        """
+        if number in self._groups:
+            raise ValueError(f"group {number} is under way")
+        seeds = np.random.SeedSequence([spec.seed, number]).generate_state(spec.group_size)
+        group = [Episode(task, spec, int(seed), made_for(task)) for seed in seeds]
+        self._groups[number] = group
+        self._begin(task, group)
+
+    def cancel(self, number: int):
+        """Drops a group, with all that it waits for; nothing happens where it has ended."""
+        episodes = set(map(id, self._groups.pop(number, ())))
+        for request, episode in list(self._running.values()):
+            if id(episode) in episodes:
+                del self._running[request.id]
+                self.engine.abort(request)
+        waiting = self._waiting.items()
+        self._waiting = {f: asked for f, asked in waiting if id(asked[0]) not in episodes}
+        self._judged = {f: judged for f, judged in self._judged.items() if judged != number}
+
+    def advance(self, timeout: float = 0.05) -> list[tuple[int, Group]]:
+        """One step of the engine, and of every environment that has answered. Returns the groups
+        that have ended, judged, with their numbers. timeout: seconds to wait for an answer where
+        the engine has nothing to do.
+        """
+        if not self.engine.idle:
+            self.engine.step()
+        # Those that were cancelled are none of the step's.
+        for request, episode in [r for r in self._running.values() if r[0].status == "finished"]:
+            del self._running[request.id]
+            self._ended(episode, request)
+        waits = self.engine.idle and self._waiting
+        self._environments(timeout if waits else 0.0)
+        judged = set(self._judged.values())
+        for number, group in self._groups.items():
+            if number not in judged and all(episode.status is not None for episode in group):
+                self._judged[self._judge.submit(self.judge, group)] = number
+        if self.engine.idle and not self._waiting:
+            concurrent.futures.wait(
+                self._judged, timeout, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+        for future in [future for future in self._judged if future.done()]:
+            future.result()  # raises what the verifier has raised
+            number = self._judged.pop(future)
+            group = self._groups.pop(number)
+            rollouts = [episode.rollout() for episode in group]
+            self._finished.append((number, Group(group[0].task, rollouts)))
+        finished, self._finished = self._finished, []
+        return finished
 
     def rollouts(
         self,
@@ -123,38 +120,30 @@ class RolloutWorker:
         progress: Callable[[int], object] = lambda _: None,
     ) -> list[Group]:
         """A group for each task, in order. first: number of the first of them among all that the
-        run has sampled; with the run's seed it decides every rollout. progress: told how many
-        rollouts have ended.
+        run has sampled. progress: told how many rollouts have ended.
         """
-        started = time.perf_counter()
-        episodes = []
-        for number, task in enumerate(tasks, first):
-            seeds = np.random.SeedSequence([spec.seed, number]).generate_state(spec.group_size)
-            group = [_Episode(task, spec, int(seed), made_for(task)) for seed in seeds]
-            self._begin(task, group)
-            episodes += group
-        left = len(episodes)
-        while self._running or self._waiting:
-            if not self.engine.idle:
-                self.engine.step()
-            # Those that were cancelled are none of the step's.
-            for request, episode in [
-                r for r in self._running.values() if r[0].status == "finished"
-            ]:
-                del self._running[request.id]
-                self._ended(episode, request)
-            self._environments(timeout=0.05 if self.engine.idle else 0.0)
+        started = generated = time.perf_counter()
+        numbers = range(first, first + len(tasks))
+        for number, task in zip(numbers, tasks, strict=True):
+            self.begin(number, task, spec)
+        episodes = [episode for number in numbers for episode in self._groups[number]]
+        found, others, left = {}, [], len(episodes)
+        while len(found) < len(numbers):
+            for number, group in self.advance():
+                if number in numbers:
+                    found[number] = group
+                else:
+                    others.append((number, group))
             before, left = left, sum(episode.status is None for episode in episodes)
             progress(before - left)
-        generated = time.perf_counter()
-        self.judge(episodes)
+            if left:
+                generated = time.perf_counter()
+        self._finished += others
         self.seconds["generate"] += generated - started
         self.seconds["score"] += time.perf_counter() - generated
-        rollouts = [episode.rollout() for episode in episodes]
-        size = spec.group_size
-        return [Group(t, rollouts[i * size : (i + 1) * size]) for i, t in enumerate(tasks)]
+        return [found[number] for number in numbers]
 
-    def judge(self, episodes: Sequence[_Episode]):
+    def judge(self, episodes: Sequence[Episode]):
         """Gives the verifiers' rewards to the episodes of one turn that can be read."""
         readable = [(e, e.message) for e in episodes if e.message is not None]
         scores = verifiers.score(
@@ -179,7 +168,7 @@ class RolloutWorker:
             return RolloutStatus.FORMAT_ERROR, None
         return RolloutStatus.COMPLETED, message
 
-    def _begin(self, task: Task, group: Sequence[_Episode]):
+    def _begin(self, task: Task, group: Sequence[Episode]):
         prompt = None
         for episode in group:
             if episode.environment is not None:
@@ -191,7 +180,7 @@ class RolloutWorker:
             episode.give(prompt)
             self._sample(episode)
 
-    def _started(self, episode: _Episode, start: Start):
+    def _started(self, episode: Episode, start: Start):
         episode.tools = tuple(start.tools)
         thinking = episode.spec.thinking
         episode.give(
@@ -199,7 +188,7 @@ class RolloutWorker:
         )
         self._sample(episode)
 
-    def _sample(self, episode: _Episode):
+    def _sample(self, episode: Episode):
         """The model's next turn, as far as the episode's tokens and the context reach."""
         left = episode.spec.max_new_tokens - sum(episode.mask)
         if episode.environment is not None:
@@ -215,7 +204,7 @@ class RolloutWorker:
         request = self.engine.submit(list(episode.tokens), params)
         self._running[request.id] = request, episode
 
-    def _ended(self, episode: _Episode, request: Request):
+    def _ended(self, episode: Episode, request: Request):
         episode.take(request, self.engine.model_config.num_moe_layers)
         status, message = self.read(episode.tools, request)
         if episode.environment is None or status is not RolloutStatus.COMPLETED:
@@ -224,7 +213,7 @@ class RolloutWorker:
         else:
             self._ask(episode, self._answered, episode.environment.step, message)
 
-    def _answered(self, episode: _Episode, step: Step):
+    def _answered(self, episode: Episode, step: Step):
         episode.earn(step.reward)
         if step.done:
             episode.status = RolloutStatus.COMPLETED
@@ -237,7 +226,7 @@ class RolloutWorker:
             )
             self._sample(episode)
 
-    def _ask(self, episode: _Episode, then: Callable, function: Callable, *args):
+    def _ask(self, episode: Episode, then: Callable, function: Callable, *args):
         future = concurrent.futures.Future()
         # A daemon: an environment that never answers must not keep the process from its end.
         threading.Thread(target=_finish, args=(future, function, *args), daemon=True).start()

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from glm_jax.envs.worker import RolloutWorker, SamplingSpec, prompt_of
+from glm_jax.envs.episode import SamplingSpec
+from glm_jax.envs.worker import RolloutWorker, prompt_of
 from glm_jax.evaluation.subject import Subject
 from glm_jax.rollouts.rollout import Rollout
 from glm_jax.rollouts.task import Task

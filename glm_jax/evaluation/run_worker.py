@@ -8,7 +8,8 @@ import math
 from collections.abc import Sequence
 
 from glm_jax.envs import environment
-from glm_jax.envs.worker import RolloutWorker, SamplingSpec, prompt_of
+from glm_jax.envs.episode import SamplingSpec
+from glm_jax.envs.worker import RolloutWorker, prompt_of
 from glm_jax.infer.config import EngineConfig
 from glm_jax.infer.engine import Engine
 from glm_jax.loading import load

@@ -57,6 +57,8 @@ class RolloutConfig:
     # prompts of a round over those still missing; what is left over waits, or is dropped and
     # counted
     over_sampling: float
+    # sample while the learner trains, within grpo.max_staleness; else they take turns
+    asynchronous: bool
     dynamic_sampling: bool  # replace groups without variance, in further waves
     max_waves: int  # then the step goes on with what it has
     # no loss on rollouts that reached the output length; else they count as wrong
@@ -242,6 +244,7 @@ class RlConfig:
             self.engine.keep_experts,
             "True where grpo.replay_experts is",
         )  # fmt: skip
+        self._check_asynchronous()
         longest = max(tokens for _, tokens in self.control.length_stages)
         _require(
             longest < self.engine.context,
@@ -253,3 +256,24 @@ class RlConfig:
             self.grpo.row_length >= self.engine.context, "grpo.row_length", self.grpo.row_length,
             f"at least engine.context={self.engine.context}, so that every rollout fits into a row",
         )  # fmt: skip
+
+    def _check_asynchronous(self):
+        if not self.rollout.asynchronous:
+            return
+        why = "with rollout.asynchronous"
+        _require(
+            self.rollout.over_sampling == 1, "rollout.over_sampling", self.rollout.over_sampling,
+            f"1.0 {why}, which begins as many groups as grpo.max_staleness allows",
+        )  # fmt: skip
+        _require(
+            len(self.control.temperatures) == 1,
+            "control.temperatures",
+            self.control.temperatures,
+            f"one {why}: rollouts of several steps are trained on together",
+        )
+        _require(
+            self.grpo.old_logprobs == "engine" or self.grpo.importance_cap > 0,
+            "grpo.importance_cap",
+            self.grpo.importance_cap,
+            f"above 0 {why} and old_logprobs='trainer': nothing else corrects for older weights",
+        )

@@ -4,7 +4,7 @@ length.
 
 from __future__ import annotations
 
-from glm_jax.envs.worker import SamplingSpec
+from glm_jax.envs.episode import SamplingSpec
 from glm_jax.rl.config import RlConfig
 from glm_jax.rl.curriculum import Curriculum
 from glm_jax.rl.output_length import output_length

@@ -6,7 +6,8 @@ import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
-from glm_jax.envs.worker import RolloutWorker, SamplingSpec
+from glm_jax.envs.episode import SamplingSpec
+from glm_jax.envs.worker import RolloutWorker
 from glm_jax.files import write_json_lines
 from glm_jax.rl.curriculum import Difficulty
 from glm_jax.rollouts.task import Task

@@ -11,31 +11,33 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from glm_jax.envs.worker import SamplingSpec
+from glm_jax.envs.episode import SamplingSpec
 from glm_jax.rl.config import RolloutConfig
 from glm_jax.rl.source import RolloutSource
 from glm_jax.rollouts.rollout import Group, pack_groups, unpack_groups
 from glm_jax.rollouts.task import Task
 
 
-class GroupBuffer:
-    """Groups that teach and were not needed in their step. A group is admitted to the training of a
-    version of the weights where none of its tokens is more than max_staleness updates older.
+def is_fresh(group: Group, version: int, max_staleness: int) -> bool:
+    """Whether a version of the weights may be trained on the group: none of its tokens is more than
+    max_staleness updates older.
     """
+    return version - min(r.oldest for r in group.rollouts) <= max_staleness
+
+
+class GroupBuffer:
+    """Groups that teach and were not needed in their step."""
 
     def __init__(self, max_staleness: int):
         self.max_staleness = max_staleness
         self.groups: list[Group] = []
 
-    def admits(self, group: Group, version: int) -> bool:
-        return version - min(r.oldest for r in group.rollouts) <= self.max_staleness
-
     def take(self, version: int) -> tuple[list[Group], int]:
-        """All groups that are admitted, and how many were dropped. Empties the buffer."""
-        admitted = [group for group in self.groups if self.admits(group, version)]
-        dropped = len(self.groups) - len(admitted)
+        """All groups that are fresh, and how many were dropped. Empties the buffer."""
+        fresh = [g for g in self.groups if is_fresh(g, version, self.max_staleness)]
+        dropped = len(self.groups) - len(fresh)
         self.groups = []
-        return admitted, dropped
+        return fresh, dropped
 
     def get_state(self) -> tuple[list[dict], dict[str, np.ndarray]]:
         return pack_groups(self.groups)
@@ -96,6 +98,14 @@ class Collector:
             counts["groups_surplus"] = len(left)
         check_versions(chosen, version, self.buffer.max_staleness)
         return Collected(chosen, sampled, dict(counts))
+
+    def get_state(self) -> tuple[dict, dict[str, np.ndarray]]:
+        buffered, arrays = self.buffer.get_state()
+        return {"num_tasks": self.num_tasks, "buffer": buffered}, arrays
+
+    def set_state(self, saved: Mapping, arrays: Mapping[str, np.ndarray]):
+        self.num_tasks = saved["num_tasks"]
+        self.buffer.set_state(saved["buffer"], arrays)
 
 
 def outcome(group: Group) -> str:

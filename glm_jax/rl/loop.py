@@ -1,5 +1,5 @@
-"""The loop of reinforcement learning, synchronous and colocated: generate, score, train, swap
-weights, one after the other.
+"""The loop of reinforcement learning: collect rollouts, train on them, swap weights. A source in
+this process samples them in turn with the training, one in a thread beside it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import contextlib
 import logging
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tqdm import tqdm
 
@@ -21,7 +21,8 @@ from glm_jax.rl.config import RlConfig
 from glm_jax.rl.controllers import Controllers
 from glm_jax.rl.groups import Collector
 from glm_jax.rl.learner import Learner
-from glm_jax.rl.source import InProcess, RolloutSource
+from glm_jax.rl.source import InProcess, InThread, RolloutSource
+from glm_jax.rl.stream import StreamCollector
 from glm_jax.rl.tasks import Tasks
 from glm_jax.rollouts.rollout import Group
 from glm_jax.run.workdir import WorkDir
@@ -95,7 +96,8 @@ def open_run(
         decode_text=tokenizer.decode,
         mesh=None if mesh.size == 1 else mesh,
     )
-    source = InProcess(engine, tokenizer, learner.version)
+    kind = InThread if config.rollout.asynchronous else InProcess
+    source = kind(engine, tokenizer, learner.version)
     run = Run(config, folder, tokenizer, controllers, learner, source, first, progress)
     if saved is not None:
         run.set_state(*saved)
@@ -118,7 +120,11 @@ class Run:
     ):
         self.config, self.folder, self.tokenizer = config, folder, tokenizer
         self.controllers, self.learner, self.source = controllers, learner, source
-        self.collector = Collector(source, config.rollout, config.grpo.max_staleness)
+        self.collector: Collector | StreamCollector
+        if isinstance(source, InThread):
+            self.collector = StreamCollector(source, config.rollout, config.grpo)
+        else:
+            self.collector = Collector(source, config.rollout, config.grpo.max_staleness)
         self.step = first  # steps done
         self.seconds: dict[str, float] = collections.defaultdict(float)
         self.bar = tqdm(
@@ -127,6 +133,7 @@ class Run:
         folder.start(first)
 
     def close(self):
+        self.source.close()
         self.bar.close()
         self.folder.close()
 
@@ -164,7 +171,8 @@ class Run:
             "max_new_tokens": spec.max_new_tokens,
             "pool": controllers.pool,
         }
-        collected = self.collector.collect(controllers.take, spec, version)
+        with self.timed("collect"):
+            collected = self.collector.collect(controllers.take, spec, version)
         record |= collected.counts | measures.of_groups(collected.all_groups)
         record |= measures.staleness(collected.groups, version)
         every = self.config.loop.save_rollouts_every
@@ -188,11 +196,10 @@ class Run:
     def held_out(self, temperature: float) -> list[Group]:
         """Rollouts of the held-out tasks; their time is a phase of its own."""
         spec = self.controllers.evaluation_spec(temperature)
-        before = self.source.seconds.copy()
+        self.count(self.source.take_seconds())
         with self.timed("evaluate"):
             groups = self.source.rollouts(self.controllers.tasks.held_out, spec, HELD_OUT_TASKS)
-        self.source.seconds.clear()
-        self.source.seconds.update(before)
+        self.source.take_seconds()
         return groups
 
     def sweep_temperatures(self) -> dict:
@@ -208,14 +215,12 @@ class Run:
         write_json_lines(file, measures.readable(groups, self.tokenizer))
 
     def get_state(self) -> tuple[dict, dict]:
-        buffered, arrays = self.collector.buffer.get_state()
-        progress = {"num_tasks": self.collector.num_tasks, "buffer": buffered}
+        progress, arrays = self.collector.get_state()
         return self.controllers.get_state() | progress, arrays
 
     def set_state(self, saved: dict, arrays: dict):
         self.controllers.set_state(saved)
-        self.collector.num_tasks = saved["num_tasks"]
-        self.collector.buffer.set_state(saved["buffer"], arrays)
+        self.collector.set_state(saved, arrays)
 
     @contextlib.contextmanager
     def timed(self, phase: str):
@@ -223,11 +228,13 @@ class Run:
         yield
         self.seconds[phase] += time.perf_counter() - started
 
+    def count(self, seconds: Mapping[str, float]):
+        for phase, spent in seconds.items():
+            self.seconds[phase] += spent
+
     def phases(self) -> dict[str, float]:
         """Seconds since the last call, by phase."""
+        self.count(self.source.take_seconds())
         found = dict(self.seconds)
-        for phase, seconds in self.source.seconds.items():
-            found[phase] = found.get(phase, 0.0) + seconds
         self.seconds.clear()
-        self.source.seconds.clear()
         return found

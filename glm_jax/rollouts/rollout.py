@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from glm_jax.rollouts.task import Reward, Task
+from glm_jax.rollouts.task import Reward, Task, task_from_json
 
 
 class RolloutStatus(enum.Enum):
@@ -135,10 +134,7 @@ def unpack_groups(entries: Sequence[Mapping], arrays: Mapping[str, np.ndarray]) 
     arrays = pack_groups(())[1] | dict(arrays)
     groups, start, first = [], 0, 0
     for entry in entries:
-        fields: dict[str, Any] = {
-            k: tuple(v) if k in ("messages", "tools") else v for k, v in entry["task"].items()
-        }
-        group = Group(Task(**fields), [])
+        group = Group(task_from_json(entry["task"]), [])
         for saved in entry["rollouts"]:
             end, last = start + saved["length"], first + saved["length"] - 1
             group.rollouts.append(

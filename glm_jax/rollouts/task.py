@@ -34,6 +34,12 @@ class Task:
     tools: tuple[Mapping, ...] = ()
 
 
+def task_from_json(entry: Mapping[str, Any]) -> Task:
+    """The inverse of dataclasses.asdict, after JSON."""
+    tuples = {name: tuple(entry[name]) for name in ("messages", "tools")}
+    return Task(**{**entry, **tuples})
+
+
 @dataclasses.dataclass(frozen=True)
 class Reward:
     """value: 0 to 1, what RL maximises. parts: what it was made of, each for a curve of its own."""

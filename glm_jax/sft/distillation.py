@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from data import chat_output
 from data.tokenizer import Tokenizer
-from glm_jax.envs.worker import SamplingSpec
+from glm_jax.envs.episode import SamplingSpec
 from glm_jax.evaluation import run_worker
 from glm_jax.rollouts.rollout import Group, Rollout, RolloutStatus
 from glm_jax.sft import rejection

@@ -15,7 +15,8 @@ from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from glm_jax import hf
 from glm_jax.envs import environment
 from glm_jax.envs.environment import Kind, Start, Step
-from glm_jax.envs.worker import RolloutWorker, SamplingSpec
+from glm_jax.envs.episode import SamplingSpec
+from glm_jax.envs.worker import RolloutWorker
 from glm_jax.infer.agreement import training_forward
 from glm_jax.infer.config import EngineConfig
 from glm_jax.infer.engine import Engine

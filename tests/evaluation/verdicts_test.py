@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from data.tokenizer import train_tokenizer
-from glm_jax.envs.worker import RolloutWorker, SamplingSpec
+from glm_jax.envs.episode import SamplingSpec
+from glm_jax.envs.worker import RolloutWorker
 from glm_jax.evaluation import chat
 from glm_jax.evaluation import puzzles as puzzle_tasks
 from glm_jax.evaluation.subject import Settings, Subject

@@ -9,7 +9,8 @@ import pytest
 
 from data.tokenizer import train_tokenizer
 from glm_jax import bubblewrap
-from glm_jax.envs.worker import RolloutWorker, SamplingSpec
+from glm_jax.envs.episode import SamplingSpec
+from glm_jax.envs.worker import RolloutWorker
 from glm_jax.rl.config import RolloutConfig
 from glm_jax.rl.groups import Collector
 from glm_jax.rollouts.rollout import Group, RolloutStatus
@@ -148,7 +149,8 @@ class Source:
         self.kinds = itertools.chain(kinds, itertools.repeat("mixed"))
         self.engine = ScriptedEngine(tokenizer, ())
         self.asked: list[int] = []  # tasks at a time
-        given = {"group_size": 2, "over_sampling": 1.0, "dynamic_sampling": True, "max_waves": 9}
+        given = {"group_size": 2, "over_sampling": 1.0, "asynchronous": False}
+        given |= {"dynamic_sampling": True, "max_waves": 9}
         staleness = config.pop("max_staleness", 0)
         config = RolloutConfig(**given | {"mask_truncated": False} | config)
         self.collector = Collector(RolloutWorker(self.engine, tokenizer), config, staleness)

@@ -30,7 +30,7 @@ def write(request: Request, output: Output, tokenizer: Tokenizer, version: int):
 
 
 class ScriptedEngine:
-    """Engine.submit, idle and step. Requests finish three a step, the last one first."""
+    """Engine.submit, abort, idle and step. Requests finish three a step, the last one first."""
 
     def __init__(self, tokenizer: Tokenizer, outputs: Iterable[Output], num_layers: int = 2):
         """outputs: of the requests in the order in which they are submitted."""
@@ -49,6 +49,10 @@ class ScriptedEngine:
         write(request, self.outputs.popleft(), self.tokenizer, self.version)
         request.status = "running"
         return request
+
+    def abort(self, request: Request):
+        self._open.remove(request)
+        request.status, request.finish_reason = "finished", "abort"
 
     @property
     def idle(self) -> bool:

@@ -12,7 +12,7 @@ import toy
 
 from data import chat_output, chat_template
 from data.tokenizer import Tokenizer
-from glm_jax.envs.worker import SamplingSpec
+from glm_jax.envs.episode import SamplingSpec
 from glm_jax.evaluation import run_worker
 from glm_jax.rollouts.rollout import Group, Rollout, RolloutStatus
 from glm_jax.rollouts.task import Reward, Task
