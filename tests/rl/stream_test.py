@@ -25,7 +25,8 @@ from glm_jax.rl.source import InThread
 from glm_jax.rl.stream import StreamCollector
 from glm_jax.rollouts.rollout import Group, Rollout, RolloutStatus
 from glm_jax.rollouts.task import Reward, Task
-from tests import toy
+from glm_jax.run.recorder import read_metrics
+from tests import glossary, toy
 from tests.rl.scripted import RIGHT, WRONG, ScriptedEngine
 
 SPEC = SamplingSpec(group_size=2, max_new_tokens=30, temperature=0.8, seed=3, thinking=True)
@@ -280,6 +281,7 @@ def test_a_run_learns_beside_its_sampling_and_resumes(config, tmp_path):
     assert all(r["groups_trained"] <= 4 and r["staleness_max"] <= 2 for r in found)
     assert max(r["staleness_max"] for r in found) > 0  # it did run beside the training
     assert found[-1]["version"] == 5
+    assert not glossary.unknown(read_metrics(whole), "rl")
     shutil.rmtree(whole / "checkpoints" / "6")
     assert run(config, whole) == 6
     again = records(whole)
