@@ -43,6 +43,8 @@ def _rollout() -> ConfigDict:
     rollout.group_size = 8
     rollout.over_sampling = 1.0
     rollout.asynchronous = False
+    rollout.workers = 0  # this process samples
+    rollout.worker_resources = (("CPU", 1.0),)  # of a Ray actor, where there are workers
     rollout.dynamic_sampling = True
     rollout.max_waves = 1  # no second round for groups without variance
     rollout.mask_truncated = False

@@ -38,6 +38,8 @@ def _size(config: ConfigDict):
     rollout.group_size = 16
     rollout.over_sampling = 1.25
     rollout.asynchronous = False
+    rollout.workers = 0  # this process samples
+    rollout.worker_resources = (("CPU", 1.0),)  # of a Ray actor, where there are workers
     rollout.dynamic_sampling = True  # the paper's
     rollout.max_waves = 4
 

@@ -59,6 +59,11 @@ class RolloutConfig:
     over_sampling: float
     # sample while the learner trains, within grpo.max_staleness; else they take turns
     asynchronous: bool
+    # Ray actors that sample, each with an engine on devices of its own; 0: this process samples
+    workers: int
+    worker_resources: tuple[
+        tuple[str, float], ...
+    ]  # of each, as Ray counts them: ("CPU", 1.0), ...
     dynamic_sampling: bool  # replace groups without variance, in further waves
     max_waves: int  # then the step goes on with what it has
     # no loss on rollouts that reached the output length; else they count as wrong
@@ -80,6 +85,26 @@ class RolloutConfig:
         )
         _require(self.over_sampling >= 1, "rollout.over_sampling", self.over_sampling, "at least 1")
         _require(self.max_waves >= 1, "rollout.max_waves", self.max_waves, "at least 1")
+        _require(self.workers >= 0, "rollout.workers", self.workers, "at least 0")
+        _require(
+            self.asynchronous or not self.workers, "rollout.workers", self.workers,
+            "0 without rollout.asynchronous: workers of their own never wait for the training",
+        )  # fmt: skip
+        _require(
+            all(_is_resource(r) for r in self.worker_resources), "rollout.worker_resources",
+            self.worker_resources,
+            "pairs (name, amount above 0), such as ('CPU', 1.0)",
+        )  # fmt: skip
+
+
+def _is_resource(pair) -> bool:
+    return (
+        isinstance(pair, tuple | list)
+        and len(pair) == 2
+        and isinstance(pair[0], str)
+        and isinstance(pair[1], int | float)
+        and 0 < pair[1] < math.inf
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,9 @@ import logging
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
+from typing import cast
 
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
@@ -21,7 +23,7 @@ from glm_jax.rl.config import RlConfig
 from glm_jax.rl.controllers import Controllers
 from glm_jax.rl.groups import Collector
 from glm_jax.rl.learner import Learner
-from glm_jax.rl.source import InProcess, InThread, RolloutSource
+from glm_jax.rl.source import InProcess, InThread, RolloutSource, RolloutStream
 from glm_jax.rl.stream import StreamCollector
 from glm_jax.rl.tasks import Tasks
 from glm_jax.rollouts.rollout import Group
@@ -80,6 +82,8 @@ def open_run(
         check_start(start, config.model)
         tokenizer = starting_tokenizer(start)
     controllers = Controllers(config, Tasks(config, tokenizer))
+    if config.rollout.workers:
+        _ray_source().connect(config.rollout)
 
     # Everything that can be wrong was read; from here on the work directory is written.
     folder.begin(tokenizer)
@@ -90,6 +94,19 @@ def open_run(
         state, *saved = folder.checkpoints.restore(first, abstract)
         logger.info("resumed from step %d", first)
     learner = Learner(config, mesh, spec, state, folder)
+    source = open_source(config, tokenizer, learner, mesh)
+    run = Run(config, folder, tokenizer, controllers, learner, source, first, progress)
+    if saved is not None:
+        run.set_state(*saved)
+    return run
+
+
+def open_source(
+    config: RlConfig, tokenizer: Tokenizer, learner: Learner, mesh: Mesh
+) -> RolloutSource:
+    """The source that the config asks for, with the learner's weights."""
+    if config.rollout.workers:
+        return _ray_source().RaySource(config, tokenizer, learner.weights(), learner.version)
     engine = Engine(
         learner.model(),
         config.engine,
@@ -97,11 +114,18 @@ def open_run(
         mesh=None if mesh.size == 1 else mesh,
     )
     kind = InThread if config.rollout.asynchronous else InProcess
-    source = kind(engine, tokenizer, learner.version)
-    run = Run(config, folder, tokenizer, controllers, learner, source, first, progress)
-    if saved is not None:
-        run.set_state(*saved)
-    return run
+    return kind(engine, tokenizer, learner.version)
+
+
+def _ray_source():
+    """The module that alone needs Ray. Raises ValueError where there is none."""
+    try:
+        from glm_jax.rl import ray_source
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"rollout.workers needs Ray ({error}): pip install -r requirements-ray.txt"
+        ) from None
+    return ray_source
 
 
 class Run:
@@ -121,8 +145,9 @@ class Run:
         self.config, self.folder, self.tokenizer = config, folder, tokenizer
         self.controllers, self.learner, self.source = controllers, learner, source
         self.collector: Collector | StreamCollector
-        if isinstance(source, InThread):
-            self.collector = StreamCollector(source, config.rollout, config.grpo)
+        if config.rollout.asynchronous:
+            stream = cast(RolloutStream, source)
+            self.collector = StreamCollector(stream, config.rollout, config.grpo)
         else:
             self.collector = Collector(source, config.rollout, config.grpo.max_staleness)
         self.step = first  # steps done

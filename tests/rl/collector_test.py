@@ -149,7 +149,13 @@ class Source:
         self.kinds = itertools.chain(kinds, itertools.repeat("mixed"))
         self.engine = ScriptedEngine(tokenizer, ())
         self.asked: list[int] = []  # tasks at a time
-        given = {"group_size": 2, "over_sampling": 1.0, "asynchronous": False}
+        given = {
+            "group_size": 2,
+            "over_sampling": 1.0,
+            "asynchronous": False,
+            "workers": 0,
+            "worker_resources": (),
+        }
         given |= {"dynamic_sampling": True, "max_waves": 9}
         staleness = config.pop("max_staleness", 0)
         config = RolloutConfig(**given | {"mask_truncated": False} | config)

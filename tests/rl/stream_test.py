@@ -138,7 +138,8 @@ class Stream:
 def collector(stream, prompts=5, max_waves=99, **changes) -> StreamCollector:
     rollouts = {
         "prompts_per_step": prompts, "group_size": 2, "over_sampling": 1.0,
-        "asynchronous": True, "dynamic_sampling": True, "max_waves": max_waves,
+        "asynchronous": True, "workers": 0, "worker_resources": (), "dynamic_sampling": True,
+        "max_waves": max_waves,
         "mask_truncated": False,
     }  # fmt: skip
     grpo = entry.sections(rl_tiny(), {"grpo": GrpoConfig})["grpo"]
