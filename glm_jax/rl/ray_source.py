@@ -103,7 +103,7 @@ class RaySource:
         )(RolloutActor)
         self._keep(state, version)
         self._fruitless = 0
-        self._replaced = 0
+        self.replaced = 0  # workers that died
         self.workers = [_Worker(self._new()) for _ in range(config.rollout.workers)]
 
     def begin(self, number: int, task: Task, spec: SamplingSpec):
@@ -166,7 +166,7 @@ class RaySource:
             worker.actor.set_weights.remote(self._weights, version)
 
     def take_seconds(self) -> dict[str, float]:
-        """Summed over the workers that live; `replaced` counts those that died."""
+        """Summed over the workers that live."""
         total = collections.Counter()
         for worker in self.workers:
             try:
@@ -194,7 +194,7 @@ class RaySource:
                 f"{self._fruitless} rollout workers died in turn before one sampled a group"
             ) from error
         logger.warning("a rollout worker died and is replaced: %s", error)
-        self._replaced += 1
+        self.replaced += 1
         worker.actor, worker.poll = self._new(), None
         for number, (task, spec) in worker.under_way.items():
             worker.actor.begin.remote(number, task, spec)

@@ -27,11 +27,7 @@ from tests.rl.scripted import CUT, MALFORMED, RIGHT, write
 
 @pytest.fixture
 def easy(monkeypatch):
-    """Any output can be read, and is judged by its parity: the toy's own ones would be malformed
-    without exception, and teach nothing.
-    """
-    monkeypatch.setattr(worker.verifiers, "score", toy.parity)
-    monkeypatch.setattr(worker.RolloutWorker, "read", toy.read_anything)
+    toy.judge_by_parity(monkeypatch.setattr)
 
 
 def run(config, workdir):

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from toy import records
 
+from configs import rl_math_tiny
 from data.tokenizer import train_tokenizer
 from experiments import entry
-from glm_jax.envs import worker as worker_module
 from glm_jax.envs.episode import SamplingSpec
 from glm_jax.envs.worker import RolloutWorker
 from glm_jax.rl import loop
-from glm_jax.rl.config import GrpoConfig, RolloutConfig
+from glm_jax.rl.config import RolloutConfig
 from glm_jax.rl.ledger import Ledger, may_begin
 from glm_jax.rl.source import InThread
 from glm_jax.rl.stream import StreamCollector
@@ -142,14 +142,8 @@ def collector(stream, prompts=5, max_waves=99, **changes) -> StreamCollector:
         "max_waves": max_waves,
         "mask_truncated": False,
     }  # fmt: skip
-    grpo = entry.sections(rl_tiny(), {"grpo": GrpoConfig})["grpo"]
+    grpo = entry.rl_config(rl_math_tiny.get_config())[0].grpo
     return StreamCollector(stream, RolloutConfig(**rollouts), dataclasses.replace(grpo, **changes))
-
-
-def rl_tiny():
-    from configs import rl_math_tiny
-
-    return rl_math_tiny.get_config()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -261,8 +255,7 @@ def test_a_cancelled_group_leaves_nothing_behind(tokenizer):
 
 @pytest.fixture
 def config(rl_config, monkeypatch):
-    monkeypatch.setattr(worker_module.verifiers, "score", toy.parity)
-    monkeypatch.setattr(RolloutWorker, "read", toy.read_anything)
+    toy.judge_by_parity(monkeypatch.setattr)
     rl_config.rollout.asynchronous = True
     rl_config.grpo.max_staleness = 2
     return rl_config
