@@ -7,6 +7,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import ray
 from flax import nnx
 from ray.exceptions import RayActorError
 
+import glm_jax
 from data.tokenizer import Tokenizer
 from glm_jax.envs.episode import SamplingSpec
 from glm_jax.infer.engine import Engine
@@ -26,6 +28,8 @@ from glm_jax.rollouts.task import Task
 from glm_jax.sharding import make_mesh
 
 logger = logging.getLogger(__name__)
+# Of the actors: they import this repository, which stands at the same path on every host.
+ENVIRONMENT = {"env_vars": {"PYTHONPATH": str(pathlib.Path(glm_jax.__file__).parent.parent)}}
 POLL_SECONDS = 0.5  # that a worker waits for its next group
 # Workers that die one after the other without having sampled a group: then something is wrong that
 # a further one does not mend.
@@ -37,7 +41,7 @@ def connect(config: RolloutConfig):
     it lacks what the workers need.
     """
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(log_to_driver=False, logging_level=logging.WARNING, runtime_env=ENVIRONMENT)
     there = ray.cluster_resources()
     for name, amount in config.worker_resources:
         if there.get(name, 0) < amount * config.workers:

@@ -2,7 +2,6 @@
 with nothing lost and nothing doubled.
 """
 
-import dataclasses
 import threading
 import time
 
@@ -28,14 +27,18 @@ SPEC = SamplingSpec(group_size=2, max_new_tokens=6, temperature=1.0, seed=3, thi
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     """Two CPUs, and the toy's parser and verifier in every process."""
-    hook = {"worker_process_setup_hook": "tests.toy.judge_by_parity"}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=hook)
+    easy = {"worker_process_setup_hook": "tests.toy.judge_by_parity"}
+    ray.init(
+        num_cpus=2, include_dashboard=False, log_to_driver=False,
+        runtime_env=ray_source.ENVIRONMENT | easy,
+    )  # fmt: skip
     yield
     ray.shutdown()
 
 
 @pytest.fixture
-def config(rl_config):
+def config(rl_config, monkeypatch):
+    toy.judge_by_parity(monkeypatch.setattr)
     rl_config.rollout.update(asynchronous=True, workers=2, max_waves=4)
     rl_config.grpo.max_staleness = 2
     return rl_config
@@ -88,7 +91,7 @@ def test_workers_that_die_one_after_the_other_end_the_run(config):
     source, *_ = opened(config)
     for worker in source.workers:
         ray.kill(worker.actor)
-    source.config = dataclasses.replace(source.config, engine=None)  # no engine can be made of it
+    source.config = None  # no engine can be made of it
     with pytest.raises(RuntimeError, match="rollout workers died in turn before one sampled"):
         until_finished(source, 1)
     source.close()
@@ -103,7 +106,6 @@ def test_a_cluster_without_the_resources_is_refused_before_anything_is_written(c
 
 
 def test_a_run_goes_on_though_its_workers_are_killed(config, tmp_path, monkeypatch):
-    toy.judge_by_parity(monkeypatch.setattr)
     killed = []
 
     class Deadly(ray_source.RaySource):
