@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging as python_logging
 import pathlib
+import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +46,7 @@ PRETRAINING = {
 
 logger = python_logging.getLogger(__name__)
 _Value = TypeVar("_Value")
+FAREWELL_SECONDS = 10  # that a process with an error waits for the others
 BACKGROUND = "background"  # logger of what other libraries' threads raise
 # Loggers whose warnings the terminal shows; those of other libraries go to log.txt.
 ON_TERMINAL = ("glm_jax", "data", "pallas_kernels", "experiments", "root", "jax", "uvicorn")
@@ -159,7 +161,13 @@ def guarded(main: Callable[[], None], argv: Sequence[str]):
             raise ValueError(f"unexpected arguments {argv[1:]}; flags start with --")
         main()
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if jax.distributed.is_initialized():
+            # The usual exit waits minutes for the other processes, which wait for this one where
+            # the error is its own. They end when they learn that it is gone. A thread could not
+            # end it: that wait holds Python's lock.
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(FAREWELL_SECONDS)
         sys.exit(1)
 
 

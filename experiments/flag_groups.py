@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from experiments import entry
 from glm_jax.envs.episode import SamplingSpec
 from glm_jax.sharding import one_process
 
+_Config = TypeVar("_Config")
 flags.disclaim_key_flags()  # what is defined here is the caller's, so that its --help shows it
 
 
@@ -88,16 +91,22 @@ class RunFlags:
             Processes.define(),
         )
 
-    def begin(self, *, alone: str = "") -> pathlib.Path:
-        """Joins the other processes and opens the log of the work directory, which it gives.
-        alone: name of what cannot run in several processes; raises ValueError where there are.
+    def begin(
+        self, read: Callable[[ConfigDict], _Config], *, alone: str = ""
+    ) -> tuple[_Config, pathlib.Path]:
+        """Joins the other processes, reads the config, and opens the log of the work directory.
+        Gives both. alone: name of what cannot run in several processes; raises ValueError where
+        there are.
+
+        Whatever is wrong comes after the joining, as the others would wait for this process.
         """
         self.processes.start()
         if alone:
             one_process(alone)
+        config = read(self.config.value)
         workdir = pathlib.Path(self.workdir.value)
         entry.log_to(workdir)
-        return workdir
+        return config, workdir
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,7 @@ RUN = flag_groups.RunFlags.define()
 
 
 def main():
-    config, start = entry.rl_config(RUN.config.value)
-    workdir = RUN.begin(alone="experiments.rl")
+    (config, start), workdir = RUN.begin(entry.rl_config, alone="experiments.rl")
     steps = loop.train(
         config,
         start,

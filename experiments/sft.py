@@ -16,8 +16,7 @@ RUN = flag_groups.RunFlags.define()
 
 
 def main():
-    config = entry.sft_config(RUN.config.value)
-    workdir = RUN.begin()
+    config, workdir = RUN.begin(entry.sft_config)
     steps = loop.train(
         config,
         workdir,

@@ -33,7 +33,17 @@ class Launch:
     devices, in the same order.
     """
 
-    def __init__(self, log: pathlib.Path, module: str, arguments, *, count: int, devices: int = 4):
+    def __init__(
+        self,
+        log: pathlib.Path,
+        module: str,
+        arguments,
+        *,
+        count: int,
+        devices: int = 4,
+        further: dict[int, list[str]] | None = None,
+    ):
+        """further: more arguments, of the processes with these indices."""
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -53,6 +63,7 @@ class Launch:
                             sys.executable, "-m", module, *arguments, "--distributed",
                             f"--coordinator=localhost:{port}", f"--num_processes={count}",
                             f"--process_index={index}", "--noprogress",
+                            *(further or {}).get(index, ()),
                         ],
                         env=os.environ | changes, stdout=out, stderr=subprocess.STDOUT,
                         cwd=pathlib.Path(__file__).parent.parent,

@@ -16,7 +16,6 @@ import ray
 from flax import nnx
 from ray.exceptions import RayActorError
 
-import glm_jax
 from data.tokenizer import Tokenizer
 from glm_jax.envs.episode import SamplingSpec
 from glm_jax.infer.engine import Engine
@@ -29,7 +28,7 @@ from glm_jax.sharding import make_mesh
 
 logger = logging.getLogger(__name__)
 # Of the actors: they import this repository, which stands at the same path on every host.
-ENVIRONMENT = {"env_vars": {"PYTHONPATH": str(pathlib.Path(glm_jax.__file__).parent.parent)}}
+ENVIRONMENT = {"env_vars": {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}}
 POLL_SECONDS = 0.5  # that a worker waits for its next group
 # Workers that die one after the other without having sampled a group: then something is wrong that
 # a further one does not mend.

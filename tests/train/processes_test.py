@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import signal
+import time
 import types
 
 import pytest
@@ -102,6 +103,22 @@ def test_what_runs_in_one_process_says_so_before_anything_is_written(tmp_path):
         message = f"error: experiments.rl runs in one process.* of the processes {1 - index}, too"
         assert re.search(message, file.read_text())
     assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_one_process_ends_the_others(command, tmp_path):
+    """They would wait for it in the first collective; those of process 0's coordinator end at once,
+    others when they miss its heartbeats.
+    """
+    arguments = command(tmp_path / "run", 10**6)
+    further = {0: ["--config.data.sequence_length=65"]}
+    begun = time.monotonic()
+    with Launch(
+        tmp_path / "log", "experiments.train", arguments, count=2, further=further
+    ) as launch:
+        first, second = launch.ends()
+    assert first == -signal.SIGALRM and second != 0
+    assert time.monotonic() - begun < 100
+    assert re.search("error: data.sequence_length=65 exceeds", launch.logs[0].read_text())
 
 
 @pytest.mark.parametrize(
