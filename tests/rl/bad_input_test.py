@@ -20,7 +20,8 @@ from glm_jax.rl.config import ControlConfig, GrpoConfig, RlLoopConfig, RolloutCo
 OUT_OF_RANGE = {
     TasksConfig: ("tasks", {"train": (), "held_out": (), "seed": -1, "wrong_answers": 1.1}),
     RolloutConfig: ("rollout",
-                    {"prompts_per_step": 0, "group_size": 1, "over_sampling": 0.9, "max_waves": 0}),
+                    {"prompts_per_step": 0, "group_size": 1, "over_sampling": 0.9, "max_waves": 0,
+                     "workers": -1, "worker_resources": (("CPU", 0),)}),
     GrpoConfig: ("grpo", {
         "learning_rate": -1e-3, "warmup_updates": -1, "clip_low": 1.0, "clip_high": -0.1,
         "aggregation": "mean", "old_logprobs": "none",
