@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from glm_jax.envs import environment
+from glm_jax.envs import registry
 from glm_jax.envs.worker import RolloutWorker, SamplingSpec, prompt_of
 from glm_jax.infer.config import EngineConfig
 from glm_jax.infer.engine import Engine
@@ -30,7 +30,7 @@ def open_worker(
     if not 0 < spec.temperature < math.inf:
         raise ValueError(f"temperature={spec.temperature} must be above 0")
     tasks = load_sources(sources, "train")
-    environment.check(tasks)
+    registry.check(tasks)
     model, tokenizer = load(workdir)
     if tokenizer is None:
         raise ValueError(f"{workdir} has no tokenizer.json")
