@@ -2,26 +2,39 @@
 in chat, answered in GLM-4.5's format.
 
 Some show their work and are right; the others guess at once, with the answer of another puzzle. The
-fine-tuned model does both, and reinforcement learning has to find out which pays.
+fine-tuned model does both, and reinforcement learning has to find out which pays. `calculator` is
+the environment of glm_jax/envs/calculator.py: to show one's work is to call its tool, as its expert
+does, and its tasks are written beside the conversations.
 
 python -m experiments.cold_start --output=W/cold_start.jsonl --generators=aiw,chain_sum --count=1500
+python -m experiments.cold_start --output=W/cold_start.jsonl --generators=calculator \
+    --tasks=W --count=4000 --worked_share=0.25
 """
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import re
 
 import numpy as np
 from absl import flags
 
-from experiments import entry
+from experiments import calculator_start, entry
+from glm_jax.files import write_json_lines
 from glm_jax.rewards import puzzles
 from glm_jax.sft.conversations import write_conversations
 
 OUTPUT = flags.DEFINE_string("output", None, "The JSONL file of conversations to write.")
 GENERATORS = flags.DEFINE_list(
-    "generators", ["aiw"], "The reasoning-gym generators that make the puzzles: aiw, chain_sum."
+    "generators",
+    ["aiw"],
+    "What makes the puzzles: reasoning-gym's aiw and chain_sum, or calculator.",
+)
+TASKS = flags.DEFINE_string(
+    "tasks",
+    None,
+    "The folder of train.jsonl and held_out.jsonl, to which the calculator's tasks are written.",
 )
 COUNT = flags.DEFINE_integer(
     "count", 1500, "The maximum number of conversations of each generator.", lower_bound=1
@@ -65,6 +78,7 @@ def and_herself(question: str) -> str:
 
 
 WORKED = {"chain_sum": partial_sums, "aiw": and_herself}  # generator -> its work
+CALCULATOR = "calculator"
 
 
 def conversation(puzzle: puzzles.Puzzle, guess: str | None) -> dict:
@@ -95,8 +109,8 @@ def conversations(
     """
     if generator not in WORKED:
         raise ValueError(
-            f"generators: {generator!r} is not one of {', '.join(WORKED)}, whose work this file can"
-            " show"
+            f"generators: {generator!r} is not one of {', '.join(WORKED)}, {CALCULATOR}, whose work"
+            " this file can show"
         )
     chosen = puzzles.distinct(generator, "train", count, first)
     guesses = lots.permutation([puzzle.answer for puzzle in chosen])
@@ -107,15 +121,24 @@ def conversations(
     ]
 
 
+def made_by(generator: str, lots: np.random.Generator) -> list[dict]:
+    if generator == CALCULATOR:
+        return calculator_start.conversations(COUNT.value, WORKED_SHARE.value, lots)
+    return conversations(generator, COUNT.value, WORKED_SHARE.value, FIRST.value, lots)
+
+
 def main():
+    if (TASKS.value is not None) != (CALCULATOR in GENERATORS.value):
+        raise ValueError(f"--tasks={TASKS.value}: goes with --generators={CALCULATOR}")
     lots = np.random.default_rng(SEED.value)
-    found = [
-        c
-        for g in GENERATORS.value
-        for c in conversations(g, COUNT.value, WORKED_SHARE.value, FIRST.value, lots)
-    ]
+    found = [c for generator in GENERATORS.value for c in made_by(generator, lots)]
     write_conversations(pathlib.Path(entry.given(OUTPUT)), found)
     print(f"{len(found)} conversations in {OUTPUT.value}")
+    for split in ("train", "held_out") if TASKS.value else ():
+        tasks = calculator_start.tasks(split)
+        file = pathlib.Path(TASKS.value) / f"{split}.jsonl"
+        write_json_lines(file, [dataclasses.asdict(task) for task in tasks])
+        print(f"{len(tasks)} tasks in {file}")
 
 
 if __name__ == "__main__":

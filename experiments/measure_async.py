@@ -11,6 +11,7 @@ random, so that every group is trained on. Prints a table, a line a mode, and th
 from __future__ import annotations
 
 import collections
+import dataclasses
 import pathlib
 import tempfile
 import time
@@ -20,9 +21,10 @@ from absl import flags
 
 from configs import rl_math_tiny
 from experiments import entry
-from glm_jax.envs import environment
+from glm_jax.envs import registry
 from glm_jax.envs.environment import Kind, Start, Step
 from glm_jax.envs.worker import RolloutWorker
+from glm_jax.rewards import puzzles
 from glm_jax.rl import loop
 from glm_jax.rollouts.rollout import RolloutStatus
 from glm_jax.rollouts.task import Reward
@@ -64,40 +66,52 @@ def read_anything(worker, tools, request):
 
 
 def run(asynchronous: bool) -> dict[str, float]:
-    """Seconds of the timed steps, and of what engine and trainer do in them."""
+    """Seconds of the timed steps, in all and by what took them, and the rollouts trained on."""
     config = rl_math_tiny.get_config()
     steps = STEPS.value + WARM
     config.start.workdir = entry.given(WORKDIR)
-    config.engine.context, config.engine.num_pages = 288, 64 * 18
-    config.grpo.update(row_length=288, max_staleness=STALENESS.value if asynchronous else 0)
-    config.rollout.asynchronous = asynchronous
-    config.control.length_stages = ((0, 48),)
-    config.loop.update(steps=steps, checkpoint_every=steps, eval_every=steps, eval_samples=1)
-    config.loop.save_rollouts_every = 0
-    config.tasks.held_out = ("puzzle:aiw:1",)
+    config.update_from_flattened_dict(
+        {
+            "engine.context": 288, "engine.num_pages": 64 * 18, "grpo.row_length": 288,
+            "grpo.max_staleness": STALENESS.value if asynchronous else 0,
+            "rollout.asynchronous": asynchronous, "control.length_stages": ((0, 48),),
+            "loop.steps": steps, "loop.checkpoint_every": steps, "loop.eval_every": steps,
+            "loop.eval_samples": 1, "loop.save_rollouts_every": 0,
+            "tasks.held_out": ("puzzle:aiw:1",),
+        }
+    )  # fmt: skip
     rl, start = entry.rl_config(config)
     with tempfile.TemporaryDirectory() as folder:
-        opened = loop.open_run(
-            rl, start, pathlib.Path(folder), config_json=config.to_json(), progress=False
-        )
-        opened.config = rl
+        workdir = pathlib.Path(folder)
+        opened = loop.open_run(rl, start, workdir, config_json=config.to_json(), progress=False)
         ends = []
-        record = opened.folder.record
-        opened.folder.record = lambda line: (ends.append(time.perf_counter()), record(line))
+        one_step = opened.one_step
+        opened.one_step = lambda: (one_step(), ends.append(time.perf_counter()))[0]
         opened.loop()
         opened.close()
-        lines = read_metrics(pathlib.Path(folder))[WARM:]
-    found = collections.Counter(seconds=ends[-1] - ends[WARM - 1], rollouts=0)
+        lines = read_metrics(workdir)[WARM:]
+    found = collections.Counter(step=(ends[-1] - ends[WARM - 1]) / STEPS.value)
     for line in lines:
-        found.update({k: v for k, v in line.items() if k.startswith("seconds/")})
-        found["rollouts"] += line.get("groups_trained", len(lines) and 16) * 8
+        phases = {k.removeprefix("seconds/"): v for k, v in line.items() if "seconds/" in k}
+        found.update({name: seconds / STEPS.value for name, seconds in phases.items()})
     return dict(found)
 
 
 def main():
-    environment.ENVIRONMENTS["slow"] = Kind(Slow, lambda tasks: None)
+    registry.ENVIRONMENTS["slow"] = Kind(Slow, lambda tasks: None)
+    original = puzzles.tasks
+    puzzles.tasks = lambda *source: [
+        dataclasses.replace(task, verifier="slow") for task in original(*source)
+    ]
     RolloutWorker.read = read_anything
-    print(MEDIAN.value, run(False), run(True))
+    found = {"synchronous": run(False), "asynchronous": run(True)}
+    phases = ("step", "collect", "generate", "idle", "train", "swap")
+    print("| seconds a step | " + " | ".join(phases) + " |\n|" + " --- |" * (len(phases) + 1))
+    for mode, seconds in found.items():
+        row = " | ".join(f"{seconds.get(phase, 0.0):.2f}" for phase in phases)
+        print(f"| {mode} | {row} |")
+    ratio = found["synchronous"]["step"] / found["asynchronous"]["step"]
+    print(f"asynchronous / synchronous: {ratio:.2f} times the rollouts a second")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@ model's turns until it is done. A task that is judged by a verifier is the one-t
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from glm_jax.rewards import verifiers
 from glm_jax.rollouts.task import Reward, Task
 
 NO_REWARD = Reward(0.0, {})
@@ -45,30 +46,26 @@ class Environment(Protocol):
         ...
 
 
+# Writes the assistant's next message after the conversation so far.
+Agent = Callable[[Sequence[Mapping]], Mapping]
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """make: a new episode's environment. check: raises ValueError naming the first task that the
-    environment cannot use.
+    environment cannot use. expert: earns 1 in every task; None: there is none.
     """
 
     make: Callable[[], Environment]
     check: Callable[[Sequence[Task]], None]
+    expert: Agent | None = None
 
 
-ENVIRONMENTS: dict[str, Kind] = {}  # by the name that a task gives as its verifier
+def answer_of(function: Callable, *args) -> Any:
+    """What a method of an environment returns, or what it returns after a wait."""
+    result = function(*args)
+    return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
 
 
-def check(tasks: Sequence[Task]) -> None:
-    """Raises ValueError naming the first task whose environment or verifier is unknown or cannot
-    use it.
-    """
-    for name, kind in ENVIRONMENTS.items():
-        if own := [task for task in tasks if task.verifier == name]:
-            kind.check(own)
-    verifiers.check([task for task in tasks if task.verifier not in ENVIRONMENTS])
-
-
-def made_for(task: Task) -> Environment | None:
-    """The environment of a task's episode; None where a verifier judges its one turn."""
-    kind = ENVIRONMENTS.get(task.verifier)
-    return None if kind is None else kind.make()
+async def _awaited(result: Awaitable) -> Any:
+    return await result

@@ -4,10 +4,8 @@ others do. Tokens are the truth: an episode's next prompt is its own tokens and 
 
 from __future__ import annotations
 
-import asyncio
 import collections
 import concurrent.futures
-import inspect
 import logging
 import threading
 import time
@@ -17,8 +15,9 @@ import numpy as np
 
 from data import chat_output, chat_template
 from data.tokenizer import Tokenizer
-from glm_jax.envs.environment import Start, Step, made_for
+from glm_jax.envs.environment import Start, Step, answer_of
 from glm_jax.envs.episode import Episode, SamplingSpec
+from glm_jax.envs.registry import made_for
 from glm_jax.infer.engine import Engine
 from glm_jax.infer.request import Request
 from glm_jax.infer.sampling import SamplingParams
@@ -262,11 +261,6 @@ class RolloutWorker:
 
 def _finish(future: concurrent.futures.Future, function: Callable, *args):
     try:
-        result = function(*args)
-        future.set_result(asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result)
+        future.set_result(answer_of(function, *args))
     except BaseException as error:  # handed on to whoever asks the future
         future.set_exception(error)
-
-
-async def _awaited(result):
-    return await result

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from glm_jax.envs import environment
+from glm_jax.envs import registry
 from glm_jax.envs.episode import SamplingSpec
 from glm_jax.envs.worker import RolloutWorker, prompt_of
 from glm_jax.infer.config import EngineConfig
@@ -31,7 +31,7 @@ def open_worker(
     if not 0 < spec.temperature < math.inf:
         raise ValueError(f"temperature={spec.temperature} must be above 0")
     tasks = load_sources(sources, "train")
-    environment.check(tasks)
+    registry.check(tasks)
     model, tokenizer = load(workdir)
     if tokenizer is None:
         raise ValueError(f"{workdir} has no tokenizer.json")

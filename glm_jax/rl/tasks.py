@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from data.tokenizer import Tokenizer
-from glm_jax.envs import environment
+from glm_jax.envs import registry
 from glm_jax.envs.worker import prompt_of
 from glm_jax.rewards.sources import TaskOrder, load_sources, with_wrong_answers
 from glm_jax.rl.config import RlConfig
@@ -26,7 +26,7 @@ class Tasks:
         for task in self.held_out:
             if task.id in asked or json.dumps(task.messages) in asked:
                 raise ValueError(f"task {task.id!r} of tasks.held_out is in tasks.train, too")
-        environment.check([*self.train, *self.held_out])
+        registry.check([*self.train, *self.held_out])
         longest = max(tokens for _, tokens in config.control.length_stages)
         thinking = config.tasks.thinking
         for task in [*self.train, *self.held_out]:

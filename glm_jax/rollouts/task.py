@@ -20,8 +20,8 @@ class Task:
     continuation.
 
     id: unique in its pool. group: what metrics are kept by, like `arithmetic/gcd`. verifier: a name
-    of verifiers.VERIFIERS, or of an environment in envs.ENVIRONMENTS, which then goes on for
-    several turns.
+    of verifiers.VERIFIERS, or of an environment in envs.registry.ENVIRONMENTS, which then goes on
+    for several turns.
     messages, tools: as data.chat_template takes them, the user's turn last. answer: plain JSON
     values; their form is the verifier's.
     """

@@ -13,7 +13,7 @@ from flax import nnx
 
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from glm_jax import hf
-from glm_jax.envs import environment
+from glm_jax.envs import registry
 from glm_jax.envs.environment import Kind, Start, Step
 from glm_jax.envs.episode import SamplingSpec
 from glm_jax.envs.worker import RolloutWorker
@@ -95,7 +95,7 @@ class Talk:
 
 def tasks(monkeypatch, count: int = 1, **fields) -> list[Task]:
     kind = Kind(lambda: Talk(**fields), lambda tasks: None)
-    monkeypatch.setitem(environment.ENVIRONMENTS, "talk", kind)
+    monkeypatch.setitem(registry.ENVIRONMENTS, "talk", kind)
     prompt = ({"role": "user", "content": "unused"},)
     return [Task(f"t{i}", "g", "talk", prompt, f"hello {i}") for i in range(count)]
 
@@ -204,4 +204,4 @@ def test_a_task_for_a_verifier_is_an_episode_of_one_turn(worker):
 def test_unknown_environments_are_named(monkeypatch):
     prompt = ({"role": "user", "content": "?"},)
     with pytest.raises(ValueError, match="task 'x': verifier 'nowhere' is not one of puzzle, math"):
-        environment.check([Task("x", "g", "nowhere", prompt, 1)])
+        registry.check([Task("x", "g", "nowhere", prompt, 1)])

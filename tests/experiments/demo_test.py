@@ -2,6 +2,7 @@
 learning, and the report counts rightly.
 """
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -12,10 +13,10 @@ import sysconfig
 import numpy as np
 import pytest
 
-from configs import rl_math_tiny
+from configs import rl_calculator_tiny, rl_math_tiny, sft_calculator_tiny
 from data import chat_template
 from data.tokenizer import train_tokenizer
-from experiments import cold_start, reasoning_report
+from experiments import calculator_start, cold_start, reasoning_report, rl_curves
 from glm_jax.rewards import puzzles
 from glm_jax.sft.conversations import read_conversations
 
@@ -80,6 +81,20 @@ def test_the_cold_start_fits_the_demos_reinforcement_learning(tokenizer, tmp_pat
         assert len(whole) - len(prompt) < longest and len(prompt) + longest <= config.engine.context
 
 
+def test_the_calculators_episodes_fit_their_configs(tokenizer):
+    sft, rl = sft_calculator_tiny.get_config(), rl_calculator_tiny.get_config()
+    worked = calculator_start.conversations(100, 1.0, np.random.default_rng(0))
+    encoded = [
+        chat_template.encode_for_training(tokenizer, c["messages"], c["tools"], thinking=False)
+        for c in worked
+    ]
+    longest = max(len(ids) for ids, _ in encoded)
+    assert longest <= sft.data.sequence_length and longest <= rl.engine.context
+    assert rl.engine.num_pages * rl.engine.page_size >= rl.engine.num_rows * longest
+    [(_, most)] = rl.control.length_stages
+    assert max(sum(trained) for _, trained in encoded) <= most
+
+
 # --- the report ---
 
 
@@ -138,3 +153,35 @@ def test_an_unfinished_run_is_not_reported(workdir):
     metrics.write_text(metrics.read_text().splitlines()[0] + "\n")
     with pytest.raises(ValueError, match="holds no finished run"):
         reasoning_report.report_rl(workdir)
+
+
+# --- the curves of several runs ---
+
+
+def test_curves_of_runs_are_drawn_and_tabled(workdir, tmp_path, capsys, monkeypatch):
+    for file in (workdir / "held_out").glob("*.jsonl"):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        turns = [{"turns": 1.0}, {"turns": 3.0}, {}]  # the last one was cut off
+        file.write_text(
+            "".join(
+                json.dumps(line | {"parts": parts}) + "\n"
+                for line, parts in zip(lines, turns, strict=True)
+            )
+        )
+    assert rl_curves.held_out_turns(workdir) == [(0, 2.0), (2, 2.0)]
+    output = tmp_path / "curves.png"
+    monkeypatch.setattr(rl_curves, "WORKDIRS", Flag([str(workdir)]))
+    monkeypatch.setattr(rl_curves, "OUTPUT", Flag(str(output)))
+    rl_curves.main()
+    printed = capsys.readouterr().out
+    assert "| 0 | 0.333 |\n| 2 | 0.667 |\n| minutes | 0.0 |" in printed
+    assert output.stat().st_size > 10_000
+    monkeypatch.setattr(rl_curves, "WORKDIRS", Flag([str(workdir)] * 2))
+    with pytest.raises(ValueError, match="must be folders of unlike names"):
+        rl_curves.main()
+
+
+@dataclasses.dataclass
+class Flag:
+    value: object
+    name: str = "flag"
