@@ -123,6 +123,16 @@ def given(flag: flags.FlagHolder[_Value | None]) -> _Value:
     return flag.value
 
 
+def positive_integers(flag: flags.FlagHolder[list[str]]) -> tuple[int, ...]:
+    """Of a list flag. Raises ValueError naming the first value that is none."""
+    for value in flag.value:
+        if not value.isdecimal() or int(value) < 1:
+            raise ValueError(f"--{flag.name}={value}: must be a whole number, at least 1")
+    if not flag.value:
+        raise ValueError(f"--{flag.name} is empty; at least one number is needed")
+    return tuple(map(int, flag.value))
+
+
 def run(main: Callable[[], None]):
     """app.run, with expected failures as one line on stderr and exit code 1; an argument that is
     no flag is one. The terminal gets our warnings, log.txt everything.

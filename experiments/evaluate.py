@@ -13,6 +13,8 @@ Tasks:
   human_eval         pass@1 of 164 functions to write, run in sandboxes (needs bubblewrap); never
                      trained on
   python_syntax      which of two snippets is Python (data/tasks), by lm-eval
+  FILE.jsonl         tasks with their verifiers or environments, as reinforcement learning takes
+                     them; --max_turns=1,2,4 shows what further turns are worth
   anything else      a task, group or tag of lm-eval 0.4.13, or the path of a YAML file that
                      describes one
 """
@@ -99,6 +101,11 @@ CHAT = flags.DEFINE_bool(
     "complete.",
 )
 THINKING = flags.DEFINE_bool("thinking", True, "In a chat, lets the model reason first.")
+MAX_TURNS = flags.DEFINE_list(
+    "max_turns",
+    ["32"],
+    "The turns that an episode of a task file may take; several limits are measured one by one.",
+)
 
 
 def main():
@@ -108,6 +115,7 @@ def main():
         draft_tokens=DRAFT_TOKENS.value, max_new_tokens=MAX_NEW_TOKENS.value,
         temperature=TEMPERATURE.value, seed=SEED.value,
         num_examples=EXAMPLES.value, chat=CHAT.value, thinking=THINKING.value,
+        max_turns=entry.positive_integers(MAX_TURNS),
     )  # fmt: skip
     path = pathlib.Path(entry.given(WORKDIR))
     tokenizer = read_tokenizer(path)

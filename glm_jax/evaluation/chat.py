@@ -16,12 +16,17 @@ from glm_jax.rollouts.rollout import Rollout
 from glm_jax.rollouts.task import Task
 
 
-def rollouts(tasks: Sequence[Task], subject: Subject, label: str) -> list[Rollout | None]:
-    """One judged rollout of each task; None where prompt and answer do not fit into the context."""
+def rollouts(
+    tasks: Sequence[Task], subject: Subject, label: str, max_turns: int = 1
+) -> list[Rollout | None]:
+    """One judged rollout of each task; None where prompt and answer do not fit into the context.
+    max_turns: of an episode in an environment.
+    """
     settings = subject.settings
     spec = SamplingSpec(
         group_size=1, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
         seed=settings.seed, thinking=settings.thinking,
+        max_turns=max_turns,
     )  # fmt: skip
     prompt = lambda task: prompt_of(subject.tokenizer, task, thinking=settings.thinking)
     fits = [fits_into(subject, prompt(task)) for task in tasks]

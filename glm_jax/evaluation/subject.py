@@ -41,6 +41,7 @@ class Settings:
     num_examples: int  # solved puzzles in front of a puzzle; not in chat
     chat: bool  # puzzles and problems as a chat's first turn
     thinking: bool  # in chat: ask for reasoning
+    max_turns: tuple[int, ...]  # of an episode in an environment; each is measured
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 
 from data.tokenizer import Tokenizer
-from glm_jax.evaluation import human_eval
+from glm_jax.evaluation import human_eval, task_file
 from glm_jax.evaluation.held_out import held_out_batches, run_held_out
 from glm_jax.evaluation.puzzles import run_puzzles
 from glm_jax.evaluation.results import write_results
@@ -39,12 +39,14 @@ def prepare(
             f"tasks: none given; valid are {', '.join(OURS)}, names of lm-eval and YAML files"
         )
     names = list(dict.fromkeys(names))
-    foreign = [name for name in names if name not in OURS]
+    foreign = [n for n in names if n not in OURS and not task_file.is_task_file(n)]
     theirs = prepare_lm_eval(foreign, settings) if foreign else {}
     tasks: dict[str, Measurement] = {}
     for name in names:
         if name in theirs:
             tasks[name] = theirs[name]
+        elif task_file.is_task_file(name):
+            tasks[name] = task_file.prepare(name, settings)
         elif name == "held_out":
             tasks[name] = functools.partial(
                 run_held_out, held_out_batches(path, data, tokenizer, settings)

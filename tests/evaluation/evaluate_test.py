@@ -30,6 +30,7 @@ from tests.model.oracle import RUNTIME, random_state, tiny_config
 from tests.sandboxes import needs_sandbox
 
 SETTINGS = subjects.Settings(
+    max_turns=(1, 3),
     limit=2, context=None, num_rows=1, batch_tokens=256, draft_tokens=0, max_new_tokens=4,
     temperature=0.0, seed=0, num_examples=0,
     chat=False, thinking=True,

@@ -19,6 +19,7 @@ from glm_jax.rewards import puzzles
 from tests.rl.scripted import ScriptedEngine
 
 SETTINGS = Settings(
+    max_turns=(1,),
     limit=None, context=None, num_rows=1, batch_tokens=256, draft_tokens=0, max_new_tokens=64,
     temperature=1.0, seed=0, num_examples=0, chat=True, thinking=True,
 )  # fmt: skip
