@@ -99,11 +99,10 @@ class RaySource:
         """state: the model's, an nnx state. `connect` comes before."""
         self.config, self.tokenizer = config, tokenizer
         needed = dict(config.rollout.worker_resources)
-        cpus, gpus = needed.pop("CPU", 0), needed.pop("GPU", 0)
         # No restart by Ray itself: a new actor must get the newest weights.
-        self._actor = ray.remote(
-            num_cpus=cpus, num_gpus=gpus, resources=needed, max_restarts=0, max_concurrency=2
-        )(RolloutActor)
+        options: dict[str, Any] = {"max_restarts": 0, "max_concurrency": 2, "resources": needed}
+        options |= {"num_cpus": needed.pop("CPU", 0), "num_gpus": needed.pop("GPU", 0)}
+        self._actor = ray.remote(**options)(RolloutActor)
         self._keep(state, version)
         self._fruitless = 0
         self.replaced = 0  # workers that died
