@@ -1,5 +1,5 @@
 """Arrays from one placement to another on the same devices, by each device's own parts: what a
-device lacks is sent to it, and nothing is made whole that no device wants whole.
+device lacks is sent to it, and nothing is made whole that no device keeps whole.
 
 XLA's partitioner does that for some pairs of placements. For others, such as experts over 8 and
 width over 8 devices to experts over 32, it makes the array whole on every device first.
@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from scipy import sparse
+from scipy.sparse import csgraph
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,6 +36,10 @@ class Layout:
         starts = [[part.start or 0 for part in held[device]] for device in mesh.devices.flat]
         starts = np.array(starts, int).reshape(mesh.size, len(shape))
         return cls(starts, sharding.shard_shape(shape))
+
+    def grown(self, added: tuple[int, ...]) -> Layout:
+        """Of an array that is so much longer along dimensions that are not split."""
+        return Layout(self.starts, tuple(map(sum, zip(self.shape, added, strict=True))))
 
     def equals(self, other: Layout) -> bool:
         return self.shape == other.shape and np.array_equal(self.starts, other.starts)
@@ -61,11 +67,11 @@ class Round:
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-    """First pieces are exchanged in rounds, then devices that want the same part gather it, each
+    """First pieces are exchanged in rounds, then devices that keep the same part gather it, each
     having received a share of it.
 
     middle: what devices hold between the two. gather: groups of devices and the dimension; None
-    where every device wants a part of its own.
+    where every device keeps a part of its own.
     """
 
     source: Layout
@@ -75,32 +81,30 @@ class Move:
     gather: tuple[list[list[int]], int] | None
 
     @classmethod
-    def between(cls, source: Layout, target: Layout, size: tuple[int, ...]) -> Move:
-        """size: of the whole array of the source; what a larger target has beyond it is filled."""
+    def between(cls, source: Layout, target: Layout) -> Move:
+        """Of an array whose parts the devices hold."""
         middle, gather = _shares(source, target)
         piece = tuple(map(math.gcd, source.shape, middle.shape))
-        rounds = [] if source.equals(middle) else _rounds(source, middle, piece, size)
+        rounds = [] if source.equals(middle) else _rounds(source, middle, piece)
         return cls(source, middle, piece, rounds, gather)
 
-    @property
-    def is_nothing(self) -> bool:
-        """Whether every device has what it wants."""
-        return self.source.equals(self.middle) and self.gather is None
-
-    def run(self, x: jax.Array, axes: tuple[str, ...], fill: float) -> jax.Array:
+    def run(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         """Inside shard_map over all axes of the mesh: a device's part of the target, by its part of
         the source.
         """
+        dtype = x.dtype
+        if dtype.itemsize < 4:  # as bits: XLA sends FP8 as float16 where it cannot compute with it
+            x = jax.lax.bitcast_convert_type(x, f"uint{8 * dtype.itemsize}")
         if not self.source.equals(self.middle):
             me = jax.lax.axis_index(axes)
-            out = jnp.full(self.middle.shape, fill, x.dtype)
+            out = jnp.zeros(self.middle.shape, x.dtype)
             for exchanged in self.rounds:
                 out = self._exchange(exchanged, x, out, me, axes)
             x = out
         if self.gather is not None:
             groups, dim = self.gather
             x = jax.lax.all_gather(x, axes, axis_index_groups=groups, axis=dim, tiled=True)
-        return x
+        return jax.lax.bitcast_convert_type(x, dtype)
 
     def _exchange(self, exchanged: Round, x, out, me, axes):
         stored = _own(exchanged.stored, me)
@@ -125,13 +129,13 @@ def _own(places: np.ndarray, me: jax.Array) -> list:
 
 
 def _shares(source: Layout, target: Layout) -> tuple[Layout, tuple[list[list[int]], int] | None]:
-    """Splits a part that several devices want among them, along the dimension that the source
+    """Splits a part that several devices keep among them, along the dimension that the source
     splits most. A device's share is one that it holds already, where that can be.
     """
     groups = list(target.holders().values())
     split = [
-        wanted // held if wanted % held == 0 else 1
-        for wanted, held in zip(target.shape, source.shape, strict=True)
+        needed // held if needed % held == 0 else 1
+        for needed, held in zip(target.shape, source.shape, strict=True)
     ]
     dim = int(np.argmax(split))
     count = math.gcd(len(groups[0]), split[dim])
@@ -149,69 +153,42 @@ def _shares(source: Layout, target: Layout) -> tuple[Layout, tuple[list[list[int
     return Layout(starts, tuple(shape)), (gathering, dim)
 
 
-def _rounds(source: Layout, target: Layout, piece, size) -> list[Round]:
-    """Every piece that a device of the target wants, from one that has it; as few rounds as can
-    be.
+def _rounds(source: Layout, target: Layout, piece: tuple[int, ...]) -> list[Round]:
+    """Every piece that a device of the target needs, from one that has it; each round as full as
+    can be.
     """
     holders, sends = source.holders(), collections.Counter()
-    wanted = []  # (sender, receiver), place of the piece
+    pieces = collections.defaultdict(list)  # (sender, receiver) -> their places in the array
     for receiver, start in enumerate(target.starts):
         steps = [range(0, whole, step) for whole, step in zip(target.shape, piece, strict=True)]
         for offset in itertools.product(*steps):
             place = start + np.array(offset, int)
-            if (place >= size).any():
-                continue
             having = holders[tuple(place // source.shape)]
             sender = min(having, key=lambda d: (d != receiver, sends[d], abs(d - receiver)))
             sends[sender] += 1
-            wanted.append(((sender, receiver), place))
-    rounds = collections.defaultdict(list)
-    for number, edge in zip(_numbered([pair for pair, _ in wanted]), wanted, strict=True):
-        rounds[number].append(edge)
+            pieces[sender, receiver].append(place)
     out = []
-    for edges in rounds.values():
+    while pieces:
+        pairs = _matching(list(pieces), len(source.starts))
         sent, stored = np.zeros_like(source.starts), np.zeros_like(source.starts)
-        for (sender, receiver), place in edges:
+        for sender, receiver in pairs:
+            place = pieces[sender, receiver].pop()
             sent[sender] = place - source.starts[sender]
             stored[receiver] = place - target.starts[receiver]
-        out.append(Round([pair for pair, _ in edges], sent, stored))
+            if not pieces[sender, receiver]:
+                del pieces[sender, receiver]
+        out.append(Round(pairs, sent, stored))
     return out
 
 
-def _numbered(pairs: list[tuple[int, int]]) -> list[int]:
-    """A round for each pair of sender and receiver, so that nobody sends or receives twice in one;
-    as many as the busiest device needs (Koenig's theorem: a bipartite graph's edges take as many
-    colours as its largest degree).
+def _matching(pairs: list[tuple[int, int]], devices: int) -> list[tuple[int, int]]:
+    """As many of the pairs of sender and receiver as can be, none of which shares either with
+    another. Where all have as many pieces left to send and to receive, that is all devices.
     """
-    taken = collections.defaultdict(dict)  # (role, device) -> round -> number of the pair
-    rounds = [0] * len(pairs)
-    free = lambda end: next(r for r in itertools.count() if r not in taken[end])
-    for number, (sender, receiver) in enumerate(pairs):
-        ends = ("sends", sender), ("receives", receiver)
-        first, second = map(free, ends)
-        # The receiver is made free in the sender's round: pairs along the path from it, which are
-        # in one of the two rounds by turns, change places.
-        path, end, now = [], ends[1], first
-        while first != second and now in taken[end]:
-            path.append(taken[end][now])
-            other = pairs[path[-1]][end[0] == "sends"]
-            end = ("receives" if end[0] == "sends" else "sends", other)
-            now = second if now == first else first
-        for changed in path:
-            for one in _ends(pairs[changed]):
-                taken[one].pop(rounds[changed])
-        for changed in path:
-            rounds[changed] = second if rounds[changed] == first else first
-            for one in _ends(pairs[changed]):
-                taken[one][rounds[changed]] = changed
-        rounds[number] = first
-        for one in ends:
-            taken[one][first] = number
-    return rounds
-
-
-def _ends(pair: tuple[int, int]) -> tuple[tuple[str, int], tuple[str, int]]:
-    return ("sends", pair[0]), ("receives", pair[1])
+    senders, receivers = zip(*pairs, strict=True)
+    graph = sparse.coo_array((np.ones(len(pairs)), (senders, receivers)), (devices, devices))
+    found = csgraph.maximum_bipartite_matching(graph.tocsr(), perm_type="column")
+    return [(s, int(receiver)) for s, receiver in enumerate(found) if receiver >= 0]
 
 
 def relabelled(x: jax.Array, sharding: NamedSharding, shape: tuple[int, ...]) -> jax.Array:

@@ -292,7 +292,7 @@ TRAINER, EIGHT = MeshConfig(data=1, fsdp=2, expert=4, context=1, tensor=1), "v5e
 
 
 def test_a_toy_swap_moves_fp8_that_a_chip_lacks_and_nothing_else():
-    """5 MoE layers, 3 experts a device, a width of 2.5 blocks. A chip has half of what it wants of
+    """5 MoE layers, 3 experts a device, a width of 2.5 blocks. A chip has half of what it keeps of
     each matrix, in float32, and receives the other half in FP8.
     """
     mesh = dataclasses.replace(TRAINER, data=2, fsdp=1)

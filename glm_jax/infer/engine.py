@@ -73,12 +73,11 @@ class Engine:
         self.graphdef, state = nnx.split(model)
         self.shapes = jax.tree.map(lambda x: x.shape, state)
         self.version = 0
-        self.own: list[jax.Array] = []  # of the weights, those that nobody else has
         num_layers = model.config.num_layers + (config.draft_tokens > 0)
         dtype = (
             model.config.compute_dtype if config.cache_dtype == "compute" else config.cache_dtype
         )
-        self._take(state)
+        self.state = self._prepared(state)
         with self._on_mesh():
             self.pages = empty_pages(
                 model.config,
@@ -153,7 +152,10 @@ class Engine:
                 raise ValueError(
                     f"new weights hold a tensor of shape {new.shape} where the engine has {old}"
                 )
-        self._take(state)
+        # before the new ones are made: both need not fit at once
+        for array in jax.tree.leaves(self.state):
+            array.delete()
+        self.state = self._prepared(state)
         self.version = self.version + 1 if version is None else version
         for pool in self.pools:
             pool.forget_all()
@@ -162,16 +164,12 @@ class Engine:
                 self._requeue(request)
             request.stale = not recompute
 
-    def _take(self, state):
-        """Frees the old weights before it makes the new ones: both need not fit at once."""
-        for array in self.own:
-            array.delete()
+    def _prepared(self, state):
         with ruled(self.rules):
-            self.state, self.own = swap.prepare(
+            state = swap.prepare(
                 state, self.config.weights, self.model_config.compute_dtype, self.mesh
             )
-        if not self.model_config.scan_layers:
-            self.state, self.own = jax.jit(per_layer)(self.state), []
+        return state if self.model_config.scan_layers else jax.jit(per_layer)(state)
 
     @property
     def idle(self) -> bool:

@@ -79,12 +79,13 @@ def quantize(w: jax.Array, format: str, split=((), ())) -> Quantized:
     w = w.astype(jnp.float32)
     depth = w.shape[-2] * math.prod(map(jax.lax.axis_size, split[0]))
     block, scale = block_of(format, (depth, w.shape[-1])), jnp.abs(w)
-    for dim, size, axes in zip((-2, -1), block, split, strict=True):
+    dims = list(zip((-2, -1), block, split, strict=True))
+    for dim, size, axes in sorted(dims, key=lambda d: len(d[2])):  # fewer are left to gather
         scale = _block_max(scale, w.ndim + dim, size, axes)
     scale = scale / largest
     scale = jnp.where(scale > 0, scale, 1.0)
     own = scale
-    for dim, size, axes in zip((-2, -1), block, split, strict=True):
+    for dim, size, axes in dims:
         own = _own_blocks(own, w.ndim + dim, size, axes, w.shape[dim])
     values = w / own
     # By the type's own rounding for fp8; the division may land a last bit above the largest value,
@@ -98,6 +99,12 @@ def quantize(w: jax.Array, format: str, split=((), ())) -> Quantized:
 def block_of(format: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns of a matrix [..., D, F] that share a scale."""
     return (BLOCK, BLOCK) if format == "fp8" else (shape[-2], 1)
+
+
+def scale_shape(format: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the scales of a matrix [..., D, F]; the last block of a dimension may be partial."""
+    blocks = zip(shape[-2:], block_of(format, shape), strict=True)
+    return *shape[:-2], *(-(-size // step) for size, step in blocks)
 
 
 def _block_max(x: jax.Array, dim: int, size: int, axes) -> jax.Array:
@@ -153,11 +160,10 @@ def abstract(state: nnx.State, format: str, compute_dtype: str, mesh: Mesh | Non
         if found not in FORMATS:
             return array(axes, shape, found)
         shape = _whole_blocks(shape, axes)
-        block = block_of(found, shape)
-        blocks = *shape[:-2], *(-(-n // b) for n, b in zip(shape[-2:], block, strict=True))
+        blocks = scale_shape(found, shape)
         dtype = jnp.float8_e4m3fn if found == "fp8" else jnp.int8
         scale = array(_fitting(axes, blocks, mesh), blocks, jnp.float32)
-        return Quantized(array(axes, shape, dtype), scale, block)
+        return Quantized(array(axes, shape, dtype), scale, block_of(found, shape))
 
     return nnx.from_flat_state(
         [(path, v.replace(placed(path, v))) for path, v in nnx.to_flat_state(state)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -21,74 +22,79 @@ from glm_jax.model.layers import axes_of
 from glm_jax.resharding import Layout, Move, relabelled
 from glm_jax.sharding import by_part, named, split_axes
 
-FILLS = (0.0, 1.0)  # of values and scales, where the engine's go beyond the trainer's matrix
-
 
 @dataclasses.dataclass(frozen=True)
 class Change:
     """How one parameter becomes the engine's.
 
     format: as quantize.format_of says. source: where the trainer has it; None: there is one device.
-    arrays: shape and place of the engine's array, or of its values and its scales.
+    targets: shape and place of the engine's array, or of its values and its scales.
     """
 
     format: str
     source: NamedSharding | None
-    arrays: tuple[tuple[tuple[int, ...], NamedSharding | None], ...]
+    targets: tuple[tuple[tuple[int, ...], NamedSharding | None], ...]
 
     def run(self, w: jax.Array) -> list[jax.Array]:
         """The engine's arrays; on a mesh each device's part of them, as by_part puts it."""
+        added = self._added(w.shape)
         if self.source is None:
-            return [
-                jnp.pad(
-                    x,
-                    [(0, more - size) for size, more in zip(x.shape, shape, strict=True)],
-                    constant_values=fill,
-                )
-                for x, (shape, _), fill in zip(self._made(w), self.arrays, FILLS, strict=False)
-            ]
-        axes, moves = self.source.mesh.axis_names, self.moves(w.shape)
-        split = split_axes(self.source, w.ndim)[-2:]
+            return self._made(w, added)
+        axes, moves = self.source.mesh.axis_names, self._moves(w.shape, added)
+        split = split_axes(self.source, w.ndim)
+        assert not any(n and over for n, over in zip(added[0], split, strict=True)), (
+            "zeros cannot be added to a part of a dimension"
+        )
 
         def part(w):
-            made = zip(self._made(w, split), moves, FILLS, strict=False)
-            return [move.run(x, axes, fill) for x, move, fill in made]
+            made = self._made(w, added, split[-2:])
+            return [move.run(x, axes) for x, move in zip(made, moves, strict=True)]
 
         return by_part(part, self.source)(w)
 
-    def _made(self, w: jax.Array, split=((), ())) -> list[jax.Array]:
-        if self.format in quantize.FORMATS:
-            return jax.tree.leaves(quantize.quantize(w, self.format, split))
-        return [w.astype(self.format)]
+    def _wholes(self, size: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Shapes of what is made of a parameter of this size, before anything is added."""
+        quantised = self.format in quantize.FORMATS
+        return [size, quantize.scale_shape(self.format, size)] if quantised else [size]
 
-    def moves(self, size: tuple[int, ...]) -> list[Move]:
-        """Of each array, from where it is made of a parameter of this size to its place."""
-        mesh = self.source.mesh
-        made = [(Layout.of(self.source, size, mesh), size)]
-        if self.format in quantize.FORMATS:
-            made.append(_scales(*made[0], quantize.block_of(self.format, size)))
+    def _added(self, size: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """What the engine's arrays have beyond that, along each dimension."""
         return [
-            Move.between(layout, Layout.of(place, shape, mesh), whole)
-            for (layout, whole), (shape, place) in zip(made, self.arrays, strict=True)
+            tuple(more - less for more, less in zip(shape, whole, strict=True))
+            for (shape, _), whole in zip(self.targets, self._wholes(size), strict=True)
         ]
 
-    def is_nothing(self, w: jax.Array) -> bool:
-        """Whether the engine takes the trainer's own buffers."""
-        same = self.format == str(w.dtype)
-        return same and (self.source is None or all(m.is_nothing for m in self.moves(w.shape)))
+    def _made(self, w: jax.Array, added, split=((), ())) -> list[jax.Array]:
+        """The engine's arrays where w is: values with zeros added, scales with ones."""
+        if self.format in quantize.FORMATS:
+            made = jax.tree.leaves(quantize.quantize(w, self.format, split))
+        else:
+            made = [w.astype(self.format)]
+        return [
+            jnp.pad(x, [(0, n) for n in more], constant_values=fill)
+            for x, more, fill in zip(made, added, (0, 1), strict=False)
+        ]
+
+    def _moves(self, size: tuple[int, ...], added) -> list[Move]:
+        """Of each array, from where it is made to its place."""
+        mesh = self.source.mesh
+        made = [Layout.of(self.source, size, mesh)]
+        if self.format in quantize.FORMATS:
+            made.append(_scales(made[0], size, quantize.block_of(self.format, size)))
+        return [
+            Move.between(layout.grown(more), Layout.of(place, shape, mesh))
+            for layout, more, (shape, place) in zip(made, added, self.targets, strict=True)
+        ]
 
 
-def _scales(layout: Layout, size, block) -> tuple[Layout, tuple[int, ...]]:
-    """Where quantize.quantize makes the scales of a matrix, and how many there are along each
-    dimension.
-    """
-    starts, shape, whole = layout.starts.copy(), list(layout.shape), list(size)
+def _scales(layout: Layout, size: tuple[int, ...], block: tuple[int, int]) -> Layout:
+    """Where quantize.quantize makes the scales of a matrix [..., D, F] of this size."""
+    starts, shape = layout.starts.copy(), list(layout.shape)
     for dim, step in zip((-2, -1), block, strict=True):
-        whole[dim] = -(-size[dim] // step)
         own = shape[dim] == size[dim] or shape[dim] % step == 0
         starts[:, dim] = starts[:, dim] // step if own else 0
-        shape[dim] = -(-shape[dim] // step) if own else whole[dim]
-    return Layout(starts, tuple(shape)), tuple(whole)
+        shape[dim] = -(-(shape if own else size)[dim] // step)
+    return Layout(starts, tuple(shape))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -99,57 +105,37 @@ def make(changes: tuple[Change, ...], weights: list[jax.Array]) -> list[list[jax
 
 def changes_of(
     state: nnx.State, format: str, compute_dtype: str, mesh: Mesh | None
-) -> tuple[list[Change], nnx.State]:
+) -> tuple[tuple[Change, ...], nnx.State]:
     """Of each parameter, and what they make: shapes in their places, by the rules in use. The state
     holds arrays or placed shapes, on the mesh's devices.
     """
-    target = quantize.abstract(state, format, compute_dtype, mesh)
-    changes = []
-    for (path, variable), (_, wanted) in zip(
+    target, changes = quantize.abstract(state, format, compute_dtype, mesh), []
+    for (path, variable), (_, made) in zip(
         nnx.to_flat_state(state), nnx.to_flat_state(target), strict=True
     ):
-        arrays = tuple((x.shape, x.sharding) for x in jax.tree.leaves(wanted.get_value()))
+        targets = tuple((x.shape, x.sharding) for x in jax.tree.leaves(made.get_value()))
         source = None if mesh is None else variable.get_value().sharding
         found = quantize.format_of(path, variable, format, compute_dtype)
-        changes.append(Change(found, source, arrays))
-    return changes, target
+        changes.append(Change(found, source, targets))
+    return tuple(changes), target
 
 
-def to_make(changes: list[Change], state: nnx.State) -> tuple[tuple[Change, ...], list[jax.Array]]:
-    """The arguments of `make`: the changes that are any, and their weights."""
-    weights = [variable.get_value() for _, variable in nnx.to_flat_state(state)]
-    some = [(c, w) for c, w in zip(changes, weights, strict=True) if not c.is_nothing(w)]
-    return tuple(c for c, _ in some), [w for _, w in some]
-
-
-def prepare(
-    state: nnx.State, format: str, compute_dtype: str, mesh: Mesh | None
-) -> tuple[nnx.State, list[jax.Array]]:
+def prepare(state: nnx.State, format: str, compute_dtype: str, mesh: Mesh | None) -> nnx.State:
     """A model's state as the engine keeps it, by the rules in use: matrices quantised, or cast to
-    compute precision once and not in every step. Besides, those of its arrays that are new, and not
-    the given state's.
+    compute precision once and not in every step. All arrays are new: the trainer's stay its own,
+    and it may donate them to its next step.
 
     mesh: the engine's, or None. The state may lie on it, on another mesh of the same devices, or on
     any other device.
     """
     state = _placed(state, mesh)
     changes, target = changes_of(state, format, compute_dtype, mesh)
-    made = iter(make(*to_make(changes, state)))
-    out, new = [], []
-    for (path, variable), (_, given), change in zip(
-        nnx.to_flat_state(target), nnx.to_flat_state(state), changes, strict=True
-    ):
-        same = change.is_nothing(given.get_value())
-        arrays = [given.get_value()] if same else next(made)
-        if mesh is not None:
-            arrays = [
-                relabelled(x, place, shape)
-                for x, (shape, place) in zip(arrays, change.arrays, strict=True)
-            ]
-        new += [] if same else arrays
-        structure = jax.tree.structure(variable.get_value())
-        out.append((path, variable.replace(jax.tree.unflatten(structure, arrays))))
-    return nnx.from_flat_state(out), new
+    places, structure = jax.tree.flatten(target)
+    arrays = itertools.chain(*make(changes, jax.tree.leaves(state)))
+    if mesh is not None:
+        pairs = zip(arrays, places, strict=True)
+        arrays = [relabelled(x, place.sharding, place.shape) for x, place in pairs]
+    return jax.tree.unflatten(structure, arrays)
 
 
 def _placed(state: nnx.State, mesh: Mesh | None) -> nnx.State:

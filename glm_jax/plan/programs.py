@@ -121,7 +121,7 @@ def trace_swap(
     state = TrainSpec.create(model, optimizer).abstract_state(trainer_mesh)
     weights = nnx.state(build_model(model, state.params, state.router))
     changes, target = swap.changes_of(weights, engine.weights, model.compute_dtype, engine_mesh)
-    traced = swap.make.trace(*swap.to_make(changes, weights))
+    traced = swap.make.trace(changes, jax.tree.leaves(weights))
     return traced, state, target, _pages(model, engine, engine_mesh)
 
 
