@@ -103,7 +103,7 @@ def engine_mesh(trainer: MeshConfig) -> MeshConfig:
     """Of --engine_mesh. Raises ValueError for an axis or a size that is none."""
     if ENGINE_MESH.value is None:
         return trainer
-    sizes = dict.fromkeys(MESH_AXES, 1)
+    sizes: dict[str, int] = dict.fromkeys(MESH_AXES, 1)
     for part in ENGINE_MESH.value.split(","):
         axis, _, size = part.partition("=")
         check_choice("--engine_mesh axis", axis, MESH_AXES)

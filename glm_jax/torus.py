@@ -69,7 +69,7 @@ class Torus:
         shortest ways along one axis after the other, both ways around where they are as long; and
         links to the farthest of them.
         """
-        load, farthest = collections.Counter(), 0
+        load, farthest = collections.defaultdict(float), 0
         for source, target in pairs:
             at, hops = list(source), 0
             for axis, size in enumerate(self.shape[:3]):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -151,12 +152,11 @@ def abstract(state: nnx.State, format: str, compute_dtype: str, mesh: Mesh | Non
     def placed(path, variable):
         axes, shape = axes_of(variable), variable.get_value().shape
         found = format_of(path, variable, format, compute_dtype)
-        place = lambda axes, shape: (
-            None if mesh is None else named(mesh, axes, shape, ".".join(path))
-        )
-        array = lambda axes, shape, dtype: jax.ShapeDtypeStruct(
-            shape, dtype, sharding=place(axes, shape)
-        )
+
+        def array(axes, shape, dtype) -> Any:  # stands for an array
+            place = None if mesh is None else named(mesh, axes, shape, ".".join(map(str, path)))
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
         if found not in FORMATS:
             return array(axes, shape, found)
         shape = _whole_blocks(shape, axes)

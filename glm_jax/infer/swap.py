@@ -40,7 +40,7 @@ class Change:
         added = self._added(w.shape)
         if self.source is None:
             return self._made(w, added)
-        axes, moves = self.source.mesh.axis_names, self._moves(w.shape, added)
+        axes, moves = self.source.mesh.axis_names, self._moves(self.source, w.shape, added)
         split = split_axes(self.source, w.ndim)
         assert not any(n and over for n, over in zip(added[0], split, strict=True)), (
             "zeros cannot be added to a part of a dimension"
@@ -75,16 +75,17 @@ class Change:
             for x, more, fill in zip(made, added, (0, 1), strict=False)
         ]
 
-    def _moves(self, size: tuple[int, ...], added) -> list[Move]:
+    def _moves(self, source: NamedSharding, size: tuple[int, ...], added) -> list[Move]:
         """Of each array, from where it is made to its place."""
-        mesh = self.source.mesh
-        made = [Layout.of(self.source, size, mesh)]
+        mesh = source.mesh
+        assert isinstance(mesh, Mesh)
+        made, moves = [Layout.of(source, size, mesh)], []
         if self.format in quantize.FORMATS:
             made.append(_scales(made[0], size, quantize.block_of(self.format, size)))
-        return [
-            Move.between(layout.grown(more), Layout.of(place, shape, mesh))
-            for layout, more, (shape, place) in zip(made, added, self.targets, strict=True)
-        ]
+        for layout, more, (shape, place) in zip(made, added, self.targets, strict=True):
+            assert place is not None
+            moves.append(Move.between(layout.grown(more), Layout.of(place, shape, mesh)))
+        return moves
 
 
 def _scales(layout: Layout, size: tuple[int, ...], block: tuple[int, int]) -> Layout:
@@ -142,11 +143,10 @@ def _placed(state: nnx.State, mesh: Mesh | None) -> nnx.State:
     """On the engine's devices: weights that are elsewhere are split over its mesh as they are."""
     if mesh is None:
         return jax.tree.map(jnp.asarray, state)
-    meshes = {getattr(getattr(w, "sharding", None), "mesh", None) for w in jax.tree.leaves(state)}
-    if len(meshes) == 1 and None not in meshes:
-        (found,) = meshes
-        if set(found.devices.flat) == set(mesh.devices.flat):
-            return state
+    devices = set(mesh.devices.flat)
+    places = [getattr(w, "sharding", None) for w in jax.tree.leaves(state)]
+    if all(isinstance(p, NamedSharding) and p.device_set == devices for p in places):
+        return state
     return nnx.from_flat_state(
         [
             (path, v.replace(jax.device_put(v.get_value(), named(mesh, axes_of(v)))))
