@@ -284,6 +284,25 @@ def by_device(function: Callable, in_axes, out_axes) -> Callable:
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
+def by_part(function, sharding: NamedSharding):
+    """A function of one array with each device working on its own part, wherever the sharding puts
+    it. What the devices return, a tree of arrays, stands one after the other along the first
+    dimension, in the order of the sharding's mesh.
+    """
+    mesh = sharding.mesh
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=sharding.spec, out_specs=PartitionSpec(mesh.axis_names),
+        check_vma=False,
+    )  # fmt: skip
+
+
+def split_axes(sharding: NamedSharding, dims: int) -> list[tuple[str, ...]]:
+    """For each of an array's dimensions, the mesh axes of more than one device that split it."""
+    entries = [*sharding.spec, *[None] * (dims - len(sharding.spec))]
+    named_axes = [(entry,) if isinstance(entry, str) else entry or () for entry in entries]
+    return [tuple(a for a in axes if sharding.mesh.shape[a] > 1) for axes in named_axes]
+
+
 def gathered(x: jax.Array, axis: str, dim: int) -> jax.Array:
     """Inside by_device: x whole along a dimension that a logical axis splits."""
     over = split_over(axis)

@@ -4,6 +4,7 @@ exchanges most, and what it costs.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -60,6 +61,31 @@ class Torus:
         # that cross the busiest link, of those along one line
         pairs = (taken * taken - taken % 2) / 8 if ring else taken * taken // 4
         return step * pairs / taken
+
+    def busiest(
+        self, pairs: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]
+    ) -> tuple[float, int]:
+        """Load of the busiest link where the first place of each pair sends 1 to the second, by
+        shortest ways along one axis after the other, both ways around where they are as long; and
+        links to the farthest of them.
+        """
+        load, farthest = collections.defaultdict(float), 0
+        for source, target in pairs:
+            at, hops = list(source), 0
+            for axis, size in enumerate(self.shape[:3]):
+                ahead = target[axis] - at[axis]
+                ways = {1: ahead % size, -1: -ahead % size}
+                if not self.wraps[axis]:
+                    ways = {1 if ahead > 0 else -1: abs(ahead)}
+                links = min(ways.values())
+                shortest = [way for way, count in ways.items() if count == links]
+                for way in shortest:
+                    for step in range(links):
+                        here = (*at[:axis], (at[axis] + way * step) % size, *at[axis + 1 :])
+                        load[here, axis, way] += 1 / len(shortest)
+                at[axis], hops = target[axis], hops + links
+            farthest = max(farthest, hops)
+        return max(load.values(), default=0.0), farthest
 
     def ring(self, block: Block) -> int:
         """Links from a device to the next on a ring through a block, which other such blocks' rings

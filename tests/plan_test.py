@@ -2,7 +2,10 @@
 
 import dataclasses
 import html
+import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -10,9 +13,10 @@ from configs import glm45
 from glm_jax.infer.config import EngineConfig
 from glm_jax.optim.optimizer import OptimizerConfig
 from glm_jax.plan import program
+from glm_jax.plan.estimate import collective_seconds
 from glm_jax.plan.page import page
-from glm_jax.plan.plan import collective_seconds, plan_engine, plan_train, worst
-from glm_jax.plan.programs import trace_train
+from glm_jax.plan.plan import plan_engine, plan_swap, plan_train, worst
+from glm_jax.plan.programs import ENGINE_MODES, trace_train
 from glm_jax.sharding import MeshConfig, make_mesh
 from glm_jax.torus import Torus
 from pallas_kernels.compiler import tpu_devices
@@ -20,7 +24,7 @@ from tests.model.oracle import tiny_config
 
 ENGINE = EngineConfig(
     context=64, num_rows=8, page_size=16, num_pages=32, prefill_chunk=16, min_rows=1, min_chunk=1,
-    decode_steps=4, draft_tokens=1, weights="fp8",
+    decode_steps=4, draft_tokens=0, weights="fp8",
     cache_dtype="float8_e4m3fn", keep_experts=False,
 )  # fmt: skip
 MESH = MeshConfig(data=1, fsdp=2, expert=2, context=1, tensor=1)
@@ -28,12 +32,13 @@ TOPOLOGY = "v5e:2x2"
 OPTIMIZER = OptimizerConfig(**glm45.get_config().optimizer.to_dict())
 
 
-def test_a_toy_decode_step_fits_and_its_bytes_are_counted():
+def test_a_toy_verify_pass_fits_and_its_bytes_are_counted():
     model = dataclasses.replace(
         tiny_config(), compute_dtype="bfloat16", grouped_matmul="ragged_dot"
     )
-    plan, read, more = plan_engine(model, ENGINE, MESH, TOPOLOGY, "decode")
-    assert plan.fits and plan.num_devices == 4 and not plan.message
+    drafting = dataclasses.replace(ENGINE, draft_tokens=2)
+    plan, read, more = plan_engine(model, drafting, MESH, TOPOLOGY, "verify")
+    assert plan.mode == "verify" and plan.fits and plan.num_devices == 4 and not plan.message
     layers, pages = model.num_layers + 1, ENGINE.num_pages // 4
     # a byte each
     assert (
@@ -46,7 +51,10 @@ def test_a_toy_decode_step_fits_and_its_bytes_are_counted():
     assert more["cached_tokens_that_fit"] == int(4 * free / more["cache_bytes_per_token"])
 
     loops = {loop.trips for found in read.loops.values() for loop in found}
-    assert {None, model.num_moe_layers} <= loops  # tokens, layers
+    assert {None, model.num_moe_layers} <= loops  # passes, layers
+    # logits of both drafts of a device's two rows and of the token after them are made at once
+    passes = [o for o, _ in read.executed(1) if o.shape.startswith(f"f32[2,3,{model.vocab_size}]")]
+    assert passes
     assert plan.estimated_step_seconds >= plan.xla_seconds > 0 and plan.needed_hbm_seconds > 0
     assert sum(plan.parts.values()) == pytest.approx(plan.estimated_step_seconds)
     listed = worst(read, 1)
@@ -259,18 +267,104 @@ def test_what_does_not_fit_says_so():
     assert "Does not fit 15.8 GiB" in page(plan, [])
 
 
-def test_rows_that_cannot_be_split_are_named():
-    with pytest.raises(ValueError, match=r"engine.num_rows=6 cannot be split over 4 shards"):
+@pytest.mark.parametrize(
+    ("mode", "engine", "model", "message"),
+    [
+        ("decode", {"num_rows": 6}, {}, r"engine.num_rows=6 cannot be split over 4 shards"),
+        ("verify", {}, {}, r"mode=verify: engine.draft_tokens=0 leaves nothing to verify"),
+        ("decode", {"draft_tokens": 2}, {}, r"draft_tokens=2 the engine runs .* mode=verify"),
+        ("verify", {"draft_tokens": 2}, {"num_mtp_layers": 0}, "this model has no MTP block"),
+        ("verfy", {}, {}, r"mode='verfy' is not one of decode, verify, .* mean 'verify'"),
+    ],
+)
+def test_what_the_engine_does_not_run_is_named(mode, engine, model, message):
+    with pytest.raises(ValueError, match=message):
         plan_engine(
-            tiny_config(), dataclasses.replace(ENGINE, num_rows=6), MESH, TOPOLOGY, "decode"
+            tiny_config(**model), dataclasses.replace(ENGINE, **engine), MESH, TOPOLOGY, mode
         )
+
+
+SWAPPED = tiny_config(
+    num_layers=6, num_dense_layers=1, num_experts=12, hidden_size=320, expert_ffn_size=136,
+    dense_ffn_size=200, compute_dtype="bfloat16",
+)  # fmt: skip
+TRAINER, EIGHT = MeshConfig(data=1, fsdp=2, expert=4, context=1, tensor=1), "v5e:2x4"
+
+
+def test_a_toy_swap_moves_fp8_that_a_chip_lacks_and_nothing_else():
+    """5 MoE layers, 3 experts a device, a width of 2.5 blocks. A chip has half of what it keeps of
+    each matrix, in float32, and receives the other half in FP8.
+    """
+    mesh = dataclasses.replace(TRAINER, data=2, fsdp=1)
+    plan, read, more = plan_swap(SWAPPED, OPTIMIZER, ENGINE, TRAINER, mesh, EIGHT)
+    assert plan.mode == "swap" and plan.fits and more["beside_them"] and plan.num_devices == 8
+    layers, width, ffn = SWAPPED.num_moe_layers + 1, SWAPPED.hidden_size, SWAPPED.expert_ffn_size
+    experts = layers * 12 // 4 * 3 * width * ffn
+    assert experts < plan.weight_bytes < more["trainer_weight_bytes"] < 4 * plan.weight_bytes
+    assert more["trainer_weight_bytes"] + plan.weight_bytes < plan.hbm_bytes_per_chip
+    # Muon's momentum is another float32 of each weight
+    assert more["resident_bytes"] > 0.9 * more["trainer_weight_bytes"] + plan.cache_bytes
+    received = sum(row["bytes"] for row in plan.collectives)
+    assert experts / 2 < received < 0.55 * plan.weight_bytes
+    assert max(o.bytes for o, _ in read.executed(0) if o.kind == "collective") <= experts
+    assert plan.estimated_step_seconds >= plan.exposed_collective_seconds > 0
+    assert {row["axes"] for row in plan.collectives} == {"fsdp"}
+    assert all(row["kind"] in page(plan, worst(read, 0)) for row in plan.collectives)
+
+
+def test_a_swap_on_one_mesh_moves_only_the_largest_values_of_blocks():
+    plan, _, more = plan_swap(SWAPPED, OPTIMIZER, ENGINE, TRAINER, TRAINER, EIGHT)
+    assert plan.fits and sum(row["bytes"] for row in plan.collectives) < 0.02 * plan.weight_bytes
+    assert plan.weight_bytes < more["trainer_weight_bytes"] / 2
+
+
+def test_weights_that_the_engines_mesh_does_not_divide_are_named():
+    mesh = dataclasses.replace(TRAINER, fsdp=1, expert=8)
+    with pytest.raises(ValueError, match="moe_layers.*'experts' of size 12 cannot be split over"):
+        plan_swap(SWAPPED, OPTIMIZER, ENGINE, TRAINER, mesh, EIGHT)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [
+            sys.executable, "-m", "experiments.plan", "--config=configs/tiny.py",
+            f"--topology={TOPOLOGY}", *arguments,
+        ],
+        cwd=pathlib.Path(__file__).parent.parent,
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", ["json", "html"])
+def test_a_file_that_cannot_be_written_is_named_before_anything_is_compiled(flag, tmp_path):
+    """The model cannot be planned either: its rows do not divide."""
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "plan", tmp_path):
+        done = command(f"--{flag}={path}", "--num_rows=3")
+        assert done.returncode == 1 and str(path.parent) in done.stderr, done.stderr
+        assert "num_rows" not in done.stderr
+    done = command(f"--{flag}={tmp_path / 'new' / 'plan'}", "--num_rows=3")
+    assert "num_rows=3 cannot be split" in done.stderr and (tmp_path / "new").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--mode=sample"], ["train", *ENGINE_MODES, "swap"]),
+        (["--mode=swap", "--engine_mesh=experts=4"], ["'experts'", "data, fsdp, expert"]),
+        (["--mode=swap", "--engine_mesh=expert"], ["'expert' is not AXIS=SIZE"]),
+    ],
+)
+def test_a_wrong_flag_is_answered_with_what_is_valid(arguments, named):
+    done = command(*arguments)
+    assert done.returncode == 1 and all(name in done.stderr for name in named), done.stderr
 
 
 # --- what may stand in a layer's loop ---
 
 KERNELS = {
     "hidden_size": 256, "head_size": 128, "expert_ffn_size": 128, "dense_ffn_size": 200,
-    "vocab_size": 1000, "num_experts": 8,
+    "vocab_size": 1000, "max_length": 4096, "num_experts": 8,
     "num_experts_per_token": 4, "num_layers": 6, "num_dense_layers": 1, "compute_dtype": "bfloat16",
     "attention": "pallas",
     "grouped_matmul": "pallas", "expert_exchange": "ragged_all_to_all", "remat": "full",
@@ -284,7 +378,7 @@ def in_loops(read: program.Program, trips: int):
     return [operation for body in bodies for operation in read.operations[body]]
 
 
-@pytest.mark.parametrize("mode", ["decode", "prefill"])
+@pytest.mark.parametrize("mode", ENGINE_MODES)
 def test_no_operation_of_a_layer_touches_more_than_its_weights_and_rows(mode):
     """5 MoE layers, FP8, 3 rows a device. The cache of a layer is larger than all else: copied in
     any layout it would show.
@@ -298,11 +392,11 @@ def test_no_operation_of_a_layer_touches_more_than_its_weights_and_rows(mode):
         num_pages=12 * 33,
         prefill_chunk=64,
         cache_dtype="bfloat16",
-        draft_tokens=0,
+        draft_tokens=3 if mode == "verify" else 0,
     )
     plan, read, _ = plan_engine(model, engine, MESH, TOPOLOGY, mode)
-    layer_cache = plan.cache_bytes // model.num_layers // 2
-    tokens = 3 * (engine.prefill_chunk if mode == "prefill" else 1)
+    layer_cache = plan.cache_bytes // (model.num_layers + (mode == "verify")) // 2
+    tokens = 3 * {"decode": 1, "verify": 4, "prefill": engine.prefill_chunk}[mode]
     weights = (
         model.hidden_size
         * max(model.num_heads * model.head_size, model.num_experts // 2 * model.expert_ffn_size)

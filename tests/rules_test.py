@@ -28,6 +28,7 @@ ARROWS = {
     "glm_jax.config": (),
     "glm_jax.torus": (),
     "glm_jax.sharding": ("glm_jax.config", "glm_jax.torus"),
+    "glm_jax.resharding": (),
     "glm_jax.devices": (),
     "glm_jax.files": (),
     "glm_jax.model": ("glm_jax.config", "glm_jax.sharding", "pallas_kernels"),
@@ -38,7 +39,9 @@ ARROWS = {
     "glm_jax.bubblewrap": (),
     "glm_jax.sandbox": ("glm_jax.bubblewrap",),
     "glm_jax.rewards": ("data", "glm_jax.sandbox", "glm_jax.rollouts"),
-    "glm_jax.infer": ("data", "glm_jax.config", "glm_jax.sharding", "glm_jax.model"),
+    "glm_jax.infer": (
+        "data", "glm_jax.config", "glm_jax.sharding", "glm_jax.resharding", "glm_jax.model",
+    ),
     "glm_jax.serve": ("data", "glm_jax.infer"),
     "glm_jax.envs": (
         "data", "glm_jax.sandbox", "glm_jax.rollouts", "glm_jax.rewards",

@@ -68,6 +68,10 @@ class EngineConfig:
         """
         if mesh is not None:
             one_process("the engine", mesh.devices.flat)
+        self.check_sizes(model, mesh)
+
+    def check_sizes(self, model: ModelConfig, mesh: Mesh | None):
+        """The same, whoever has the mesh's devices."""
         shards = num_shards(mesh)
         for field in ("num_rows", "num_pages"):
             if getattr(self, field) % shards:

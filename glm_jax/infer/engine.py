@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from glm_jax.infer import quantize
+from glm_jax.infer import swap
 from glm_jax.infer.config import EngineConfig, num_shards
 from glm_jax.infer.pages import NO_KEY, PagePool, page_key
 from glm_jax.infer.request import Request, best_of
@@ -77,8 +77,8 @@ class Engine:
         dtype = (
             model.config.compute_dtype if config.cache_dtype == "compute" else config.cache_dtype
         )
+        self.state = self._prepared(state)
         with self._on_mesh():
-            self.state = self._prepared(state)
             self.pages = empty_pages(
                 model.config,
                 num_layers,
@@ -137,7 +137,8 @@ class Engine:
 
     def set_weights(self, state, *, recompute: bool, version: int | None = None):
         """Swaps in other weights (an nnx state like the model's) between steps, and quantises them
-        as configured; tokens sampled from now on carry their version, by default the next.
+        as configured; tokens sampled from now on carry their version, by default the next. They may
+        lie on another mesh of the engine's devices, as the trainer has them.
 
         recompute: compute the running requests' keys and values anew; else they go on with those of
         the older weights.
@@ -151,8 +152,10 @@ class Engine:
                 raise ValueError(
                     f"new weights hold a tensor of shape {new.shape} where the engine has {old}"
                 )
-        with self._on_mesh():
-            self.state = self._prepared(state)
+        # before the new ones are made: both need not fit at once
+        for array in jax.tree.leaves(self.state):
+            array.delete()
+        self.state = self._prepared(state)
         self.version = self.version + 1 if version is None else version
         for pool in self.pools:
             pool.forget_all()
@@ -162,9 +165,10 @@ class Engine:
             request.stale = not recompute
 
     def _prepared(self, state):
-        state = quantize.prepare(
-            state, self.config.weights, self.model_config.compute_dtype, self.mesh
-        )
+        with ruled(self.rules):
+            state = swap.prepare(
+                state, self.config.weights, self.model_config.compute_dtype, self.mesh
+            )
         return state if self.model_config.scan_layers else jax.jit(per_layer)(state)
 
     @property

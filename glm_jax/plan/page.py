@@ -72,13 +72,24 @@ def page(plan: Plan, worst: list[tuple[Operation, int]]) -> str:
         )
         for operation, times in worst
     )
+    collectives = _table(
+        (
+            html.escape(f"{row['kind']} along {row['axes']}"),
+            f"{row['count']} x",
+            _gib(row["bytes"]),
+            _time(row["seconds"]),
+            f"{_time(row['exposed_seconds'])} exposed",
+        )
+        for row in plan.collectives
+    )
     return _document(
         title,
         f"""{_table((name, html.escape(value)) for name, value in facts.items())}
 <h2>Where the time goes</h2><div class="bar">{bar}</div>{listed}
+<h2>Collectives: times, bytes that a chip receives</h2>{collectives}
 <h2>Most of XLA's cycles</h2>{operations}
 <p>Compiled and estimated, nothing measured: XLA's operations by its own cycles, kernels at the
-rate of the MXU or HBM, collectives by their bytes over one axis of the torus, less what is
+rate of the MXU or HBM, collectives by their bytes over the links of the torus, less what is
 scheduled beside them; routing is balanced, and the host is left out.</p>""",
     )
 

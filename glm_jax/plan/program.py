@@ -50,7 +50,8 @@ class Operation:
     innermost line of this project that made it, as file:line function, and op_name, JAX's name for
     it; both may be empty. group: the first group of devices that a collective is among, by their
     places in the mesh, else none. flops, moved_bytes: of a kernel, by its own estimate. rings:
-    through its group that a collective sends around at a time, both ways.
+    through its group that a collective sends around at a time, both ways. pairs: of a permutation,
+    each device that sends to another, and that one.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Operation:
     flops: int = 0
     moved_bytes: int = 0
     rings: float = 1.0
+    pairs: tuple[tuple[int, int], ...] = ()
 
     @property
     def kind(self) -> str:
@@ -195,7 +197,7 @@ def read(text: str) -> Program:
             source = sources.get(int(frame[1]), "") if frame else ""
             operations[computation].append(
                 Operation(name, opcode, shape, size, cycles, source, op_name[1] if op_name else "",
-                          group, *_cost(line), _rings(line))
+                          group, *_cost(line), _rings(line), _pairs(line))
             )  # fmt: skip
             if opcode.endswith("-start"):
                 started[name] = len(operations[computation])
@@ -253,6 +255,13 @@ def _group(line: str) -> tuple[int, ...]:
         )
     first = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
     return tuple(int(device) for device in first[1].split(",")) if first else ()
+
+
+def _pairs(line: str) -> tuple[tuple[int, int], ...]:
+    """Of a permutation, those that send to another device."""
+    found = re.search(r"source_target_pairs=\{([\d,{} ]*)\}", line)
+    pairs = re.findall(r"\{(\d+), ?(\d+)\}", found[1]) if found else ()
+    return tuple((int(a), int(b)) for a, b in pairs if a != b)
 
 
 def _rings(line: str) -> float:

@@ -1,5 +1,5 @@
-"""The programs of a run, lowered for a pod that is not there: the training step, the engine's
-decode call and its prefill call.
+"""The programs of a run, lowered for a pod that is not there: the training step, and the engine's
+calls that decode, verify drafts and prefill, and the swap of its weights.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from glm_jax.config import ModelConfig
-from glm_jax.infer import quantize
-from glm_jax.infer.config import EngineConfig, num_shards
+from glm_jax.config import ModelConfig, check_choice
+from glm_jax.infer import quantize, swap
+from glm_jax.infer.config import EngineConfig
 from glm_jax.infer.sampling import MAX_STOP_TOKENS, RowParams
 from glm_jax.infer.steps import Rows, decode, prefill
 from glm_jax.model.cache import PAGES, empty_pages
 from glm_jax.model.transformer import abstract_model
 from glm_jax.optim.optimizer import OptimizerConfig
 from glm_jax.sharding import named
-from glm_jax.train.state import TrainSpec
+from glm_jax.train.state import TrainSpec, build_model
 from glm_jax.train.step import StepScalars, compile_step
+
+ENGINE_MODES = ("decode", "verify", "prefill")
 
 
 def trace_train(
@@ -53,27 +55,38 @@ def trace_train(
         return step.trace(state, batch | {"loss_weights": array(jnp.float32)}, scalars), state
 
 
-def trace_engine(model: ModelConfig, engine: EngineConfig, mesh: Mesh, *, prefilling: bool):
+def check_engine_mode(mode: str, engine: EngineConfig):
+    """Raises ValueError for a mode that is none of ENGINE_MODES, or a program that an engine of
+    this number of drafts does not run.
+    """
+    check_choice("mode", mode, ENGINE_MODES)
+    drafts = f"engine.draft_tokens={engine.draft_tokens}"
+    if mode == "verify" and not engine.draft_tokens:
+        raise ValueError(f"mode=verify: {drafts} leaves nothing to verify, it must be positive")
+    if mode == "decode" and engine.draft_tokens:
+        raise ValueError(
+            f"mode=decode: with {drafts} the engine runs the program of mode=verify instead"
+        )
+
+
+def trace_engine(model: ModelConfig, engine: EngineConfig, mesh: Mesh, mode: str):
     """The engine's call with all rows, traced for the mesh; and the weights and the cache as placed
     shapes.
 
-    prefilling: a chunk of engine.prefill_chunk tokens of each row; else engine.decode_steps tokens
-    are sampled.
+    mode: `decode`, engine.decode_steps tokens are sampled one after the other; `verify`, the same
+    in passes of engine.draft_tokens + 1 tokens, each of which ends with the drafts for the next;
+    `prefill`, a chunk of engine.prefill_chunk tokens of each row.
+    Raises ValueError where the engine does not run that, or does not fit the model and the mesh.
     """
-    shards = num_shards(mesh)
-    for field in ("num_rows", "num_pages"):
-        if getattr(engine, field) % shards:
-            raise ValueError(
-                f"engine.{field}={getattr(engine, field)} cannot be split over {shards} shards of"
-                " the mesh"
-            )
+    check_engine_mode(mode, engine)
+    engine.check_sizes(model, mesh)
     with jax.set_mesh(mesh):
         graphdef, state = nnx.split(abstract_model(model))
         state = quantize.abstract(state, engine.weights, model.compute_dtype, mesh)
         pages = _pages(model, engine, mesh)
         rows, tokens, tables = _rows(engine, mesh)
         drafting = engine.draft_tokens > 0
-        if prefilling:
+        if mode == "prefill":
             chunk = jax.ShapeDtypeStruct(
                 (engine.num_rows, engine.prefill_chunk), jnp.int32, sharding=tokens.sharding
             )
@@ -92,6 +105,24 @@ def trace_engine(model: ModelConfig, engine: EngineConfig, mesh: Mesh, *, prefil
                 engine.draft_tokens,
             )
     return traced, state, pages
+
+
+def trace_swap(
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    engine: EngineConfig,
+    trainer_mesh: Mesh,
+    engine_mesh: Mesh,
+):
+    """What the engine runs for new weights, traced; and the trainer's state, the engine's weights
+    and its cache as placed shapes. Both meshes are of the same devices.
+    """
+    engine.check_sizes(model, engine_mesh)
+    state = TrainSpec.create(model, optimizer).abstract_state(trainer_mesh)
+    weights = nnx.state(build_model(model, state.params, state.router))
+    changes, target = swap.changes_of(weights, engine.weights, model.compute_dtype, engine_mesh)
+    traced = swap.make.trace(changes, jax.tree.leaves(weights))
+    return traced, state, target, _pages(model, engine, engine_mesh)
 
 
 def on_a_chip(tree) -> int:

@@ -59,7 +59,7 @@ def test_greedy_output_is_that_of_xla(state, changes):
         assert [r.accepted for r in ours] == [r.accepted for r in plain]
 
 
-def test_the_decode_step_of_a_pod_compiles():
+def test_the_step_of_a_pod_with_drafts_compiles():
     model = dataclasses.replace(
         CONFIG, compute_dtype="bfloat16", attention="pallas", grouped_matmul="ragged_dot"
     )
@@ -78,7 +78,7 @@ def test_the_decode_step_of_a_pod_compiles():
         engine,
         MeshConfig(data=1, fsdp=2, expert=2, context=1, tensor=1),
         "v5p:2x2x1",
-        "decode",
+        "verify",
     )
     assert plan.fits and plan.num_devices == 4
 

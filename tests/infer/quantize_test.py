@@ -12,7 +12,7 @@ import pytest
 import qwix
 from flax import nnx
 
-from glm_jax.infer import quantize
+from glm_jax.infer import quantize, swap
 from glm_jax.infer.agreement import agreement, training_forward
 from glm_jax.infer.sampling import SamplingParams
 from glm_jax.model.layers import MLP
@@ -69,7 +69,7 @@ def test_zeros_that_fill_blocks_change_no_product(format):
     """A dense layer of width 200, as Air's 10,944 is no multiple of 128 either."""
     mlp = MLP(tiny_config(), 200, rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(mlp)
-    prepared = quantize.prepare(state, format, "float32", None)
+    prepared = swap.prepare(state, format, "float32", None)
     x = jax.random.normal(jax.random.key(1), (2, 3, tiny_config().hidden_size))
     ours = nnx.merge(graphdef, prepared)
     assert (
@@ -92,7 +92,7 @@ def test_zeros_and_huge_values_survive():
 
 
 def test_what_is_quantised_is_what_the_format_says(model):  # noqa: F811
-    prepared = nnx.to_flat_state(quantize.prepare(nnx.state(model), "fp8", "bfloat16", None))
+    prepared = nnx.to_flat_state(swap.prepare(nnx.state(model), "fp8", "bfloat16", None))
     quantised = set()
     for path, variable in prepared:
         value = variable.get_value()
@@ -115,7 +115,7 @@ def test_what_is_quantised_is_what_the_format_says(model):  # noqa: F811
 @pytest.mark.parametrize("format", ["fp8", "int8"])
 def test_the_engine_draws_from_the_quantised_model(model, format):  # noqa: F811
     """The oracle is the training forward of a model whose float32 weights are the rounded ones."""
-    prepared = nnx.to_flat_state(quantize.prepare(nnx.state(model), format, "float32", None))
+    prepared = nnx.to_flat_state(swap.prepare(nnx.state(model), format, "float32", None))
     rounded = [(path, v.replace(v.get_value().astype(jnp.float32))) for path, v in prepared]
     rounded = nnx.merge(nnx.graphdef(model), nnx.from_flat_state(rounded))
     quantised = engine(model, **ONE_SHAPE, weights=format)
