@@ -18,13 +18,11 @@ def get_config() -> ConfigDict:
     config.tasks.held_out = ("runs/demo/calculator/held_out.jsonl",)
     config.tasks.thinking = False
 
-    # An episode: 240 tokens of tools and question, 51 sampled ones, 20 of the tool's answers.
+    # An episode: 200 tokens of tools and question, 47 sampled ones, 24 around the tool's answers.
     config.control.length_stages = ((0, 64),)
-    config.engine.context = 336
-    config.engine.num_pages = 1408
-    config.grpo.row_length = 336
-
-    config.rollout.prompts_per_step = 8
+    config.engine.context = 288
+    config.engine.num_pages = 1216
+    config.grpo.row_length = 288
 
     config.loop.steps = 40
     config.loop.eval_samples = 2

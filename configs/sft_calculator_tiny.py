@@ -2,7 +2,7 @@
 and to guess more often than to call.
 
 python -m experiments.cold_start --output=W/cold_start.jsonl --generators=calculator --tasks=W \
-    --count=4000 --worked_share=0.25
+    --count=4000 --worked_share=0.3
 python -m experiments.sft --config=configs/sft_calculator_tiny.py --workdir=W/sft \
     --config.start.workdir=RUN \
     --config.data.paths='("W/cold_start.jsonl",)' --config.data.tokenizer=RUN
@@ -16,11 +16,11 @@ from configs import sft_tiny
 def get_config() -> ConfigDict:
     config = sft_tiny.get_config()
     config.data.paths = ("runs/demo/calculator/cold_start.jsonl",)
-    config.data.sequence_length = 320  # an episode: the tools' block alone takes 200 tokens
+    config.data.sequence_length = 288  # one episode
     tokens_per_step = config.data.batch_size * config.data.sequence_length
 
     schedule = config.schedule
-    schedule.total_tokens = 300 * tokens_per_step
+    schedule.total_tokens = 500 * tokens_per_step
     schedule.warmup_tokens = 10 * tokens_per_step
     schedule.decay_tokens = schedule.total_tokens
     schedule.switch_tokens = schedule.total_tokens

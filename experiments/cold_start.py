@@ -8,7 +8,7 @@ does, and its tasks are written beside the conversations.
 
 python -m experiments.cold_start --output=W/cold_start.jsonl --generators=aiw,chain_sum --count=1500
 python -m experiments.cold_start --output=W/cold_start.jsonl --generators=calculator \
-    --tasks=W --count=4000 --worked_share=0.25
+    --tasks=W --count=4000 --worked_share=0.3
 """
 
 from __future__ import annotations
