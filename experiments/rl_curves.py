@@ -35,8 +35,8 @@ def held_out_turns(workdir: pathlib.Path) -> list[tuple[int, float]]:
 
 def figure(runs: dict[str, list[dict]], turns: dict[str, list[tuple[int, float]]]) -> Figure:
     """Left: the held-out reward, and thin the rollouts' of every step. Right: turns."""
-    drawn = Figure(figsize=(11, 4), layout="constrained")
-    left, right = drawn.subplots(1, 2)
+    made = Figure(figsize=(11, 4), layout="constrained")
+    left, right = made.subplots(1, 2)
     for number, (name, records) in enumerate(runs.items()):
         color = f"C{number}"
         steps = [r["step"] + 1 for r in records]
@@ -52,7 +52,7 @@ def figure(runs: dict[str, list[dict]], turns: dict[str, list[tuple[int, float]]
     for axis in (left, right):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    return drawn
+    return made
 
 
 def table(runs: dict[str, list[dict]]) -> str:

@@ -78,7 +78,7 @@ class RolloutWorker:
                 del self._running[request.id]
                 self.engine.abort(request)
         waiting = self._waiting.items()
-        self._waiting = {f: asked for f, asked in waiting if id(asked[0]) not in episodes}
+        self._waiting = {f: entry for f, entry in waiting if id(entry[0]) not in episodes}
         self._judged = {f: judged for f, judged in self._judged.items() if judged != number}
 
     def advance(self, timeout: float = 0.05) -> list[tuple[int, Group]]:
