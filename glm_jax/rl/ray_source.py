@@ -51,8 +51,8 @@ def connect(config: RolloutConfig):
 
 
 class RolloutActor:
-    """An InThread in a process of its own. Its methods run in two threads: one waits for groups, the
-    other gets the orders.
+    """An InThread in a process of its own. Its methods run in two threads: one waits for groups,
+    the other gets the orders.
     """
 
     def __init__(self, config: RlConfig, tokenizer: Tokenizer, weights: Sequence, version: int):
