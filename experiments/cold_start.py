@@ -135,11 +135,12 @@ def main():
     found = [c for generator in GENERATORS.value for c in made_by(generator, lots)]
     write_conversations(pathlib.Path(entry.given(OUTPUT)), found)
     print(f"{len(found)} conversations in {OUTPUT.value}")
-    for split in ("train", "held_out") if folder else ():
-        tasks = calculator_start.tasks(split)
-        file = pathlib.Path(folder) / f"{split}.jsonl"
-        write_json_lines(file, [dataclasses.asdict(task) for task in tasks])
-        print(f"{len(tasks)} tasks in {file}")
+    if folder is not None:
+        for split in ("train", "held_out"):
+            tasks = calculator_start.tasks(split)
+            file = pathlib.Path(folder) / f"{split}.jsonl"
+            write_json_lines(file, [dataclasses.asdict(task) for task in tasks])
+            print(f"{len(tasks)} tasks in {file}")
 
 
 if __name__ == "__main__":
