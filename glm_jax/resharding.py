@@ -92,9 +92,6 @@ class Move:
         """Inside shard_map over all axes of the mesh: a device's part of the target, by its part of
         the source.
         """
-        dtype = x.dtype
-        if dtype.itemsize < 4:  # as bits: XLA sends FP8 as float16 where it cannot compute with it
-            x = jax.lax.bitcast_convert_type(x, f"uint{8 * dtype.itemsize}")
         if not self.source.equals(self.middle):
             me = jax.lax.axis_index(axes)
             out = jnp.zeros(self.middle.shape, x.dtype)
@@ -104,7 +101,7 @@ class Move:
         if self.gather is not None:
             groups, dim = self.gather
             x = jax.lax.all_gather(x, axes, axis_index_groups=groups, axis=dim, tiled=True)
-        return jax.lax.bitcast_convert_type(x, dtype)
+        return x
 
     def _exchange(self, exchanged: Round, x, out, me, axes):
         stored = _own(exchanged.stored, me)
