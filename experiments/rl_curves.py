@@ -17,7 +17,7 @@ from experiments import entry
 from glm_jax.rl.measures import held_out_scores
 from glm_jax.run.recorder import read_metrics
 
-WORKDIRS = flags.DEFINE_list("workdirs", [], "The work directories of runs of experiments.rl.")
+WORKDIRS = flags.DEFINE_list("workdirs", None, "The work directories of runs of experiments.rl.")
 OUTPUT = flags.DEFINE_string("output", None, "The PNG file to write.")
 
 
@@ -55,13 +55,17 @@ def figure(runs: dict[str, list[dict]], turns: dict[str, list[tuple[int, float]]
     return made
 
 
-def table(runs: dict[str, list[dict]]) -> str:
-    """Held-out rewards, a row for each evaluation; the last row has the minutes of the steps."""
-    scores = {name: dict(held_out_scores(records)) for name, records in runs.items()}
+def table(runs: dict[str, list[dict]], turns: dict[str, list[tuple[int, float]]]) -> str:
+    """Held-out rewards and turns, a row for each evaluation; the last row has the minutes of the
+    steps.
+    """
+    cells = {name: {s: f"{x:.3f}" for s, x in held_out_scores(r)} for name, r in runs.items()}
+    for name, counted in turns.items():
+        for step, mean in counted:
+            cells[name][step] += f" in {mean:.2f} turns"
     lines = [f"| steps | {' | '.join(runs)} |", "|---|" + "---|" * len(runs)]
-    for step in sorted({step for score in scores.values() for step in score}):
-        values = (f"{score[step]:.3f}" if step in score else "" for score in scores.values())
-        lines.append(f"| {step} | {' | '.join(values)} |")
+    for step in sorted({step for column in cells.values() for step in column}):
+        lines.append(f"| {step} | {' | '.join(c.get(step, '') for c in cells.values())} |")
     seconds = (
         sum(v for r in records for k, v in r.items() if k.startswith("seconds/"))
         for records in runs.values()
@@ -70,18 +74,17 @@ def table(runs: dict[str, list[dict]]) -> str:
 
 
 def main():
-    folders = [pathlib.Path(name) for name in WORKDIRS.value]
+    folders = [pathlib.Path(name) for name in entry.given(WORKDIRS)]
     names = [folder.name for folder in folders]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"--workdirs={','.join(WORKDIRS.value)}: must be folders of unlike names")
+    if len(set(names)) < len(names):
+        raise ValueError(f"--workdirs: {', '.join(names)} must be folders of unlike names")
     runs = {folder.name: read_metrics(folder) for folder in folders}
     for name, records in runs.items():
         if not held_out_scores(records):
             raise ValueError(f"--workdirs: {name} holds no evaluated step of experiments.rl")
-    figure(runs, {folder.name: held_out_turns(folder) for folder in folders}).savefig(
-        entry.given(OUTPUT), dpi=120
-    )
-    print(f"{table(runs)}\nfigure: {OUTPUT.value}")
+    turns = {folder.name: held_out_turns(folder) for folder in folders}
+    figure(runs, turns).savefig(entry.given(OUTPUT), dpi=120)
+    print(f"{table(runs, turns)}\nfigure: {OUTPUT.value}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 learning, and the report counts rightly.
 """
 
-import dataclasses
 import json
 import pathlib
 import re
@@ -16,7 +15,7 @@ import pytest
 from configs import rl_calculator_tiny, rl_math_tiny, sft_calculator_tiny
 from data import chat_template
 from data.tokenizer import train_tokenizer
-from experiments import calculator_start, cold_start, reasoning_report, rl_curves
+from experiments import calculator_start, cold_start, reasoning_report
 from glm_jax.rewards import puzzles
 from glm_jax.sft.conversations import read_conversations
 
@@ -158,7 +157,7 @@ def test_an_unfinished_run_is_not_reported(workdir):
 # --- the curves of several runs ---
 
 
-def test_curves_of_runs_are_drawn_and_tabled(workdir, tmp_path, capsys, monkeypatch):
+def test_curves_of_runs_are_drawn_and_tabled(workdir, tmp_path):
     for file in (workdir / "held_out").glob("*.jsonl"):
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         turns = [{"turns": 1.0}, {"turns": 3.0}, {}]  # the last one was cut off
@@ -168,20 +167,16 @@ def test_curves_of_runs_are_drawn_and_tabled(workdir, tmp_path, capsys, monkeypa
                 for line, parts in zip(lines, turns, strict=True)
             )
         )
-    assert rl_curves.held_out_turns(workdir) == [(0, 2.0), (2, 2.0)]
     output = tmp_path / "curves.png"
-    monkeypatch.setattr(rl_curves, "WORKDIRS", Flag([str(workdir)]))
-    monkeypatch.setattr(rl_curves, "OUTPUT", Flag(str(output)))
-    rl_curves.main()
-    printed = capsys.readouterr().out
-    assert "| 0 | 0.333 |\n| 2 | 0.667 |\n| minutes | 0.0 |" in printed
+    draw = lambda workdirs: subprocess.run(
+        [sys.executable, "-m", "experiments.rl_curves", f"--workdirs={workdirs}",
+         f"--output={output}"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    done = draw(workdir)
+    assert (
+        "| 0 | 0.333 in 2.00 turns |\n| 2 | 0.667 in 2.00 turns |\n| minutes | 0.0 |" in done.stdout
+    )
     assert output.stat().st_size > 10_000
-    monkeypatch.setattr(rl_curves, "WORKDIRS", Flag([str(workdir)] * 2))
-    with pytest.raises(ValueError, match="must be folders of unlike names"):
-        rl_curves.main()
-
-
-@dataclasses.dataclass
-class Flag:
-    value: object
-    name: str = "flag"
+    again = draw(f"{workdir},{workdir}")
+    assert again.returncode == 1 and "must be folders of unlike names" in again.stderr
