@@ -10,6 +10,7 @@ import pytest
 from data import chat_template
 from experiments import calculator_start, entry
 from glm_jax.envs import worker
+from glm_jax.infer.sampling import SamplingParams
 from glm_jax.rl import loop
 from glm_jax.rollouts.rollout import RolloutStatus
 from glm_jax.run.recorder import read_metrics
@@ -25,8 +26,8 @@ def write(path, tasks) -> str:
 
 @pytest.fixture
 def config(rl_config, tmp_path, monkeypatch):
-    """For the toy, whose tokens are letters: a short block of tools, and a text is read as a call,
-    the right answer or a wrong one by its length.
+    """For the toy, whose tokens are letters: a short block of tools, and turns of two tokens, whose
+    sum says whether they are a call, the right answer or a wrong one.
     """
     monkeypatch.setattr(chat_template, "TOOLS_BEFORE", "<|system|>\n")
     monkeypatch.setattr(chat_template, "TOOLS_AFTER", "")
@@ -35,13 +36,17 @@ def config(rl_config, tmp_path, monkeypatch):
         assert [tool["function"]["name"] for tool in tools] == ["calculator"]
         # A turn of a toy ends by its length, not by a stop token.
         self.stops = collections.defaultdict(lambda: "<|observation|>", self.stops)
-        size = len(self.tokenizer.decode(request.tokens))
+        lot = sum(request.tokens)
         call = {"name": "calculator", "arguments": json.dumps({"expression": "3*4"})}
-        message = {"role": "assistant", "content": str(ANSWER * (size % 2))}
-        calls = {"tool_calls": [{"type": "function", "function": call}]} if size % 3 == 0 else {}
+        message = {"role": "assistant", "content": str(ANSWER * (lot % 2))}
+        calls = {"tool_calls": [{"type": "function", "function": call}]} if lot % 3 else {}
         return RolloutStatus.COMPLETED, message | calls
 
+    def two_tokens(max_new_tokens, **rest):
+        return SamplingParams(max_new_tokens=min(max_new_tokens, 2), **rest)
+
     monkeypatch.setattr(worker.RolloutWorker, "read", read)
+    monkeypatch.setattr(worker, "SamplingParams", two_tokens)
     rl_config.tasks.train = (
         write(tmp_path / "train.jsonl", of_answer(calculator_start.tasks("train"))),
     )
@@ -65,12 +70,13 @@ def test_a_run_on_an_environment_learns_and_counts_its_turns(config, tmp_path):
     records = read_metrics(tmp_path / "run")
     assert not glossary.unknown(records, "rl")
     assert any(r["updates"] for r in records)
-    assert all(0 < r["reward"] < 1 and 1 < r["reward_part/turns"] < 3 for r in records)
+    assert all(0 < r["reward"] < 1 and 1.5 < r["reward_part/turns"] < 3 for r in records)
     assert all(r["status/completed"] == 1 for r in records)
     lines = (tmp_path / "run" / "held_out" / "0000002.jsonl").read_text().splitlines()
     held_out = [json.loads(line) for line in lines]
     assert records[-1]["held_out_after"] == pytest.approx(np.mean([x["reward"] for x in held_out]))
     assert {line["parts"]["turns"] for line in held_out} <= {1.0, 2.0, 3.0}
+    assert all(line["output"].count("\n12\n") == line["parts"]["turns"] - 1 for line in held_out)
 
 
 def test_a_bad_task_stops_the_run_before_it_begins(config, tmp_path):
