@@ -33,8 +33,12 @@ class Step(NamedTuple):
 
 
 class Environment(Protocol):
-    """One episode: made when it begins. Both methods may be async where they wait; they run beside
-    the engine, in a thread of their own. An exception ends the episode as ENVIRONMENT_ERROR.
+    """One episode: made when it begins. Methods may be async where they wait; they run beside the
+    engine, in a thread of their own. An exception ends the episode as ENVIRONMENT_ERROR.
+
+    One that holds processes or files also has close(), which is called once when the episode has
+    ended, however it did: after a time-out or where its group is cancelled, beside a call of step
+    that goes on.
     """
 
     def reset(self, task: Task, seed: int) -> Start | Awaitable[Start]:

@@ -72,7 +72,11 @@ class RolloutWorker:
 
     def cancel(self, number: int):
         """Drops a group, with all that it waits for; nothing happens where it has ended."""
-        episodes = set(map(id, self._groups.pop(number, ())))
+        group = self._groups.pop(number, [])
+        for episode in group:
+            if episode.status is None:
+                self._end(episode, RolloutStatus.ABORTED)
+        episodes = set(map(id, group))
         for request, episode in list(self._running.values()):
             if id(episode) in episodes:
                 del self._running[request.id]
@@ -193,7 +197,7 @@ class RolloutWorker:
         if episode.environment is not None:
             left = min(left, self.engine.config.context - len(episode.tokens))
         if left <= 0:
-            episode.status = RolloutStatus.TRUNCATED
+            self._end(episode, RolloutStatus.TRUNCATED)
             return
         params = SamplingParams(
             max_new_tokens=left, temperature=episode.spec.temperature, seed=episode.seed,
@@ -207,7 +211,7 @@ class RolloutWorker:
         episode.take(request, self.engine.model_config.num_moe_layers)
         status, message = self.read(episode.tools, request)
         if episode.environment is None or status is not RolloutStatus.COMPLETED:
-            episode.status = status
+            self._end(episode, status)
             episode.message = message if episode.environment is None else None
         else:
             self._ask(episode, self._answered, episode.environment.step, message)
@@ -215,15 +219,20 @@ class RolloutWorker:
     def _answered(self, episode: Episode, step: Step):
         episode.earn(step.reward)
         if step.done:
-            episode.status = RolloutStatus.COMPLETED
+            self._end(episode, RolloutStatus.COMPLETED)
         elif episode.turns >= episode.spec.max_turns:
-            episode.status = RolloutStatus.MAX_TURNS
+            self._end(episode, RolloutStatus.MAX_TURNS)
         else:
             stop, thinking = self.stops[episode.tokens[-1]], episode.spec.thinking
             episode.give(
                 chat_template.encode_reply(self.tokenizer, step.messages, stop, thinking=thinking)
             )
             self._sample(episode)
+
+    def _end(self, episode: Episode, status: RolloutStatus):
+        episode.status = status
+        if close := getattr(episode.environment, "close", None):
+            threading.Thread(target=_closed, args=(episode.task.id, close), daemon=True).start()
 
     def _ask(self, episode: Episode, then: Callable, function: Callable, *args):
         future = concurrent.futures.Future()
@@ -253,10 +262,10 @@ class RolloutWorker:
                 if error is not None:
                     name = episode.task.id
                     logger.warning("task %r: its environment failed", name, exc_info=error)
-                    episode.status = RolloutStatus.ENVIRONMENT_ERROR
+                    self._end(episode, RolloutStatus.ENVIRONMENT_ERROR)
             elif now > deadline:
                 del self._waiting[future]
-                episode.status = RolloutStatus.TIMEOUT
+                self._end(episode, RolloutStatus.TIMEOUT)
 
 
 def _finish(future: concurrent.futures.Future, function: Callable, *args):
@@ -264,3 +273,10 @@ def _finish(future: concurrent.futures.Future, function: Callable, *args):
         future.set_result(answer_of(function, *args))
     except BaseException as error:  # handed on to whoever asks the future
         future.set_exception(error)
+
+
+def _closed(task: str, close: Callable):
+    try:
+        answer_of(close)
+    except Exception as error:  # the episode has ended, whatever its environment leaves behind
+        logger.warning("task %r: its environment cannot be closed", task, exc_info=error)

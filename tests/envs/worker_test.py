@@ -141,6 +141,60 @@ def test_an_episode_is_the_same_whatever_runs_beside_it(worker, model, tokenizer
         assert first.status is second.status
 
 
+@dataclasses.dataclass
+class Held(Talk):
+    """Says when it is closed."""
+
+    closed: list = dataclasses.field(default_factory=list)
+    fails_to_close: bool = False
+
+    async def close(self):
+        self.closed.append(id(self))
+        if self.fails_to_close:
+            raise OSError("it stays")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"turns": 1}, {"turns": 99}, {"turns": 2, "fails_in": "reset"},
+        {"turns": 2, "fails_in": "step"}, {"turns": 2, "slow": True},
+        {"turns": 1, "fails_to_close": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_environment_is_closed_once_however_its_episode_ends(worker, monkeypatch, fields):
+    made, closed = [], []
+
+    def make():
+        made.append(Held(**fields, closed=closed))
+        return made[-1]
+
+    kind = Kind(make, lambda tasks: None)
+    monkeypatch.setitem(registry.ENVIRONMENTS, "talk", kind)
+    prompt = ({"role": "user", "content": "unused"},)
+    spec = dataclasses.replace(SPEC, max_turns=2, step_seconds=0.5)
+    worker.rollouts([Task("t", "g", "talk", prompt, "hello")], spec, 0)
+    end = time.monotonic() + 10
+    while len(closed) < len(made) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert sorted(closed) == sorted(map(id, made)) and len(made) == SPEC.group_size
+
+
+def test_a_cancelled_groups_environments_are_closed(worker, monkeypatch):
+    closed = []
+    kind = Kind(lambda: Held(turns=99, closed=closed), lambda tasks: None)
+    monkeypatch.setitem(registry.ENVIRONMENTS, "talk", kind)
+    worker.begin(0, Task("t", "g", "talk", ({"role": "user", "content": ""},), "hello"), SPEC)
+    worker.advance()
+    worker.cancel(0)
+    end = time.monotonic() + 10
+    while len(closed) < SPEC.group_size and time.monotonic() < end:
+        time.sleep(0.01)
+    assert len(set(closed)) == len(closed) == SPEC.group_size
+    assert worker.idle and worker.advance() == []
+
+
 def test_an_environment_that_goes_on_ends_at_the_last_turn(worker, monkeypatch):
     groups = worker.rollouts(tasks(monkeypatch, 4, turns=99), SPEC, 0)
     assert RolloutStatus.MAX_TURNS in statuses(groups)
