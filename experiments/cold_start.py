@@ -128,17 +128,19 @@ def made_by(generator: str, lots: np.random.Generator) -> list[dict]:
 
 
 def main():
-    if (TASKS.value is not None) != (CALCULATOR in GENERATORS.value):
-        raise ValueError(f"--tasks={TASKS.value}: goes with --generators={CALCULATOR}")
+    folder = TASKS.value
+    if (folder is not None) != (CALCULATOR in GENERATORS.value):
+        raise ValueError(f"--tasks={folder}: goes with --generators={CALCULATOR}")
     lots = np.random.default_rng(SEED.value)
     found = [c for generator in GENERATORS.value for c in made_by(generator, lots)]
     write_conversations(pathlib.Path(entry.given(OUTPUT)), found)
     print(f"{len(found)} conversations in {OUTPUT.value}")
-    for split in ("train", "held_out") if TASKS.value else ():
-        tasks = calculator_start.tasks(split)
-        file = pathlib.Path(TASKS.value) / f"{split}.jsonl"
-        write_json_lines(file, [dataclasses.asdict(task) for task in tasks])
-        print(f"{len(tasks)} tasks in {file}")
+    if folder is not None:
+        for split in ("train", "held_out"):
+            tasks = calculator_start.tasks(split)
+            file = pathlib.Path(folder) / f"{split}.jsonl"
+            write_json_lines(file, [dataclasses.asdict(task) for task in tasks])
+            print(f"{len(tasks)} tasks in {file}")
 
 
 if __name__ == "__main__":
