@@ -37,20 +37,35 @@ class Change:
 
     def run(self, w: jax.Array) -> list[jax.Array]:
         """The engine's arrays; on a mesh each device's part of them, as by_part puts it."""
-        added = self._added(w.shape)
         if self.source is None:
-            return self._made(w, added)
-        axes, moves = self.source.mesh.axis_names, self._moves(self.source, w.shape, added)
-        split = split_axes(self.source, w.ndim)
+            return self._made(w, self._added(w.shape))
+        if not self._is_stack(w.ndim):
+            return by_part(self._part(self.source, w.shape), self.source)(w)
+        # One after the other: what is gathered would else stand beside the result of all layers.
+        targets = tuple(((1, *shape[1:]), place) for shape, place in self.targets)
+        one = dataclasses.replace(self, targets=targets)
+        layer = one._part(self.source, (1, *w.shape[1:]))
+        layers = lambda w: [x[:, 0] for x in jax.lax.map(layer, w[:, None])]
+        return by_part(layers, self.source)(w)
+
+    def _is_stack(self, dims: int) -> bool:
+        """Whether matrices lie along a first dimension that no device has a part of only."""
+        places = [self.source, *(place for _, place in self.targets)]
+        return dims > 2 and not any(place and split_axes(place, dims)[0] for place in places)
+
+    def _part(self, source: NamedSharding, size: tuple[int, ...]):
+        """A device's parts of the engine's arrays, by its part of a parameter of this size."""
+        added, split = self._added(size), split_axes(source, len(size))
         assert not any(n and over for n, over in zip(added[0], split, strict=True)), (
             "zeros cannot be added to a part of a dimension"
         )
+        axes, moves = source.mesh.axis_names, self._moves(source, size, added)
 
         def part(w):
             made = self._made(w, added, split[-2:])
             return [move.run(x, axes) for x, move in zip(made, moves, strict=True)]
 
-        return by_part(part, self.source)(w)
+        return part
 
     def _wholes(self, size: tuple[int, ...]) -> list[tuple[int, ...]]:
         """Shapes of what is made of a parameter of this size, before anything is added."""

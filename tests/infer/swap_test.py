@@ -110,7 +110,7 @@ def test_fp8_travels_and_not_float32(model, trainer, engine, shuffled):
     sizes = {dtype: [0] for _, dtype in moved}
     for dims, dtype in moved:
         sizes[dtype].append(int(np.prod([int(n) for n in dims.split("x")])))
-    largest = max(w.size for w in weights)
+    largest = max(w.size for w in weights) // 5  # of one layer, as they go one after the other
     assert max(sizes["f8E4M3FN"]) > largest / 8 > 8 * max(sizes["f32"]), sizes
     assert set(sizes) <= {"f8E4M3FN", "f32"} and "all_to_all" not in text
 
