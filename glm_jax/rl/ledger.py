@@ -15,12 +15,12 @@ from glm_jax.rollouts.task import Task, task_from_json
 
 
 def may_begin(in_flight: int, waiting: int, prompts_per_step: int, steps_ahead: int) -> int:
-    """How many more groups may begin, where a step trains on prompts_per_step, the oldest first.
+    """How many more groups may begin while a step waits for its prompts_per_step, the oldest first.
 
-    With at most (steps_ahead + 1) x prompts_per_step groups that are in flight or wait to be
-    trained on, one that begins now is trained on at most steps_ahead steps after this one, if it
-    ends in its turn. The same bound as AReaL's (arXiv 2505.24298, eq. 3), counted from what is not
-    trained on yet instead of from the beginning, so that it holds after a resume, too.
+    With at most (steps_ahead + 1) x prompts_per_step groups in flight or waiting to be trained on,
+    this step's among them, one that begins now is trained on at most steps_ahead steps after this
+    one, if it ends in its turn. The same bound as AReaL's (arXiv 2505.24298, eq. 3), counted from
+    what is not trained on yet instead of from the beginning, so that it holds after a resume, too.
     """
     return max((steps_ahead + 1) * prompts_per_step - in_flight - waiting, 0)
 

@@ -49,12 +49,13 @@ class StreamCollector:
             self._fill(take, spec, version)
             sampled += self._receive(WAIT_SECONDS)
             self._discard_stale(version)
+        # Before this step's groups leave: what begins now is trained on by a later version.
+        self._fill(take, spec, version)
         numbers = sorted(ledger.waiting)[: config.prompts_per_step]
         chosen = [ledger.waiting[number] for number in numbers]
         check_versions(chosen, version, self.max_staleness)
         for number in numbers:
             ledger.end(number, "trained")
-        self._fill(take, spec, version)
         ledger.check()
         ended = ledger.ends - before
         counts = {f"groups_{how}": count for how, count in ended.items()}
