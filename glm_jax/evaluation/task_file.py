@@ -47,16 +47,10 @@ def rollouts_result(rollouts: list[Rollout | None]) -> dict:
     rewards = [0.0 if r is None else r.reward.value for r in rollouts]
     metrics: dict = {
         "reward": mean_and_error(rewards),
-        "turns": mean_and_error([float(num_turns(r)) for r in there] or [0.0]),
+        "turns": mean_and_error([float(r.num_turns) for r in there] or [0.0]),
         "did_not_fit": 1 - len(there) / len(rollouts),
     }
     for status in RolloutStatus:
         if share := sum(r.status is status for r in there) / len(rollouts):
             metrics[status.value] = share
     return result(metrics, len(rollouts), "tasks")
-
-
-def num_turns(rollout: Rollout) -> int:
-    """Of the model: stretches of sampled tokens."""
-    before = [False, *rollout.mask[:-1]]
-    return sum(now and not last for now, last in zip(rollout.mask, before, strict=True))

@@ -68,6 +68,11 @@ class Rollout:
         return int(self.mask.sum())
 
     @property
+    def num_turns(self) -> int:
+        """Of the model: stretches of sampled tokens."""
+        return int(np.sum(np.diff(self.mask.astype(np.int8), prepend=0) == 1))
+
+    @property
     def oldest(self) -> int:
         """The oldest version of the weights that a token was sampled with; the largest int32 where
         none was sampled.

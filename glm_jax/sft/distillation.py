@@ -11,7 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from tqdm import tqdm
 
 from data import chat_output
+from data.chat_reading import read_conversation
 from data.tokenizer import Tokenizer
+from glm_jax.envs import registry
 from glm_jax.envs.episode import SamplingSpec
 from glm_jax.evaluation import run_worker
 from glm_jax.rollouts.rollout import Group, Rollout, RolloutStatus
@@ -60,20 +62,31 @@ def samples(groups: Iterable[Group], tokenizer: Tokenizer, thinking: bool) -> It
     """Every rollout as what the filters judge."""
     for group in groups:
         for rollout in group.rollouts:
-            readable = rollout.status is RolloutStatus.COMPLETED
+            prompt, response, tools = group.task.messages, (), group.task.tools
+            if rollout.status is RolloutStatus.COMPLETED:
+                prompt, response, tools = conversation(rollout, tokenizer)
             yield Sample(
-                task=group.task.id, prompt=group.task.messages,
-                response=(message(rollout, tokenizer),) if readable else (),
+                task=group.task.id, prompt=prompt, response=response, tools=tools,
                 thinking=thinking, num_tokens=rollout.num_sampled, status=rollout.status.value,
                 reward=rollout.reward.value,
-                tools=group.task.tools,
             )  # fmt: skip
 
 
-def message(rollout: Rollout, tokenizer: Tokenizer) -> dict:
-    """The assistant's turn of a rollout that is one turn and can be read."""
-    sampled = rollout.tokens[rollout.mask].tolist()
-    return chat_output.parse_tokens(tokenizer, sampled, rollout.task.tools or None)
+def conversation(
+    rollout: Rollout, tokenizer: Tokenizer
+) -> tuple[tuple[Mapping, ...], tuple[Mapping, ...], tuple[Mapping, ...]]:
+    """Of a rollout that can be read: what was asked, what the model and its environment wrote after
+    it, and the tools.
+    """
+    task = rollout.task
+    if task.verifier not in registry.ENVIRONMENTS:
+        sampled = rollout.tokens[rollout.mask].tolist()
+        answer = chat_output.parse_tokens(tokenizer, sampled, task.tools or None)
+        return task.messages, (answer,), task.tools
+    found = read_conversation(tokenizer, rollout.tokens.tolist())
+    turns = [i for i, m in enumerate(found.messages) if m["role"] == "assistant"]
+    first = turns[-rollout.num_turns]  # earlier ones were the task's
+    return tuple(found.messages[:first]), tuple(found.messages[first:]), tuple(found.tools)
 
 
 def table(counts: Mapping[str, int]) -> str:

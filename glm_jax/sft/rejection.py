@@ -14,8 +14,9 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from data.chat_messages import TemplateError, arguments_of, check_tools, visible_text
+from glm_jax.rollouts.rollout import RolloutStatus
 
-STATUSES = ("completed", "truncated", "format_error", "environment_error", "aborted")
+STATUSES = tuple(status.value for status in RolloutStatus)
 FILTERS = ("form", "correctness", "preference", "tools")
 
 

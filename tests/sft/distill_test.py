@@ -7,12 +7,16 @@ import subprocess
 import sys
 
 import chatting
+import numpy as np
 import pytest
 import toy
 
 from data import chat_output, chat_template
 from data.tokenizer import Tokenizer
+from experiments import calculator_start
+from glm_jax.envs import calculator
 from glm_jax.envs.episode import SamplingSpec
+from glm_jax.envs.scripted import play
 from glm_jax.evaluation import run_worker
 from glm_jax.rollouts.rollout import Group, Rollout, RolloutStatus
 from glm_jax.rollouts.task import Reward, Task
@@ -91,6 +95,53 @@ def test_what_is_kept_is_right_and_fine_tuning_on_it_goes_round(
     before, after = right(expert, tasks), right(tmp_path / "unified", tasks)
     assert before < 0.6 and after > before + 0.2
     assert distill(tmp_path / "unified", tasks, tmp_path / "again.jsonl")["kept"] > 0
+
+
+def played(tokenizer, task, agent, status=RolloutStatus.COMPLETED):
+    """The rollout of an agent's episode with the calculator."""
+    episode = play(calculator.Calculator(), task, agent)
+    tokens, mask = chat_template.encode_for_training(
+        tokenizer, episode.messages, episode.tools, thinking=False
+    )
+    along = {"logprobs": np.zeros(len(tokens)), "versions": np.zeros(len(tokens))}
+    reward = Reward(episode.reward, {})
+    return Rollout(task=task, tokens=tokens, mask=mask, **along, status=status, reward=reward)
+
+
+def test_an_episode_of_several_turns_becomes_a_conversation(corpus_folder, tmp_path):
+    """Tools, calls and the calculator's answers, of those that are right."""
+    tokenizer, pool = Tokenizer.load(corpus_folder), calculator_start.tasks("train")[:3]
+    guess = lambda messages: {"role": "assistant", "content": "who knows"}
+    groups = [
+        Group(
+            task,
+            [
+                played(tokenizer, task, calculator.expert),
+                played(tokenizer, task, guess),
+                played(tokenizer, task, calculator.expert, RolloutStatus.MAX_TURNS),
+                played(tokenizer, task, calculator.expert, RolloutStatus.TIMEOUT),
+            ],
+        )
+        for task in pool
+    ]
+    config = dataclasses.replace(FILTERS, drop_shortest=0.0)
+    samples = list(distillation.samples(groups, tokenizer, thinking=False))
+    kept, counts = rejection.select(samples, config)
+    assert counts == {
+        "kept": 3, "correctness/wrong": 3, "form/max_turns": 3, "form/timeout": 3,
+    }  # fmt: skip
+    for task, entry in zip(pool, kept, strict=True):
+        expected = play(calculator.Calculator(), task, calculator.expert)
+        assert entry["tools"] == list(expected.tools) and not entry["thinking"]
+        roles = [m["role"] for m in entry["messages"]]
+        assert roles == ["user", "assistant", "tool", "assistant", "tool", "assistant"]
+        again = chat_template.encode_for_training(
+            tokenizer, entry["messages"], entry["tools"], thinking=False
+        )
+        once = chat_template.encode_for_training(
+            tokenizer, expected.messages, expected.tools, thinking=False
+        )
+        assert again == once
 
 
 def test_the_command_gives_what_the_seed_says_in_every_process(expert, tasks, tmp_path):
