@@ -88,13 +88,11 @@ class Collectives:
     def add(self, operation: Operation, times: int, seconds: float, exposed: float):
         key = operation.opcode.removesuffix("-start"), self._axes(operation)
         received = self.filled(operation) * operation.bytes * _received(operation)
-        self.found[key] += collections.Counter(
-            {
-                "count": times,
-                "bytes": times * received,
-                "seconds": times * seconds,
-                "exposed_seconds": times * exposed,
-            }
+        self.found[key].update(  # += would drop what is zero
+            count=times,
+            bytes=times * received,
+            seconds=times * seconds,
+            exposed_seconds=times * exposed,
         )
 
     def listed(self) -> list[dict]:
