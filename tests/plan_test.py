@@ -13,7 +13,7 @@ from configs import glm45
 from glm_jax.infer.config import EngineConfig
 from glm_jax.optim.optimizer import OptimizerConfig
 from glm_jax.plan import program
-from glm_jax.plan.estimate import collective_seconds
+from glm_jax.plan.estimate import Collectives, Work, collective_seconds
 from glm_jax.plan.page import page
 from glm_jax.plan.plan import plan_engine, plan_swap, plan_train, worst
 from glm_jax.plan.programs import ENGINE_MODES, trace_train
@@ -180,6 +180,22 @@ def test_a_program_is_read():
     assert collective_seconds(scattered, torus, places, slow) == pytest.approx(15 / 16 / 3)
     # four links to the other side of the ring
     assert collective_seconds(gather, torus, places, 1e30) == pytest.approx(4e-6)
+
+
+def test_a_collective_that_is_hidden_is_listed_with_nothing_exposed():
+    gather = next(
+        o for o, _ in program.read(PROGRAM).executed(1) if o.opcode.startswith("all-gather")
+    )
+    mesh = make_mesh(MeshConfig(1, 4, 2, 1, 1), tpu_devices("v5e:2x4"))
+    collectives = Collectives(mesh, Work(0.0, 0))
+    for _ in range(2):
+        collectives.add(gather, 5, 0.25, 0.0)
+    assert collectives.listed() == [
+        {
+            "kind": "all-gather", "axes": "fsdp x expert", "count": 10,
+            "bytes": 10 * 1024 * 7 / 8, "seconds": 2.5, "exposed_seconds": 0,
+        }
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

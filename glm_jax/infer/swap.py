@@ -45,8 +45,8 @@ class Change:
         targets = tuple(((1, *shape[1:]), place) for shape, place in self.targets)
         one = dataclasses.replace(self, targets=targets)
         layer = one._part(self.source, (1, *w.shape[1:]))
-        layers = lambda w: [x[:, 0] for x in jax.lax.map(layer, w[:, None])]
-        return by_part(layers, self.source)(w)
+        one_layer = lambda w: [x[0] for x in layer(w[None])]
+        return by_part(lambda w: jax.lax.map(one_layer, w), self.source)(w)
 
     def _is_stack(self, dims: int) -> bool:
         """Whether matrices lie along a first dimension that no device has a part of only."""

@@ -77,7 +77,7 @@ class Collectives:
 
     def __init__(self, mesh: Mesh, work: Work):
         self.mesh, self.work = mesh, work
-        self.found = collections.defaultdict(collections.Counter)
+        self.found = collections.defaultdict(lambda: collections.defaultdict[str, float](int))
 
     def filled(self, operation: Operation) -> float:
         """The share of an exchange's buffers that balanced routing fills; else 1."""
@@ -88,14 +88,11 @@ class Collectives:
     def add(self, operation: Operation, times: int, seconds: float, exposed: float):
         key = operation.opcode.removesuffix("-start"), self._axes(operation)
         received = self.filled(operation) * operation.bytes * _received(operation)
-        self.found[key] += collections.Counter(
-            {
-                "count": times,
-                "bytes": times * received,
-                "seconds": times * seconds,
-                "exposed_seconds": times * exposed,
-            }
-        )
+        row = self.found[key]
+        row["count"] += times
+        row["bytes"] += times * received
+        row["seconds"] += times * seconds
+        row["exposed_seconds"] += times * exposed
 
     def listed(self) -> list[dict]:
         """Those that move most, first."""
