@@ -11,7 +11,7 @@ A change is made in a copy of the tree. The tests that reach the statement come 
 before slow ones, then the rest of their files and all tests that start a process, which may reach
 it there; a statement that no test reaches gets all tests of the folder. What each test reaches is
 recorded once, test file by test file (.cache/mutations), and has to pass. A test that takes three
-times as long as the longest of its file, and half a minute, is taken for hanging: noticed.
+times as long as the longest of its file, and a minute and a half, is taken for hanging: noticed.
 
 At the end every folder is run in the order of one of its changes with no change made, which must
 pass. The report has a line for each change and resumes: what stands in it is not run again. Needs
@@ -56,6 +56,7 @@ FOLDERS = {"losses": "tests/losses_test.py"} | {
 }
 MEMORY_BYTES = 14 << 30  # of one process
 SLOW_SECONDS = 10  # such tests come last
+PATIENCE_SECONDS = 90  # with a test, besides three times what the longest of its file took
 OPERATORS = OperatorProvider()
 NO_CHANGE = "NoOp"
 BITS = {"RShift", "LShift", "BitOr", "BitAnd", "BitXor"}
@@ -317,7 +318,11 @@ def limits_in_order(mutation: Mutation, recorded: dict[str, dict], everything: b
             in_module = mutation.file in found["lines"]
             rank = 0 if reaches[test] else 1 if in_module else 2
             slow = found["seconds"] > SLOW_SECONDS
-            ranks[test] = (slow, rank, names, whole, file, found["seconds"]), 3 * longest + 30
+            away = not reaches[test] and names  # from where the change is
+            ranks[test] = (
+                (away, slow, rank, names, whole, file, found["seconds"]),
+                3 * longest + PATIENCE_SECONDS,
+            )
     return {test: limit for test, (_, limit) in sorted(ranks.items(), key=lambda r: r[1][0])}
 
 
