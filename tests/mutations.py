@@ -8,10 +8,11 @@ does so too plainly: annotations, the text of logs, what does not compile, bits 
 for `+`), and identity for equality, which depends on what CPython shares.
 
 A change is made in a copy of the tree. The tests that reach the statement come first, quick ones
-before slow ones, then the rest of their files and all tests that start a process, which may reach
-it there; a statement that no test reaches gets all tests of the folder. What each test reaches is
-recorded once, test file by test file (.cache/mutations), and has to pass. A test that takes three
-times as long as the longest of its file, and a minute and a half, is taken for hanging: noticed.
+before slow ones, then the rest of their files, and of the files that import the module the tests
+that start a process, which may reach it there; a statement that no test reaches gets all tests of
+the folder. What each test reaches is recorded once, test file by test file (.cache/mutations), and
+has to pass. A test that takes three times as long as the longest of its file, and three minutes, is
+taken for hanging: noticed.
 
 At the end every folder is run in the order of one of its changes with no change made, which must
 pass. The report has a line for each change and resumes: what stands in it is not run again. Needs
@@ -56,7 +57,7 @@ FOLDERS = {"losses": "tests/losses_test.py"} | {
 }
 MEMORY_BYTES = 14 << 30  # of one process
 SLOW_SECONDS = 10  # such tests come last
-PATIENCE_SECONDS = 90  # with a test, besides three times what the longest of its file took
+PATIENCE_SECONDS = 180  # with a test, besides three times what the longest of its file took
 OPERATORS = OperatorProvider()
 NO_CHANGE = "NoOp"
 BITS = {"RShift", "LShift", "BitOr", "BitAnd", "BitXor"}
@@ -305,6 +306,11 @@ def limits_in_order(mutation: Mutation, recorded: dict[str, dict], everything: b
         for file, tests in recorded.items()
         if any(lines & set(found["lines"].get(mutation.file, ())) for found in tests.values())
     }
+    near = {  # their processes may reach the change
+        file
+        for file, tests in recorded.items()
+        if any(mutation.file in found["lines"] for found in tests.values())
+    }
     everything = everything or not in_files
     module = mutation.file.removesuffix(".py").replace("/", ".")
     ranks = {}
@@ -313,7 +319,8 @@ def limits_in_order(mutation: Mutation, recorded: dict[str, dict], everything: b
         whole = sum(found["seconds"] for found in tests.values())
         names = not _imports(file, module)
         for test, found in tests.items():
-            if not test or not (everything or file in in_files or found["process"]):
+            may_reach = file in in_files or (file in near and found["process"])
+            if not test or not (everything or may_reach):
                 continue
             in_module = mutation.file in found["lines"]
             rank = 0 if reaches[test] else 1 if in_module else 2
