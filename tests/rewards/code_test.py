@@ -219,6 +219,7 @@ FORMS = {
     "with the prompt's helper": "def add(a, b):\n    return twice(a) // 2 + int(math.fsum([b]))\n",
     "fenced": f"First:\n```python\ndef add(a, b): return 0\n```\nBetter:\n```python\n{HONEST}```\n"
     f"Done.",
+    "prints at once, and reads": f"import sys\nprint('x', sys.stdin.read(), flush=True)\n{HONEST}",
     "prints": f"print('x' * 500)\n{HONEST}\nif __name__ == '__main__':\n    raise SystemExit(1)\n",
     "a lambda": "add = lambda a, b: a + b",
 }
