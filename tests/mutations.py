@@ -11,8 +11,8 @@ A change is made in a copy of the tree. The tests that reach the statement come 
 before slow ones, then the rest of their files, and of the files that import the module the tests
 that start a process, which may reach it there; a statement that no test reaches gets all tests of
 the folder. What each test reaches is recorded once, test file by test file (.cache/mutations), and
-has to pass. A test that takes three times as long as the longest of its file, and three minutes, is
-taken for hanging: noticed.
+has to pass. A test that takes three times as long as the longest of its file, and --patience, is
+taken for hanging: noticed; a machine that others use needs more patience.
 
 At the end every folder is run in the order of one of its changes with no change made, which must
 pass. The report has a line for each change and resumes: what stands in it is not run again. Needs
@@ -57,7 +57,6 @@ FOLDERS = {"losses": "tests/losses_test.py"} | {
 }
 MEMORY_BYTES = 14 << 30  # of one process
 SLOW_SECONDS = 10  # such tests come last
-PATIENCE_SECONDS = 180  # with a test, besides three times what the longest of its file took
 OPERATORS = OperatorProvider()
 NO_CHANGE = "NoOp"
 BITS = {"RShift", "LShift", "BitOr", "BitAnd", "BitXor"}
@@ -65,6 +64,7 @@ IDENTITY = [{"Eq", "Is"}, {"NotEq", "IsNot"}]
 
 COUNT = flags.DEFINE_integer("count", 200, "Changes to draw.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Of the draw.")
+PATIENCE = flags.DEFINE_float("patience", 180, "Seconds more than a test may take.", 1)
 REPORT = flags.DEFINE_string("report", "runs/mutations.jsonl", "One line for each change.")
 FOLDER = flags.DEFINE_multi_enum("folder", list(FOLDERS), list(FOLDERS), "Of the product.")
 
@@ -328,7 +328,7 @@ def limits_in_order(mutation: Mutation, recorded: dict[str, dict], everything: b
             away = not reaches[test] and names  # from where the change is
             ranks[test] = (
                 (away, slow, rank, names, whole, file, found["seconds"]),
-                3 * longest + PATIENCE_SECONDS,
+                3 * longest + PATIENCE.value,
             )
     return {test: limit for test, (_, limit) in sorted(ranks.items(), key=lambda r: r[1][0])}
 
