@@ -423,6 +423,7 @@ def test_unusable_answers_are_named(answer, message, monkeypatch):
         ("- ```py\n  x\n  ```\n", "x\n"),
         ("> ```py\n> x\n>\n> y\n> ```\n", "x\n\ny\n"),
         ("\t```py\n\tx\n\t```", "x\n"),
+        ("```py\nif x:\n\ty\n```", "if x:\n\ty\n"),
         ("`x` ```y``` z", "`x` ```y``` z"),
         ("```javascript\nx\n```", "```javascript\nx\n```"),
     ],
@@ -486,6 +487,8 @@ def test_comparing_takes_time_in_proportion_to_an_answer():
         {"$dict": [1]},
         {"$dict": [[1]]},
         {"$deque": None},
+        {"$named": [1]},
+        {"$defaultdict": []},
         {"$x": {"$y": object}},
     ],
 )

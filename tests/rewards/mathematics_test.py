@@ -209,7 +209,7 @@ def test_a_dead_judge_is_the_environments_fault_and_is_replaced(monkeypatch):
 
 def test_references_that_cannot_be_used_are_refused(monkeypatch):
     mathematics.check([task(reference) for reference, _ in SAME])
-    for answer in ("?", "", "\\frac{", "9^{9^{9^{9}}}", 42, None, "1" * 2000):
+    for answer in ("?", "", "\\frac{", "9^{9^{9^{9}}}", 42, None, "1" * 2000, "0" * 2000 + "1"):
         with pytest.raises(ValueError, match="task 'bad': .*answer"):
             mathematics.check([task("1"), task(answer, "bad")])
     monkeypatch.setattr(mathematics.importlib.util, "find_spec", lambda name: None)
