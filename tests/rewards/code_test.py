@@ -4,6 +4,7 @@ HumanEval's own solutions.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import importlib.util
 import json
@@ -507,6 +508,9 @@ def test_a_nested_answer_is_wrong_and_costs_nothing(depth, wrap):
     assert judge(BY_TEST, function(body), STANDARD).verdict is Verdict.WRONG
 
 
+POINT = collections.namedtuple("POINT", "x y")
+
+
 def test_values_are_compared_with_their_types():
     alike = lambda a, b: code.same(
         json.loads(json.dumps(code_guest.encode(a))), code_guest.encode(b)
@@ -543,6 +547,11 @@ def test_values_are_compared_with_their_types():
         and alike({"a": 1, "b": 2}, {"b": 2, "a": 1})
     )
     assert alike(0.0, -0.0) and alike(math.nan, math.nan) and code.same({"$int": hex(2**60)}, 2**60)
+    # as Python compares them; a defaultdict without its factory
+    assert alike(POINT(1, [2]), (1, [2])) and not alike(POINT(1, 2), POINT(1, 3))
+    assert alike(collections.defaultdict(list, {1: [2]}), {1: [2]})
+    assert alike(collections.Counter("aab"), {"a": 2, "b": 1})
+    assert not alike(iter([1]), {1: 1})
     assert not alike(print, print) or code_guest.encode(print) == {
         "$opaque": "builtin_function_or_method"
     }
