@@ -70,6 +70,8 @@ def test_both_give_one_verdict_on_a_thousand_outputs(tokenizer):
     assert [r["solved"] for r in evaluated] == [r.reward.value for r in trained]
     statuses = {r.status.value for r in trained}
     assert statuses == {"completed", "truncated", "format_error", "aborted"}
+    unreadable = [r for r, t in zip(evaluated, trained, strict=True) if not t.reward.parts]
+    assert unreadable and {(r["score"], r["extracted"]) for r in unreadable} == {(0.0, False)}
     # By hand: of the forms that are readable and right, the three ends by a stop token.
     right = np.reshape([r["solved"] for r in evaluated], (10, len(FORMS), len(ENDS)))
     assert (right[:, 0] == [1, 1, 1, 0, 0]).all() and (right[:, 2] == [1, 1, 1, 0, 0]).all()

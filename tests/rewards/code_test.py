@@ -4,6 +4,7 @@ HumanEval's own solutions.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import importlib.util
 import json
@@ -219,6 +220,7 @@ FORMS = {
     "with the prompt's helper": "def add(a, b):\n    return twice(a) // 2 + int(math.fsum([b]))\n",
     "fenced": f"First:\n```python\ndef add(a, b): return 0\n```\nBetter:\n```python\n{HONEST}```\n"
     f"Done.",
+    "prints at once, and reads": f"import sys\nprint('x', sys.stdin.read(), flush=True)\n{HONEST}",
     "prints": f"print('x' * 500)\n{HONEST}\nif __name__ == '__main__':\n    raise SystemExit(1)\n",
     "a lambda": "add = lambda a, b: a + b",
 }
@@ -422,6 +424,7 @@ def test_unusable_answers_are_named(answer, message, monkeypatch):
         ("- ```py\n  x\n  ```\n", "x\n"),
         ("> ```py\n> x\n>\n> y\n> ```\n", "x\n\ny\n"),
         ("\t```py\n\tx\n\t```", "x\n"),
+        ("```py\nif x:\n\ty\n```", "if x:\n\ty\n"),
         ("`x` ```y``` z", "`x` ```y``` z"),
         ("```javascript\nx\n```", "```javascript\nx\n```"),
     ],
@@ -485,6 +488,8 @@ def test_comparing_takes_time_in_proportion_to_an_answer():
         {"$dict": [1]},
         {"$dict": [[1]]},
         {"$deque": None},
+        {"$named": [1]},
+        {"$defaultdict": []},
         {"$x": {"$y": object}},
     ],
 )
@@ -501,6 +506,9 @@ def test_a_nested_answer_is_wrong_and_costs_nothing(depth, wrap):
     body = f"x = frozenset()\nfor _ in range({depth}): x = {wrap}\nreturn x"
     assert judge(BY_CASES, function(body), STANDARD).verdict is Verdict.WRONG
     assert judge(BY_TEST, function(body), STANDARD).verdict is Verdict.WRONG
+
+
+POINT = collections.namedtuple("POINT", "x y")
 
 
 def test_values_are_compared_with_their_types():
@@ -539,6 +547,11 @@ def test_values_are_compared_with_their_types():
         and alike({"a": 1, "b": 2}, {"b": 2, "a": 1})
     )
     assert alike(0.0, -0.0) and alike(math.nan, math.nan) and code.same({"$int": hex(2**60)}, 2**60)
+    # as Python compares them; a defaultdict without its factory
+    assert alike(POINT(1, [2]), (1, [2])) and not alike(POINT(1, 2), POINT(1, 3))
+    assert alike(collections.defaultdict(list, {1: [2]}), {1: [2]})
+    assert alike(collections.Counter("aab"), {"a": 2, "b": 1})
+    assert not alike(iter([1]), {1: 1})
     assert not alike(print, print) or code_guest.encode(print) == {
         "$opaque": "builtin_function_or_method"
     }

@@ -427,6 +427,7 @@ def test_a_solution_cannot_skip_a_test_or_end_it():
             "def f(): return {}",
         ),
         ("assert f(1) == 2\nraise SystemExit(0)", "def f(x): return 2", "def f(x): return 1"),
+        ("import sys\nsys.exit(f(1) != 2)", "def f(x): return 2", "def f(x): return 1"),
     ],
 )
 def test_more_of_what_tests_do(test, right, wrong):

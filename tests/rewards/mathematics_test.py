@@ -117,6 +117,7 @@ DIFFERENT = [
     ("\\frac{1}{3}", "x = \\frac{1}{2} \\approx 0.333"), ("50\\%", "5"),
     ("11_3", "4"), ("25^\\circ\\text{C}", "25^\\circ\\text{F}"),
     ("3\\text{ hours}", "3\\text{ minutes}"),
+    ("5\\text{ bps}", "5\\text{ bp}"),  # no plural
     ("10^{50}", "\\sqrt{10^{100}+1}"), ("0", "e^{-1000}"), ("\\frac{22}{7}", "\\pi"),
     ("5", "3 \\equiv 5"), ("5", "3 \\simeq 5"), ("5", "5\\text{ or 6}"), ("5", "5\\text{ (not 6)}"),
     ("5", "5 or 6"),
@@ -208,7 +209,7 @@ def test_a_dead_judge_is_the_environments_fault_and_is_replaced(monkeypatch):
 
 def test_references_that_cannot_be_used_are_refused(monkeypatch):
     mathematics.check([task(reference) for reference, _ in SAME])
-    for answer in ("?", "", "\\frac{", "9^{9^{9^{9}}}", 42, None, "1" * 2000):
+    for answer in ("?", "", "\\frac{", "9^{9^{9^{9}}}", 42, None, "1" * 2000, "0" * 2000 + "1"):
         with pytest.raises(ValueError, match="task 'bad': .*answer"):
             mathematics.check([task("1"), task(answer, "bad")])
     monkeypatch.setattr(mathematics.importlib.util, "find_spec", lambda name: None)

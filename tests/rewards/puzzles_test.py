@@ -2,6 +2,7 @@
 from wrong.
 """
 
+import hashlib
 import itertools
 import math
 import os
@@ -32,6 +33,16 @@ JUNK = [
     "__import__('os')",
     "\\boxed{1}",
 ]
+
+
+# of the questions of the first hundred seeds
+DIGESTS = {
+    "aiw": "48cb8a1f", "basic_arithmetic": "fc9246bc", "chain_sum": "6434746e",
+    "color_cube_rotation": "c167cbc7", "count_bits": "4ae82e9a", "course_schedule": "42669ca6",
+    "family_relationships": "011be394", "gcd": "98bde150", "knights_knaves": "0e5e2a5c",
+    "lcm": "82945ca3", "leg_counting": "df77a1df", "products": "6bc064f3",
+    "simple_equations": "3af4dce7", "syllogism": "2c78d3e2",
+}  # fmt: skip
 
 
 def some(generator: str, split: str, count: int, first: int = 0) -> list[puzzles.Puzzle]:
@@ -79,6 +90,13 @@ def test_questions_do_not_depend_on_the_process():
     ).stdout
     here = [p.question for g in puzzles.SETTINGS for p in puzzles.distinct(g, "held_out", 5)]
     assert there == f"{here}\n"
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_the_questions_are_those_that_scores_were_published_for(generator):
+    """Where this fails on purpose, scores from before cannot be compared with those from now on."""
+    questions = "\n".join(puzzles.puzzle_of(generator, seed).question for seed in range(100))
+    assert hashlib.sha256(questions.encode()).hexdigest()[:8] == DIGESTS[generator]
 
 
 def test_answers_are_right():

@@ -6,6 +6,7 @@ import pytest
 
 from glm_jax import sandbox
 from glm_jax.rewards import puzzles, verifiers
+from glm_jax.rewards.sources import load_sources
 from glm_jax.rollouts.task import Reward, Task
 
 CHOICE = Task(
@@ -51,6 +52,19 @@ def test_tasks_go_on_where_they_stopped():
     whole = puzzles.tasks("family_relationships", "held_out", 6)
     first = whole[2].answer["seed"] - puzzles.SEEDS["held_out"][0] + 1
     assert puzzles.tasks("family_relationships", "held_out", 3, first) == whole[3:]
+
+
+def test_a_source_of_puzzles_gives_as_many_as_it_says():
+    for count in (1, 3):
+        found = load_sources([f"puzzle:gcd:{count}"], "train")
+        assert found == puzzles.tasks("gcd", "train", count)
+    both = load_sources(["puzzle:gcd:1", "puzzle:lcm:2"], "held_out")
+    assert [task.group for task in both] == ["arithmetic/gcd", *["arithmetic/lcm"] * 2]
+    for source in ("puzzle:gcd", "puzzle:gcd:0", "puzzle:gcd:-1", "puzzle:gcd:x", "puzzle:gcd:1:2"):
+        with pytest.raises(ValueError, match=f"'{source}' must read puzzle:GENERATOR:COUNT"):
+            load_sources(["puzzle:lcm:1", source], "train")
+    with pytest.raises(ValueError, match="comes twice in puzzle:gcd:1, puzzle:gcd:2"):
+        load_sources(["puzzle:gcd:1", "puzzle:gcd:2"], "train")
 
 
 @pytest.mark.parametrize(

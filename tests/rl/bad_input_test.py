@@ -11,6 +11,7 @@ import shutil
 
 import pytest
 
+from configs import rl_math_tiny
 from experiments import entry
 from glm_jax import bubblewrap, sandbox
 from glm_jax.rl import loop
@@ -39,6 +40,26 @@ OUT_OF_RANGE = {
         "eval_samples": 0, "eval_temperature": 0.0,
         "save_rollouts_every": -1,
     }),
+}  # fmt: skip
+
+# The last value on each side that it takes.
+AT_THE_EDGE = {
+    TasksConfig: {"seed": 0, "wrong_answers": (0.0, 1.0)},
+    RolloutConfig: {"prompts_per_step": 1, "group_size": 2, "over_sampling": 1.0, "max_waves": 1},
+    GrpoConfig: {
+        "learning_rate": 0.0, "warmup_updates": 0, "clip_low": (0.0, 0.99), "clip_high": 0.0,
+        "importance_cap": 0.0, "updates_per_step": 1, "max_staleness": 0, "mtp_weight": 0.0,
+        "bias_rate": 0.0, "balance_weight": 0.0, "row_length": 1, "rows": 1,
+    },
+    ControlConfig: {
+        "pass_few": 1, "temperatures": ((0.1,), (2.0, 1)), "temperature_loss": (0.0, 1.0),
+        "plateau_window": 1, "plateau_gain": (-0.1, 0.0),
+        "length_stages": (((0, 1),), ((0, 6), (1, 8), (9, 7))),
+    },
+    RlLoopConfig: {
+        "seed": 0, "steps": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "eval_every": 1,
+        "eval_samples": 1, "eval_temperature": 0.01, "save_rollouts_every": (0, 1),
+    },
 }  # fmt: skip
 
 PUZZLE = {"verifier": "puzzle", "answer": {"generator": "gcd", "seed": 1}}
@@ -186,6 +207,17 @@ def test_code_is_refused_where_there_is_no_sandbox(rl_config, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     apply(rl_config, {"task": CODE})
     refuse(rl_config, "there is no bwrap")
+
+
+def test_values_at_the_edge_are_taken():
+    good, _ = entry.rl_config(rl_math_tiny.get_config())
+    for cls, values in AT_THE_EDGE.items():
+        section = getattr(good, OUT_OF_RANGE[cls][0])
+        for name, edges in values.items():
+            for value in edges if isinstance(edges, tuple) else (edges,):
+                assert getattr(dataclasses.replace(section, **{name: value}), name) == value
+    few = good.control.pass_few
+    assert dataclasses.replace(good.control, pass_many=few).pass_many == few
 
 
 def test_every_field_has_a_value_that_it_refuses():

@@ -73,6 +73,8 @@ def test_a_difficulty_file_names_its_bad_line(tmp_path):
     for line, problem in (
         ("{", "is no difficulty"),
         ('{"id": "b"}', "solved"),
+        ("[1]", "is no difficulty"),
+        ('{"id": "b", "solved": null, "tried": 8}', "is no difficulty"),
         ('{"id": "b", "solved": 9, "tried": 8}', "solved=9 of tried=8"),
     ):
         file.write_text('{"id": "a", "solved": 1, "tried": 8}\n' + line + "\n")

@@ -199,6 +199,8 @@ def test_who_is_held_out_depends_on_the_messages_alone(data_config, tokenizer):
     assert abs(len(held_out) / 1000 - 0.2) < 4 * np.sqrt(0.2 * 0.8 / 1000)
     more_train, more_held_out = split(sums(1500)[::-1], thinking_share=1.0)
     assert train < more_train and held_out < more_held_out
+    turned = [{"messages": [dict(reversed(m.items())) for m in c["messages"]]} for c in sums(1000)]
+    assert split(turned) == [train, held_out]
     # the same words are on one side
     twice = [c | {"thinking": thinking} for c in sums(100) for thinking in (True, False)]
     assert not set.intersection(*split(twice))
