@@ -1,5 +1,5 @@
-"""Asynchronous beside synchronous reinforcement learning, where environments are slow: steps an
-hour, and how long engine and trainer wait.
+"""Asynchronous beside synchronous reinforcement learning, where environments are slow: seconds of a
+step, and how long engine and trainer wait.
 
     python -m experiments.measure_async --workdir=SFT
 
@@ -66,7 +66,7 @@ def read_anything(self, tools, request):
 
 
 def run(asynchronous: bool) -> dict[str, float]:
-    """Seconds of the timed steps, in all and by what took them, and the rollouts trained on."""
+    """Mean seconds of the timed steps: `step`, and by phase as seconds/<phase> of the metrics."""
     config = rl_math_tiny.get_config()
     steps = STEPS.value + WARM
     config.update_from_flattened_dict(

@@ -61,9 +61,8 @@ class RolloutConfig:
     asynchronous: bool
     # Ray actors that sample, each with an engine on devices of its own; 0: this process samples
     workers: int
-    worker_resources: tuple[
-        tuple[str, float], ...
-    ]  # of each, as Ray counts them: ("CPU", 1.0), ...
+    # of each worker, as Ray counts them: ("CPU", 1.0), ...
+    worker_resources: tuple[tuple[str, float], ...]
     dynamic_sampling: bool  # replace groups without variance, in further waves
     max_waves: int  # then the step goes on with what it has
     # no loss on rollouts that reached the output length; else they count as wrong
@@ -291,14 +290,11 @@ class RlConfig:
             f"1.0 {why}, which begins as many groups as grpo.max_staleness allows",
         )  # fmt: skip
         _require(
-            len(self.control.temperatures) == 1,
-            "control.temperatures",
-            self.control.temperatures,
+            len(self.control.temperatures) == 1, "control.temperatures", self.control.temperatures,
             f"one {why}: rollouts of several steps are trained on together",
-        )
+        )  # fmt: skip
         _require(
             self.grpo.old_logprobs == "engine" or self.grpo.importance_cap > 0,
-            "grpo.importance_cap",
-            self.grpo.importance_cap,
+            "grpo.importance_cap", self.grpo.importance_cap,
             f"above 0 {why} and old_logprobs='trainer': nothing else corrects for older weights",
-        )
+        )  # fmt: skip
