@@ -36,7 +36,8 @@ def prepare(
     """
     if not names:
         raise ValueError(
-            f"tasks: none given; valid are {', '.join(OURS)}, names of lm-eval and YAML files"
+            f"tasks: none given; valid are {', '.join(OURS)}, names of lm-eval, YAML files, and"
+            " task files that end in .jsonl"
         )
     names = list(dict.fromkeys(names))
     foreign = [n for n in names if n not in OURS and not task_file.is_task_file(n)]
