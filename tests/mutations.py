@@ -25,6 +25,7 @@ from __future__ import annotations
 import ast
 import collections
 import compileall
+import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
@@ -32,6 +33,7 @@ import hashlib
 import json
 import os
 import pathlib
+import queue
 import random
 import re
 import resource
@@ -68,6 +70,7 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the draw.")
 PATIENCE = flags.DEFINE_float("patience", 180, "Seconds more than a test may take.", 1)
 REPORT = flags.DEFINE_string("report", "runs/mutations.jsonl", "One line for each change.")
 FOLDER = flags.DEFINE_multi_enum("folder", list(FOLDERS), list(FOLDERS), "Of the product.")
+JOBS = flags.DEFINE_integer("jobs", 1, "Changes that are judged at a time.", lower_bound=1)
 
 
 # --- changes ---
@@ -350,32 +353,57 @@ def _imports(test_file: str, module: str) -> bool:
 def judged(mutations: list[Mutation], known: list[dict]) -> Iterator[dict]:
     """Lines of the report, first those that are known."""
     done = {(k["file"], k["operator"], k["occurrence"], k["before"]): k for k in known}
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Copy(pathlib.Path(folder))
-        recorded = {}
-        for name in dict.fromkeys(m.folder for m in mutations):
-            path = ROOT / FOLDERS[name]
-            files = [path] if path.is_file() else sorted(path.rglob("*_test.py"))
-            recorded[name] = {
-                file: copy.record(file)
-                for file in (path.relative_to(ROOT).as_posix() for path in files)
-            }
-            print(f"{name}: {sum(map(len, recorded[name].values()))} tests recorded", flush=True)
-        controls = {m.folder: dataclasses.replace(m, operator=NO_CHANGE) for m in mutations}
-        for mutation in [*mutations, *controls.values()]:
-            key = (mutation.file, mutation.operator, mutation.occurrence, mutation.before)
-            if key in done:
-                yield done[key]
-                continue
-            limits = limits_in_order(
-                mutation, recorded[mutation.folder], mutation.operator == NO_CHANGE
-            )
-            started = time.perf_counter()
-            outcome, test = copy.judge(mutation, limits)
-            seconds = round(time.perf_counter() - started, 1)
-            yield dataclasses.asdict(mutation) | {
+    controls = {m.folder: dataclasses.replace(m, operator=NO_CHANGE) for m in mutations}
+    left = []
+    for mutation in [*mutations, *controls.values()]:
+        key = (mutation.file, mutation.operator, mutation.occurrence, mutation.before)
+        if key in done:
+            yield done[key]
+        else:
+            left.append(mutation)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        concurrent.futures.ThreadPoolExecutor(JOBS.value) as pool,
+    ):
+        copies: queue.SimpleQueue[Copy] = queue.SimpleQueue()  # those that are not in use
+        for job in range(JOBS.value):
+            copies.put(Copy(pathlib.Path(folder) / str(job)))
+
+        @contextlib.contextmanager
+        def free_copy():
+            copy = copies.get()
+            try:
+                yield copy
+            finally:
+                copies.put(copy)
+
+        def record(file: str) -> dict:
+            with free_copy() as copy:
+                return copy.record(file)
+
+        def judge(mutation: Mutation) -> dict:
+            everything = mutation.operator == NO_CHANGE
+            limits = limits_in_order(mutation, recorded[mutation.folder], everything)
+            with free_copy() as copy:
+                started = time.perf_counter()
+                outcome, test = copy.judge(mutation, limits)
+                seconds = round(time.perf_counter() - started, 1)
+            return dataclasses.asdict(mutation) | {
                 "outcome": outcome, "by": test, "tests": len(limits), "seconds": seconds,
             }  # fmt: skip
+
+        files = {name: test_files(name) for name in dict.fromkeys(m.folder for m in left)}
+        found = pool.map(record, [file for names in files.values() for file in names])
+        recorded = {name: {file: next(found) for file in names} for name, names in files.items()}
+        print(f"{sum(len(r) for f in recorded.values() for r in f.values())} tests recorded")
+        for line in concurrent.futures.as_completed([pool.submit(judge, m) for m in left]):
+            yield line.result()
+
+
+def test_files(folder: str) -> list[str]:
+    path = ROOT / FOLDERS[folder]
+    files = [path] if path.is_file() else sorted(path.rglob("*_test.py"))
+    return [file.relative_to(ROOT).as_posix() for file in files]
 
 
 def show(lines: list[dict]):
