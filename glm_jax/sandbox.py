@@ -18,6 +18,7 @@ import enum
 import os
 import pathlib
 import selectors
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -256,7 +257,14 @@ class Box:
 
     def _kill(self, status: Status):
         self.status = status
-        self._process.kill()  # its death kills the first process inside, and that one's all others
+        # Its death kills the first process inside, and that one's all others, but not before the
+        # first has asked for it: bwrap is stopped, so that it starts none, and the first goes too.
+        signal.pidfd_send_signal(self._pidfd, signal.SIGSTOP)
+        os.waitid(os.P_PIDFD, self._pidfd, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        for pid in _children(self._process.pid):  # they keep their numbers until bwrap asks
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.kill()
         self._process.wait()
         self._drain()
 
@@ -304,11 +312,17 @@ def _descendants(pid: int) -> list[int]:
     """Processes below pid, the first process of the sandbox first."""
     found, index = [pid], 0
     while index < len(found):
-        with contextlib.suppress(OSError):  # gone, as above
-            for task in os.listdir(f"/proc/{found[index]}/task"):
-                found += map(int, _words(f"/proc/{found[index]}/task/{task}/children"))
+        found += _children(found[index])
         index += 1
     return found[1:]
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        tasks = os.listdir(f"/proc/{pid}/task")
+    except OSError:  # gone, as above
+        return []
+    return [int(word) for task in tasks for word in _words(f"/proc/{pid}/task/{task}/children")]
 
 
 # --- many ---

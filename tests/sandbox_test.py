@@ -350,6 +350,16 @@ def test_children_end_with_the_program(close):
 
 
 @needs_sandbox
+def test_a_sandbox_that_is_closed_while_it_starts_ends_at_once():
+    for milliseconds in range(20):  # it takes 12 or more to start
+        box = Box("import time; time.sleep(1000)", STANDARD)
+        time.sleep(milliseconds / 2000)
+        started = time.monotonic()
+        box.close()  # returns when all that could write to its pipes is dead
+        assert time.monotonic() - started < 5 and box.status is Status.CLOSED
+
+
+@needs_sandbox
 def test_a_sandbox_ends_with_the_process_that_made_it():
     name = f"orphan-{os.getpid()}"
     inside = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ class SamplingSpec:
     thinking: bool
     max_turns: int = 32  # of the model, then the episode ends as MAX_TURNS
     step_seconds: float = 60.0  # that an environment may take to answer, then it ends as TIMEOUT
+    max_calls: int = 64  # of tools in one turn, more end it as TOO_MANY_CALLS
 
 
 @dataclasses.dataclass(eq=False)
@@ -68,7 +70,9 @@ class Episode:
         self.turns += 1
 
     def earn(self, reward: Reward):
-        """Adds a turn's reward."""
+        """Adds a turn's reward. Raises ValueError for one that is no number."""
+        if not math.isfinite(reward.value):
+            raise ValueError(f"reward {reward.value!r} must be a finite number")
         parts = collections.Counter(self.reward.parts)
         parts.update(reward.parts)
         self.reward = Reward(self.reward.value + reward.value, dict(parts))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import json
 import logging
 import threading
 import time
@@ -15,7 +16,7 @@ import numpy as np
 
 from data import chat_output, chat_template
 from data.tokenizer import Tokenizer
-from glm_jax.envs.environment import Start, Step, answer_of
+from glm_jax.envs.environment import NO_REWARD, Start, Step, answer_of
 from glm_jax.envs.episode import Episode, SamplingSpec
 from glm_jax.envs.registry import made_for
 from glm_jax.infer.engine import Engine
@@ -26,6 +27,8 @@ from glm_jax.rollouts.rollout import Group, RolloutStatus
 from glm_jax.rollouts.task import Task
 
 logger = logging.getLogger(__name__)
+
+CHARACTERS_PER_TOKEN = 16  # more than text has, as JSON
 
 
 def prompt_of(tokenizer: Tokenizer, task: Task, *, thinking: bool) -> list[int]:
@@ -184,11 +187,14 @@ class RolloutWorker:
             self._sample(episode)
 
     def _started(self, episode: Episode, start: Start):
+        self._check_size(start.messages)
         episode.tools = tuple(start.tools)
         thinking = episode.spec.thinking
         episode.give(
             chat_template.encode(self.tokenizer, start.messages, episode.tools, thinking=thinking)
         )
+        if len(episode.tokens) >= (context := self.engine.config.context):
+            raise ValueError(f"it begins with {len(episode.tokens)} tokens; {context=}")
         self._sample(episode)
 
     def _sample(self, episode: Episode):
@@ -213,10 +219,13 @@ class RolloutWorker:
         if episode.environment is None or status is not RolloutStatus.COMPLETED:
             self._end(episode, status)
             episode.message = message if episode.environment is None else None
+        elif message is not None and len(message.get("tool_calls", ())) > episode.spec.max_calls:
+            self._end(episode, RolloutStatus.TOO_MANY_CALLS)
         else:
             self._ask(episode, self._answered, episode.environment.step, message)
 
     def _answered(self, episode: Episode, step: Step):
+        self._check_size(step.messages)
         episode.earn(step.reward)
         if step.done:
             self._end(episode, RolloutStatus.COMPLETED)
@@ -229,8 +238,21 @@ class RolloutWorker:
             )
             self._sample(episode)
 
+    def _check_size(self, messages: Sequence[Mapping]):
+        """Raises ValueError for more text than the context could hold, before the engine's thread
+        spends its time on tokenizing it; and for messages that are not JSON.
+        """
+        context = self.engine.config.context
+        characters, most = len(json.dumps(list(messages))), CHARACTERS_PER_TOKEN * context
+        if characters > most:
+            raise ValueError(
+                f"it answers with {characters} characters; {context=} holds at most {most}"
+            )
+
     def _end(self, episode: Episode, status: RolloutStatus):
         episode.status = status
+        if not status.keeps_reward:
+            episode.reward = NO_REWARD
         if close := getattr(episode.environment, "close", None):
             threading.Thread(target=_closed, args=(episode.task.id, close), daemon=True).start()
 

@@ -26,8 +26,8 @@ def prepare(name: str, settings: Settings) -> Measurement:
 
 
 def run_tasks(name: str, tasks: list[Task], subject: Subject) -> dict[str, dict]:
-    """Every task answered once for each of settings.max_turns. An episode that was cut short, did
-    not end, could not be read or did not fit earns what it had.
+    """Every task answered once for each of settings.max_turns. An episode that was cut short or
+    did not end earns what it had; one that could not be read or did not fit, nothing.
 
     Metrics: `reward`; `turns` of the model; the share of each status that occurred. Verifiers judge
     one turn, so that without an environment the limit changes nothing.

@@ -18,6 +18,7 @@ class RolloutStatus(enum.Enum):
     TRUNCATED = "truncated"  # at the output length or the end of the context
     MAX_TURNS = "max_turns"  # the environment had not ended after the last turn
     FORMAT_ERROR = "format_error"  # what it wrote cannot be read
+    TOO_MANY_CALLS = "too_many_calls"  # of tools in one turn
     TIMEOUT = "timeout"  # the environment did not answer in time
     ENVIRONMENT_ERROR = "environment_error"  # the verifier or the environment failed
     ABORTED = "aborted"  # cancelled before its end
@@ -30,7 +31,15 @@ class RolloutStatus(enum.Enum):
             RolloutStatus.TRUNCATED,
             RolloutStatus.MAX_TURNS,
             RolloutStatus.FORMAT_ERROR,
+            RolloutStatus.TOO_MANY_CALLS,
         )
+
+    @property
+    def keeps_reward(self) -> bool:
+        """Whether what earlier turns earned counts: not where the model broke the rules of the
+        format (arXiv 2508.06471, section 3.3.2), nor where the environment failed.
+        """
+        return self in (RolloutStatus.COMPLETED, RolloutStatus.TRUNCATED, RolloutStatus.MAX_TURNS)
 
 
 @dataclasses.dataclass(eq=False)

@@ -232,9 +232,10 @@ def hard_tasks(samples: Iterable[Sample], config: RejectionConfig) -> set[str]:
     """Tasks with an objective answer that at most hard_pass_rate of all their samples got right;
     what failed on its way counts not.
     """
-    models = ("completed", "truncated", "format_error")
     judged = _by_task(
-        sample for sample in samples if sample.reward is not None and sample.status in models
+        sample
+        for sample in samples
+        if sample.reward is not None and RolloutStatus(sample.status).is_models
     )
     rates = {
         task: sum(s.reward is not None and s.reward >= config.min_reward for s in own) / len(own)

@@ -147,6 +147,8 @@ CALL = (
     "\n<tool_call>{}\n<arg_key>expression</arg_key>\n<arg_value>{}</arg_value>\n</tool_call>"
     "<|observation|>"
 ).format
+STOP = "<|observation|>"
+MANY_CALLS = lambda count: CALL("calculator", "8*7").removesuffix(STOP) * count + STOP
 FIRST, SECOND = (CALL("calculator", "8*7"), "stop"), (CALL("calculator", "56-5"), "stop")
 
 
@@ -161,15 +163,18 @@ FIRST, SECOND = (CALL("calculator", "8*7"), "stop"), (CALL("calculator", "56-5")
         ([("\nIt is 51<|user|>", "stop")], "completed", 0.0, 1),
         ([(CALL("abacus", "8*7"), "stop")], "format_error", 0.0, 0),
         ([FIRST, ("\n<tool_call>calculator<|observation|>", "stop")], "format_error", 0.0, 0),
+        ([(MANY_CALLS(64), "stop"), ("\n51<|user|>", "stop")], "completed", 1.0, 2),
+        ([(MANY_CALLS(65), "stop")], "too_many_calls", 0.0, 0),
+        ([FIRST, (MANY_CALLS(1000), "stop")], "too_many_calls", 0.0, 0),
         ([FIRST, (CALL("calculator", "56-5"), "length")], "truncated", 0.0, 0),
         ([FIRST, ("\n51", "abort")], "aborted", 0.0, 0),
     ],
 )  # fmt: skip
 def test_status_reward_and_tokens_of_an_episode(tokenizer, outputs, status, reward, turns):
     engine = ScriptedEngine(tokenizer, outputs)
-    engine.config = type("Config", (), {"context": 4096})
+    engine.config = type("Config", (), {"context": 100_000})
     spec = SamplingSpec(
-        group_size=1, max_new_tokens=2000, temperature=1.0, seed=0, thinking=False
+        group_size=1, max_new_tokens=50_000, temperature=1.0, seed=0, thinking=False
     )  # fmt: skip
     [rollout] = RolloutWorker(engine, tokenizer).rollouts([TASK], spec, 0)[0].rollouts
     assert rollout.status is RolloutStatus(status)
@@ -181,6 +186,35 @@ def test_status_reward_and_tokens_of_an_episode(tokenizer, outputs, status, rewa
         )
         np.testing.assert_array_equal(rollout.tokens, ids)
         np.testing.assert_array_equal(rollout.mask, trained)
+
+
+class PaysEveryTurn(Pays):
+    async def step(self, message):
+        return Step([{"role": "user", "content": "go on"}], False, Reward(0.5, {"turns": 1.0}))
+
+
+@pytest.mark.parametrize(
+    ("last", "status", "reward"),
+    [
+        (("\n<tool_call>abacus<|observation|>", "stop"), "format_error", 0.0),
+        (("\ngo<|user|>", "length"), "truncated", 0.5),
+        (("\ngo<|user|>", "stop"), "max_turns", 1.0),
+        (("\ngo<|user|>", "abort"), "aborted", 0.0),
+    ],
+)  # fmt: skip
+def test_a_format_error_costs_what_earlier_turns_earned(
+    tokenizer, monkeypatch, last, status, reward
+):
+    kind = Kind(lambda: PaysEveryTurn(0.0, 0.0), lambda tasks: None)
+    monkeypatch.setitem(registry.ENVIRONMENTS, "pays", kind)
+    engine = ScriptedEngine(tokenizer, [("\ngo<|user|>", "stop"), last])
+    engine.config = type("Config", (), {"context": 4096})
+    spec = SamplingSpec(
+        group_size=1, max_new_tokens=2000, temperature=1.0, seed=0, thinking=False, max_turns=2
+    )  # fmt: skip
+    task = dataclasses.replace(TASK, verifier="pays")
+    [rollout] = RolloutWorker(engine, tokenizer).rollouts([task], spec, 0)[0].rollouts
+    assert (rollout.status.value, rollout.reward.value) == (status, reward)
 
 
 # --- the cold start ---

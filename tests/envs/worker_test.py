@@ -218,6 +218,43 @@ def test_the_context_ends_an_episode_as_truncated(worker, monkeypatch):
     assert max(len(r.tokens) for g in groups for r in g.rollouts) <= 192 + 20
 
 
+FLOOD = [{"role": "user", "content": "x" * 1_000_000}]
+ASK = [{"role": "user", "content": "go on"}]
+
+
+@pytest.mark.parametrize(
+    ("where", "bad"),
+    [
+        ("reset", Start(FLOOD)), ("reset", Start([{"role": "user", "content": "hello " * 100}])),
+        ("step", Step(FLOOD, False)), ("step", Step(ASK * 10_000, False)),
+        ("step", Step([{"role": "user", "content": b"bytes"}], False)), ("step", Step(None, False)),
+        ("step", Step(ASK, False, Reward(float("nan"), {}))),
+        ("step", Step((), True, Reward(float("inf"), {}))), ("step", None),
+    ],
+    ids=["flood", "beyond the context", "flood", "many messages", "bytes", "no list", "nan", "inf",
+         "nothing"],
+)  # fmt: skip
+def test_what_an_environment_must_not_answer_ends_its_episode_without_reward(
+    worker, monkeypatch, caplog, where, bad
+):
+    turns = iter(range(1000))
+
+    class Bad(Talk):
+        def reset(self, task, seed):
+            return bad if where == "reset" else super().reset(task, seed)
+
+        async def step(self, message):
+            first = Step(ASK, False, Reward(0.25, {"turns": 1.0}))
+            return bad if next(turns) >= SPEC.group_size else first
+
+    asked = tasks(monkeypatch, 1)
+    monkeypatch.setitem(registry.ENVIRONMENTS, "talk", Kind(lambda: Bad(99), lambda tasks: None))
+    group = worker.rollouts(asked, SPEC, 0)[0]
+    failed = [r for r in group.rollouts if r.status is RolloutStatus.ENVIRONMENT_ERROR]
+    assert failed and all(r.reward == Reward(0.0, {}) for r in failed)
+    assert "task 't0': its environment failed" in caplog.text and worker.engine.idle
+
+
 @pytest.mark.parametrize("where", ["reset", "step", "exit"])
 def test_a_failing_environment_ends_its_own_episode(worker, monkeypatch, where):
     groups = worker.rollouts(tasks(monkeypatch, 2, turns=2, fails_in=where), SPEC, 0)

@@ -46,7 +46,7 @@ def test_of_groups(groups):
             "rollouts": 4, "length": 4.0, "length_p90": 7.9,  # 3 + 0.7 x 7
             "status/completed": 0.5, "status/truncated": 0.25, "status/environment_error": 0.25,
             "status/format_error": 0.0, "status/aborted": 0.0, "status/max_turns": 0.0,
-            "status/timeout": 0.0,
+            "status/timeout": 0.0, "status/too_many_calls": 0.0,
         }
     )  # fmt: skip
     assert measures.of_groups([]) == {}

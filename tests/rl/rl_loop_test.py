@@ -178,7 +178,7 @@ def test_what_the_model_writes_is_parsed_judged_and_trained_on(rl_config, tmp_pa
         assert {k: v for k, v in record.items() if k.startswith(("status/", "groups_"))} == {
             "status/completed": 3 / 12, "status/format_error": 4 / 12, "status/truncated": 4 / 12,
             "status/environment_error": 1 / 12, "status/aborted": 0.0, "status/max_turns": 0.0,
-            "status/timeout": 0.0,
+            "status/timeout": 0.0, "status/too_many_calls": 0.0,
             "groups_mixed": 3, "groups_unsolved": 1,
             "groups_stale": 0, "groups_from_buffer": 0, "groups_surplus": 0,
         }  # fmt: skip
