@@ -46,6 +46,7 @@ ARROWS = {
     "glm_jax.envs": (
         "data", "glm_jax.sandbox", "glm_jax.rollouts", "glm_jax.rewards",
         "glm_jax.infer",  # the worker runs episodes on an engine
+        "glm_jax.serve",  # and answers the calls of agents that others wrote
     ),
     "glm_jax.run": ("data", "glm_jax.files"),
     "glm_jax.train": (

@@ -8,7 +8,7 @@ import asyncio
 import dataclasses
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from glm_jax.rollouts.task import Reward, Task
 
@@ -50,17 +50,33 @@ class Environment(Protocol):
         ...
 
 
+@runtime_checkable
+class Harness(Protocol):
+    """One episode of an agent that others wrote, which calls the model by OpenAI's chat API.
+
+    run() lasts as long as the episode and may be async; it has a thread of its own, as an
+    environment has. Every call is recorded, and its tokens are trained on
+    (docs/guides/train_an_agent.md). It may have close(), as an environment may.
+    """
+
+    def run(self, task: Task, address: str, seed: int) -> Reward | Awaitable[Reward]:
+        """address: base URL for the client; any API key and model name do. A call is answered with
+        an error once the episode has ended, by a limit or a turn that cannot be read.
+        """
+        ...
+
+
 # Writes the assistant's next message after the conversation so far.
 Agent = Callable[[Sequence[Mapping]], Mapping]
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """make: a new episode's environment. check: raises ValueError naming the first task that the
-    environment cannot use. expert: earns 1 in every task; None: there is none.
+    """make: a new episode's environment or harness. check: raises ValueError naming the first task
+    that it cannot use. expert: earns 1 in every task; None: there is none, as of a harness.
     """
 
-    make: Callable[[], Environment]
+    make: Callable[[], Environment | Harness]
     check: Callable[[Sequence[Task]], None]
     expert: Agent | None = None
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from glm_jax.envs.environment import NO_REWARD, Environment
+from glm_jax.envs.environment import NO_REWARD, Environment, Harness
 from glm_jax.infer.request import Request
 from glm_jax.rollouts.rollout import ALONG_TOKENS, Rollout, RolloutStatus
 from glm_jax.rollouts.task import Reward, Task
+from glm_jax.serve.recorder import Session
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +34,17 @@ class SamplingSpec:
 @dataclasses.dataclass(eq=False)
 class Episode:
     """tokens and what is along them as in Rollout; experts: of the tokens that the engine has
-    computed, in parts. environment: None where a verifier judges the only turn.
+    computed, in parts. environment: None where a verifier judges the only turn. session: of a
+    harness, which has the tokens then. deadline: until when an environment may answer, by
+    time.monotonic.
     """
 
     task: Task
     spec: SamplingSpec
     seed: int
-    environment: Environment | None
+    environment: Environment | Harness | None
+    session: Session | None = None
+    deadline: float = math.inf
     tools: Sequence[Mapping] = ()
     tokens: list[int] = dataclasses.field(default_factory=list)
     mask: list[bool] = dataclasses.field(default_factory=list)
@@ -77,11 +82,22 @@ class Episode:
         parts.update(reward.parts)
         self.reward = Reward(self.reward.value + reward.value, dict(parts))
 
-    def rollout(self) -> Rollout:
-        """Of an episode that has ended."""
+    def rollouts(self, number: int) -> list[Rollout]:
+        """Of an episode that has ended: one, or one for each path of a session. number: of the
+        episode in its group.
+        """
         assert self.status is not None, "it has ended"
-        along: dict[str, Any] = {name: getattr(self, name) for name in ALONG_TOKENS}
-        return Rollout(
-            task=self.task, **along, status=self.status, reward=self.reward,
-            experts=np.concatenate(self.experts) if self.experts else None,
-        )  # fmt: skip
+        parts = self.session.paths() if self.session is not None else []
+        found = []
+        for part in parts or [self]:
+            along: dict[str, Any] = {name: getattr(part, name) for name in ALONG_TOKENS}
+            experts = part.experts
+            if isinstance(experts, list):
+                experts = np.concatenate(experts) if experts else None
+            found.append(
+                Rollout(
+                    task=self.task, **along, status=self.status, reward=self.reward,
+                    experts=experts, episode=number if len(parts) > 1 else None,
+                )
+            )  # fmt: skip
+        return found

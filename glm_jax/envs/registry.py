@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from glm_jax.envs import calculator
-from glm_jax.envs.environment import Environment, Kind
+from glm_jax.envs.environment import Environment, Harness, Kind
 from glm_jax.envs.scripted import idle, play
 from glm_jax.rewards import verifiers
 from glm_jax.rollouts.task import Task
@@ -32,7 +32,9 @@ def check_rewards(kind: Kind, task: Task) -> None:
     """Raises ValueError unless the environment's expert earns 1 and one who does nothing 0."""
     assert kind.expert is not None
     for name, agent, due in (("the expert", kind.expert, 1.0), ("doing nothing", idle, 0.0)):
-        reward = play(kind.make(), task, agent).reward
+        environment = kind.make()
+        assert not isinstance(environment, Harness), "a harness brings its own agent"
+        reward = play(environment, task, agent).reward
         if abs(reward - due) > 1e-6:
             raise ValueError(
                 f"task {task.id!r}: with answer={task.answer!r} {name} earns {reward:g}, not"
@@ -40,7 +42,7 @@ def check_rewards(kind: Kind, task: Task) -> None:
             )
 
 
-def made_for(task: Task) -> Environment | None:
-    """The environment of a task's episode; None where a verifier judges its one turn."""
+def made_for(task: Task) -> Environment | Harness | None:
+    """The environment or harness of a task's episode; None where a verifier judges its one turn."""
     kind = ENVIRONMENTS.get(task.verifier)
     return None if kind is None else kind.make()

@@ -8,6 +8,7 @@ import collections
 import concurrent.futures
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,15 +17,16 @@ import numpy as np
 
 from data import chat_output, chat_template
 from data.tokenizer import Tokenizer
-from glm_jax.envs.environment import NO_REWARD, Start, Step, answer_of
+from glm_jax.envs.environment import NO_REWARD, Harness, Start, Step, answer_of
 from glm_jax.envs.episode import Episode, SamplingSpec
+from glm_jax.envs.harness import Call, HarnessCalls
 from glm_jax.envs.registry import made_for
 from glm_jax.infer.engine import Engine
 from glm_jax.infer.request import Request
 from glm_jax.infer.sampling import SamplingParams
 from glm_jax.rewards import verifiers
 from glm_jax.rollouts.rollout import Group, RolloutStatus
-from glm_jax.rollouts.task import Task
+from glm_jax.rollouts.task import Reward, Task
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +52,9 @@ class RolloutWorker:
         self.seconds: dict[str, float] = collections.defaultdict(float)
         self._groups: dict[int, list[Episode]] = {}  # that have not ended, by number
         self._running: dict[int, tuple[Request, Episode]] = {}  # by the id of the request
-        # What environments are asked, with what goes on when they answer, and until when they may.
-        self._waiting: dict[concurrent.futures.Future, tuple[Episode, Callable, float]] = {}
+        # What environments are asked, with what goes on when they answer.
+        self._waiting: dict[concurrent.futures.Future, tuple[Episode, Callable]] = {}
+        self._calls = HarnessCalls(engine, tokenizer)
         self._judge = concurrent.futures.ThreadPoolExecutor(1, "judge")
         self._judged: dict[concurrent.futures.Future, int] = {}  # the groups being judged
         self._finished: list[tuple[int, Group]] = []
@@ -79,13 +82,7 @@ class RolloutWorker:
         for episode in group:
             if episode.status is None:
                 self._end(episode, RolloutStatus.ABORTED)
-        episodes = set(map(id, group))
-        for request, episode in list(self._running.values()):
-            if id(episode) in episodes:
-                del self._running[request.id]
-                self.engine.abort(request)
-        waiting = self._waiting.items()
-        self._waiting = {f: entry for f, entry in waiting if id(entry[0]) not in episodes}
+        self._drop(group)
         self._judged = {f: judged for f, judged in self._judged.items() if judged != number}
 
     def advance(self, timeout: float = 0.05) -> list[tuple[int, Group]]:
@@ -93,12 +90,14 @@ class RolloutWorker:
         that have ended, judged, with their numbers. timeout: seconds to wait for an answer where
         the engine has nothing to do.
         """
+        for call in self._calls.take():
+            self._called(call)
         if not self.engine.idle:
             self.engine.step()
         # Those that were cancelled are none of the step's.
         for request, episode in [r for r in self._running.values() if r[0].status == "finished"]:
-            del self._running[request.id]
-            self._ended(episode, request)
+            if self._running.pop(request.id, None):  # else its episode has just been dropped
+                self._ended(episode, request)
         waits = self.engine.idle and self._waiting
         self._environments(timeout if waits else 0.0)
         judged = set(self._judged.values())
@@ -113,7 +112,7 @@ class RolloutWorker:
             future.result()  # raises what the verifier has raised
             number = self._judged.pop(future)
             group = self._groups.pop(number)
-            rollouts = [episode.rollout() for episode in group]
+            rollouts = [rollout for i, e in enumerate(group) for rollout in e.rollouts(i)]
             self._finished.append((number, Group(group[0].task, rollouts)))
         finished, self._finished = self._finished, []
         return finished
@@ -177,6 +176,11 @@ class RolloutWorker:
     def _begin(self, task: Task, group: Sequence[Episode]):
         prompt = None
         for episode in group:
+            if isinstance(episode.environment, Harness):
+                episode.session, address = self._calls.open(episode)
+                run = episode.environment.run
+                self._ask(episode, self._harness_ended, run, task, address, episode.seed)
+                continue
             if episode.environment is not None:
                 reset = episode.environment.reset
                 self._ask(episode, self._started, reset, task, episode.seed)
@@ -205,15 +209,67 @@ class RolloutWorker:
         if left <= 0:
             self._end(episode, RolloutStatus.TRUNCATED)
             return
-        params = SamplingParams(
-            max_new_tokens=left, temperature=episode.spec.temperature, seed=episode.seed,
+        request = self.engine.submit(list(episode.tokens), self._sampling(episode, left))
+        self._running[request.id] = request, episode
+
+    def _sampling(self, episode: Episode, max_new_tokens: int) -> SamplingParams:
+        return SamplingParams(
+            max_new_tokens=max_new_tokens, temperature=episode.spec.temperature, seed=episode.seed,
             sample_index=episode.turns, stop_tokens=self.stop_tokens,
             logprob_temperature=episode.spec.temperature or 1.0,
         )  # fmt: skip
-        request = self.engine.submit(list(episode.tokens), params)
+
+    def _called(self, call: Call):
+        """A harness asks for the model's next turn."""
+        episode, session = call.episode, call.episode.session
+        assert session is not None, "a harness has one"
+        spec, context = episode.spec, self.engine.config.context
+        if episode.turns >= spec.max_turns:
+            return self._refuse(call, RolloutStatus.MAX_TURNS)
+        try:
+            self._check_size(call.messages)
+            call.node, tokens = session.ask(call.messages, call.tools, thinking=spec.thinking)
+        except ValueError as error:
+            return call.refuse(str(error))
+        room = context - len(tokens)
+        left = min(spec.max_new_tokens - session.num_sampled, room, call.max_tokens or room)
+        if left <= 0:
+            # A first call that does not fit is none of the model's doing.
+            status = RolloutStatus.TRUNCATED if episode.turns else RolloutStatus.ENVIRONMENT_ERROR
+            return self._refuse(call, status)
+        request = self.engine.submit(tokens, self._sampling(episode, left))
         self._running[request.id] = request, episode
+        self._calls.begin(call, request)
+        episode.turns += 1
+        episode.deadline = math.inf  # while the model writes
+
+    def _turn_ended(self, episode: Episode, request: Request):
+        """The model has written a turn that a harness asked for."""
+        call = self._calls.pop(request)
+        assert episode.session is not None and call.node is not None
+        status, message = self.read(call.tools, request)
+        if message is not None and len(message.get("tool_calls", ())) > episode.spec.max_calls:
+            status, message = RolloutStatus.TOO_MANY_CALLS, None
+        layers = self.engine.model_config.num_moe_layers
+        episode.session.add(call.node, request, message, layers)
+        if status is not RolloutStatus.COMPLETED:
+            return self._refuse(call, status)
+        call.future.set_result(request)
+        if not self._calls.is_waiting(episode):
+            episode.deadline = time.monotonic() + episode.spec.step_seconds
+
+    def _refuse(self, call: Call, status: RolloutStatus):
+        """Ends a harness's episode at a call of the model."""
+        self._end(call.episode, status)
+        call.refuse_ended()
+
+    def _harness_ended(self, episode: Episode, reward: Reward):
+        episode.earn(reward)
+        self._end(episode, RolloutStatus.COMPLETED)
 
     def _ended(self, episode: Episode, request: Request):
+        if episode.session is not None:
+            return self._turn_ended(episode, request)
         episode.take(request, self.engine.model_config.num_moe_layers)
         status, message = self.read(episode.tools, request)
         if episode.environment is None or status is not RolloutStatus.COMPLETED:
@@ -222,6 +278,7 @@ class RolloutWorker:
         elif message is not None and len(message.get("tool_calls", ())) > episode.spec.max_calls:
             self._end(episode, RolloutStatus.TOO_MANY_CALLS)
         else:
+            assert not isinstance(episode.environment, Harness), "it has a session"
             self._ask(episode, self._answered, episode.environment.step, message)
 
     def _answered(self, episode: Episode, step: Step):
@@ -253,14 +310,29 @@ class RolloutWorker:
         episode.status = status
         if not status.keeps_reward:
             episode.reward = NO_REWARD
+        if episode.session is not None:
+            self._calls.close(episode)
+            self._drop([episode])
         if close := getattr(episode.environment, "close", None):
             threading.Thread(target=_closed, args=(episode.task.id, close), daemon=True).start()
+
+    def _drop(self, episodes: Sequence[Episode]):
+        """Takes back what episodes that have ended have in the engine or wait for."""
+        ended = set(map(id, episodes))
+        for request, episode in list(self._running.values()):
+            if id(episode) in ended:
+                del self._running[request.id]
+                if request.status != "finished":
+                    self.engine.abort(request)
+        waiting = self._waiting.items()
+        self._waiting = {f: entry for f, entry in waiting if id(entry[0]) not in ended}
 
     def _ask(self, episode: Episode, then: Callable, function: Callable, *args):
         future = concurrent.futures.Future()
         # A daemon: an environment that never answers must not keep the process from its end.
         threading.Thread(target=_finish, args=(future, function, *args), daemon=True).start()
-        self._waiting[future] = episode, then, time.monotonic() + episode.spec.step_seconds
+        self._waiting[future] = episode, then
+        episode.deadline = time.monotonic() + episode.spec.step_seconds
 
     def _environments(self, timeout: float):
         """Goes on with the episodes whose environments have answered, and ends those whose have
@@ -268,11 +340,12 @@ class RolloutWorker:
         """
         if not self._waiting:
             return
-        concurrent.futures.wait(
-            self._waiting, timeout, return_when=concurrent.futures.FIRST_COMPLETED
-        )
+        waited_for = [*self._waiting, self._calls.arrival]
+        concurrent.futures.wait(waited_for, timeout, return_when=concurrent.futures.FIRST_COMPLETED)
         now = time.monotonic()
-        for future, (episode, then, deadline) in list(self._waiting.items()):
+        for future, (episode, then) in list(self._waiting.items()):
+            if episode.status is not None:
+                continue  # ended by another that this loop has looked at
             if future.done():
                 del self._waiting[future]
                 error = future.exception()
@@ -285,7 +358,7 @@ class RolloutWorker:
                     name = episode.task.id
                     logger.warning("task %r: its environment failed", name, exc_info=error)
                     self._end(episode, RolloutStatus.ENVIRONMENT_ERROR)
-            elif now > deadline:
+            elif now > episode.deadline:
                 del self._waiting[future]
                 self._end(episode, RolloutStatus.TIMEOUT)
 

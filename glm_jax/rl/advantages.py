@@ -14,16 +14,16 @@ STD_FLOOR = 1e-6
 
 
 def advantages(group: Group, *, normalize_std: bool) -> list[tuple[Rollout, float]]:
-    """(rollout, advantage) of the rollouts that may teach. The mean, and the standard deviation,
-    are over those alone.
+    """(rollout, advantage) of the rollouts that may teach and have sampled tokens. The mean, and
+    the standard deviation, are over all episodes that may teach, each of which counts once.
     """
-    rollouts = group.learnable
-    rewards = np.asarray([r.reward.value for r in rollouts], np.float64)
-    if not len(rewards):
+    of_episodes = [r.reward.value for r in group.episodes if r.status.is_models]
+    if not of_episodes:
         return []
-    centred = rewards - rewards.mean()
+    rollouts = [r for r in group.learnable if r.num_sampled]
+    centred = np.asarray([r.reward.value for r in rollouts], np.float64) - np.mean(of_episodes)
     if normalize_std:
-        centred = centred / (rewards.std() + STD_FLOOR)
+        centred = centred / (np.std(of_episodes) + STD_FLOOR)
     return list(zip(rollouts, centred.tolist(), strict=True))
 
 

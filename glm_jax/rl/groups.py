@@ -110,9 +110,9 @@ class Collector:
 
 def outcome(group: Group) -> str:
     """`mixed` teaches; all `solved` alike or all `unsolved` alike do not; `failed`: fewer than two
-    rollouts that count.
+    episodes that count.
     """
-    rewards = [r.reward.value for r in group.learnable]
+    rewards = [r.reward.value for r in group.episodes if r.status.is_models]
     if len(rewards) < 2:
         return "failed"
     if group.has_variance:

@@ -12,14 +12,14 @@ from glm_jax.rollouts.rollout import Group, RolloutStatus
 
 
 def of_groups(groups: Sequence[Group]) -> dict[str, float]:
-    """`reward` (mean over rollouts that say something about the model), by part and by group of
+    """`reward` (mean over episodes that say something about the model), by part and by group of
     tasks; `length` in sampled tokens and its 90th percentile; the share of every status. Nothing of
     no groups.
     """
     rollouts = [r for g in groups for r in g.rollouts]
     if not rollouts:
         return {}
-    counted = [r for r in rollouts if r.status.is_models]
+    counted = [r for g in groups for r in g.episodes if r.status.is_models]
     lengths = [r.num_sampled for r in rollouts]
     statuses = collections.Counter(r.status for r in rollouts)
     by_group, by_part = collections.defaultdict(list), collections.defaultdict(list)
@@ -72,7 +72,8 @@ def readable(groups: Sequence[Group], tokenizer: Tokenizer) -> list[dict]:
     lines = []
     for group in groups:
         for rollout in group.rollouts:
-            first = int(rollout.mask.argmax())
+            sampled = np.flatnonzero(rollout.mask)
+            first = int(sampled[0]) if len(sampled) else len(rollout.tokens)
             lines.append({
                 "task": group.task.id, "group": group.task.group, "status": rollout.status.value,
                 "reward": rollout.reward.value,

@@ -49,8 +49,9 @@ class Rollout:
 
     tokens: int32 [n]. Along them: mask, bool, whether the model sampled the token; logprobs,
     float32, the engine's, 0 elsewhere; versions, int32, of the weights, -1 elsewhere. experts:
-    int16 [n - 1, MoE layers, K], what each token but the last was routed to, or None. Sequences
-    are converted.
+    int16 [n - 1, MoE layers, K], what each token but the last was routed to, or None. episode: None
+    for one of its own; an agent that edits its history leaves several rollouts of one episode,
+    which have its number in the group and its reward. Sequences are converted.
     """
 
     task: Task
@@ -61,6 +62,7 @@ class Rollout:
     status: RolloutStatus
     reward: Reward
     experts: np.ndarray | None = None
+    episode: int | None = None
 
     def __post_init__(self):
         for name, dtype in ALONG_TOKENS.items():
@@ -109,8 +111,21 @@ class Group:
         return [r for r in self.rollouts if r.status.is_models]
 
     @property
+    def episodes(self) -> list[Rollout]:
+        """The first rollout of each episode, which stands for its status and its reward."""
+        found = {}
+        for index, rollout in enumerate(self.rollouts):
+            own = rollout.episode is None
+            found.setdefault((own, index if own else rollout.episode), rollout)
+        return list(found.values())
+
+    @property
     def has_variance(self) -> bool:
-        return len({r.reward.value for r in self.learnable}) > 1
+        """Whether there is something to learn: rewards that differ, and tokens to reinforce."""
+        learnable = self.learnable
+        return len({r.reward.value for r in learnable}) > 1 and any(
+            r.num_sampled for r in learnable
+        )
 
 
 def pack_groups(groups: Sequence[Group]) -> tuple[list[dict], dict[str, np.ndarray]]:
@@ -126,6 +141,7 @@ def pack_groups(groups: Sequence[Group]) -> tuple[list[dict], dict[str, np.ndarr
                     "status": rollout.status.value,
                     "reward": dataclasses.asdict(rollout.reward),
                     "has_experts": rollout.experts is not None,
+                    "episode": rollout.episode,
                 }
                 for rollout in group.rollouts
             ],
@@ -158,6 +174,7 @@ def unpack_groups(entries: Sequence[Mapping], arrays: Mapping[str, np.ndarray]) 
                     status=RolloutStatus(saved["status"]),
                     reward=Reward(**saved["reward"]),
                     experts=arrays["experts"][first:last] if saved["has_experts"] else None,
+                    episode=saved.get("episode"),  # not in older checkpoints
                 )
             )
             start, first = end, last if saved["has_experts"] else first

@@ -197,7 +197,7 @@ class _Api:
             raise ApiError(
                 415, f"Content-Type: must be application/json, not {kind_of_body!r:.100}"
             )
-        body = read_request(kind, await _read_body(request, self._config.max_body_bytes))
+        body = read_request(kind, await read_body(request, self._config.max_body_bytes))
         self._check_model(body.model)
         return body
 
@@ -266,7 +266,7 @@ def _encode_whole(*arguments, **options) -> tuple[list[int], str]:
     return chat_template.encode(*arguments, **options), ""
 
 
-async def _read_body(request: Request, limit: int) -> bytes:
+async def read_body(request: Request, limit: int) -> bytes:
     """The body, unless it is longer than `limit` bytes: then the answer does not wait for its end,
     and nothing of it is kept.
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from glm_jax import hf
+from data.tokenizer import Tokenizer
 from glm_jax.envs import registry
 from glm_jax.envs.environment import Kind, Start, Step
 from glm_jax.envs.episode import SamplingSpec
@@ -22,7 +21,7 @@ from glm_jax.infer.config import EngineConfig
 from glm_jax.infer.engine import Engine
 from glm_jax.rollouts.rollout import RolloutStatus
 from glm_jax.rollouts.task import Reward, Task
-from tests.model.oracle import random_state, tiny_config, to_jax
+from tests.envs.talking import talking_model
 
 SPEC = SamplingSpec(
     group_size=3, max_new_tokens=100, temperature=1.0, seed=5, thinking=False, max_turns=4,
@@ -37,21 +36,7 @@ def tokenizer(corpus_folder):
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    """Random weights that mostly write plain text, and often end a turn: a constant in the
-    embeddings and the head is a bias of the logits.
-    """
-    config = tiny_config(vocab_size=320, max_length=256)
-    state = random_state(config)
-    bias = np.zeros(320)
-    bias[[tokenizer.special(name) for name in SPECIAL_TOKENS]] = -14.0
-    bias[tokenizer.special("<|user|>")] = 10.0
-    for path, variable in nnx.to_flat_state(state):
-        if path == ("embed_tokens", "weight"):
-            variable.set_value(variable.get_value() + 2.0)
-        if path == ("lm_head", "weight"):
-            width = variable.get_value().shape[0]
-            variable.set_value(variable.get_value() + bias / width)
-    return nnx.merge(nnx.graphdef(hf.abstract_model(config)), to_jax(state))
+    return talking_model(tokenizer)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 
 from data.tokenizer import train_tokenizer
 from glm_jax.rl import measures
+from glm_jax.rl.advantages import advantages
 from glm_jax.rollouts.rollout import Group, Rollout, RolloutStatus
 from glm_jax.rollouts.task import Reward, Task
 
@@ -52,6 +53,16 @@ def test_of_groups(groups):
     assert measures.of_groups([]) == {}
     broken = [Group(groups[0].task, groups[0].rollouts[2:])]
     assert measures.of_groups(broken)["reward"] == 0.0
+
+
+def test_a_rollout_without_tokens_is_written_down_and_teaches_nothing(groups):
+    tokenizer = type("Tokenizer", (), {"decode": lambda self, ids: str(list(ids))})()
+    task, nothing = groups[0].task, ([], [], [], [])
+    empty = [Rollout(task, *nothing, COMPLETED, Reward(r, {})) for r in (0.0, 1.0)]
+    lines = measures.readable([Group(task, empty)], tokenizer)
+    assert [(x["prompt"], x["output"], x["length"]) for x in lines] == [("[]", "[]", 0)] * 2
+    assert not Group(task, empty).has_variance
+    assert advantages(Group(task, empty), normalize_std=False) == []
 
 
 def test_staleness_counts_updates_since_the_oldest_token(groups):
