@@ -13,7 +13,14 @@ from jax.sharding import AbstractMesh, AxisType
 from configs import glm45
 from experiments.entry import run_config
 from glm_jax.optim.muon import newton_schulz, scale_by_muon
-from glm_jax.optim.optimizer import OptimizerConfig, group_of, group_rms, group_tree, make_optimizer
+from glm_jax.optim.optimizer import (
+    OptimizerConfig,
+    group_of,
+    group_rms,
+    group_tree,
+    head_split,
+    make_optimizer,
+)
 from glm_jax.sharding import MESH_AXES, MeshConfig, make_mesh, named
 from glm_jax.train.state import TrainSpec
 
@@ -154,6 +161,14 @@ def test_groups_follow_the_paper():
     assert group_of(("mtp", "embed_tokens", "weight"), ("vocab", "embed")) == "embedding"
     assert group_of(("norm", "weight"), ("norm",)) == "vector"
     assert group_of(("moe_layers", "self_attn", "q_proj", "bias"), ("heads",)) == "vector"
+
+
+def test_heads_are_split_along_their_own_axis_of_a_matrix():
+    assert head_split(("embed", "heads"), (4, 24), 8) == (-1, 3)
+    assert head_split(("kv_heads", "embed"), (16, 4), 8) == (-2, 2)
+    assert head_split((None, "embed", "heads"), (5, 4, 24), 8) == (-1, 3)
+    assert head_split(("embed", "mlp"), (4, 24), 8) is None
+    assert head_split(("heads",), (24,), 8) is None
 
 
 AXES = {

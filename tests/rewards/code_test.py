@@ -412,6 +412,7 @@ def test_unusable_answers_are_named(answer, message, monkeypatch):
         ("```python\nx = '''\n  ```\n'''\n```", "x = '''\n  ```\n'''\n"),
         ("```python\nx", "x\n"),
         ("```python\nx\n", "x\n"),
+        ("```python\nx\ny\n", "x\ny\n"),
         ("~~~\nx\n~~~", "x\n"),
         ("````py\nx\n```\n````", "x\n```\n"),
         ("```python3.11\r\nx\r\n```\r\n", "x\n"),

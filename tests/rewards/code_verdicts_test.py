@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from glm_jax.rewards import code
+from glm_jax.rewards import code, code_tester
 from glm_jax.rewards.code import Verdict, judge
 from glm_jax.sandbox import STANDARD
 from tests.sandboxes import needs_sandbox
@@ -397,6 +397,44 @@ def test_a_class_in_place_of_a_function_equals_nothing(test):
         ).verdict
         is Verdict.WRONG
     )
+
+
+@needs_sandbox
+def test_what_a_method_returns_is_compared_by_us():
+    """Only what the test itself has made of the class compares as the class says."""
+    answer = {"entry_point": "f", "prompt": "class f: ...", "test": "assert f(1).add(f(2)) == 303"}
+    honest = "class f:\n  def __init__(s, x): s.x = x\n  def add(s, o): return {}"
+    assert judge(answer, honest.format("300 + s.x + o.x"), STANDARD).verdict is Verdict.PASSED
+    liar = honest.format("f(0)") + "\n  __eq__ = lambda s, o: True\n  __hash__ = None"
+    assert judge(answer, liar, STANDARD).verdict is Verdict.WRONG
+
+
+@pytest.mark.parametrize(
+    ("prompt", "test", "entry_point", "is_class"),
+    [
+        ("", "assert Box(1)", "Box", True), ("class box: ...", "assert box(1)", "box", True),
+        ("", "assert box(1) == 2", "box", False), ("class Other: ...", "box(1)", "box", False),
+        ("", "assert box(1).width == 2", "box", True), ("", "with box(1): pass", "box", True),
+        ("", "assert isinstance(x, box)", "box", True), ("", "assert box(1)[0]", "box", False),
+    ],
+)  # fmt: skip
+def test_a_task_that_asks_for_a_class_is_known_by_its_prompt_name_or_use(
+    prompt, test, entry_point, is_class
+):
+    assert code_tester.asks_for_class(prompt, test, entry_point) is is_class
+
+
+@needs_sandbox
+@pytest.mark.parametrize(("result", "passes"), [("3", True), ("4", False)])
+def test_marks_of_pytest_change_no_test(result, passes):
+    test = (
+        "import pytest\n@pytest.mark.slow\ndef test_add(): assert f(1, 2) == 3\n"
+        "@pytest.mark.timeout(5)\nclass TestMore:\n  @pytest.mark.slow\n"
+        "  def test(self): assert f(1, 2) == 3\n"
+    )
+    answer = {"entry_point": "f", "prompt": "", "test": test}
+    verdict = judge(answer, f"def f(a, b): return {result}", STANDARD).verdict
+    assert (verdict is Verdict.PASSED) == passes
 
 
 @needs_sandbox

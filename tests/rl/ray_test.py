@@ -97,10 +97,14 @@ def test_workers_that_die_one_after_the_other_end_the_run(config):
     source.close()
 
 
-def test_a_cluster_without_the_resources_is_refused_before_anything_is_written(config, tmp_path):
-    config.rollout.worker_resources = (("CPU", 1.0), ("TPU", 4.0))
+@pytest.mark.parametrize(("resource", "amount"), [("TPU", 4.0), ("half", 0.25)])
+def test_a_cluster_without_the_resources_is_refused_before_anything_is_written(
+    config, tmp_path, resource, amount
+):
+    config.rollout.worker_resources = (("CPU", 1.0), (resource, amount))
     rl, start = entry.rl_config(config)
-    with pytest.raises(ValueError, match="rollout.workers=2 need 8 TPU .* which has 0"):
+    needed = f"rollout.workers=2 need {2 * amount:g} {resource} .* which has 0"
+    with pytest.raises(ValueError, match=needed):
         loop.train(rl, start, tmp_path / "run", config_json="{}", progress=False)
     assert not (tmp_path / "run").exists()
 

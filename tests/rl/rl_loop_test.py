@@ -185,6 +185,7 @@ def test_what_the_model_writes_is_parsed_judged_and_trained_on(rl_config, tmp_pa
         assert record["reward"] == pytest.approx(3 / 11)  # the environment's error is nobody's
         assert record["reward/code"] == 0 and record["updates"] == 1
         assert np.isfinite(record["grad_norm"]) and record["grad_norm"] > 0
+        assert record["balance"] > 0 and record["balance"] % 1  # a mean over tokens
     first = records(workdir)[0]
     assert first["held_out"] == pytest.approx(1 / 3) == first["held_out_truncated"]
     for groups in taught:

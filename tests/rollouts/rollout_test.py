@@ -60,6 +60,18 @@ def test_what_lies_along_the_tokens_has_their_length():
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("mask", "turns"),
+    [([0, 1, 1, 0, 1], 2), ([1, 0, 1], 2), ([1, 1], 1), ([0, 1], 1), ([0, 0], 0), ([], 0)],
+)
+def test_a_turn_is_a_stretch_of_sampled_tokens(mask, turns):
+    n = len(mask)
+    found = Rollout(
+        groups()[0].task, [1] * n, mask, [0.0] * n, [0] * n, RolloutStatus.COMPLETED, Reward(0, {})
+    )
+    assert found.num_turns == turns
+
+
 def test_counts_are_those_of_sampled_tokens():
     found = rollout(groups()[0].task, 7)
     assert found.num_sampled == 5 and found.oldest == 7

@@ -310,6 +310,19 @@ def test_wrong_values_stop_before_anything_is_written(toy_config, tmp_path, chan
     assert not workdir.exists()
 
 
+@pytest.mark.parametrize(("every", "sampled"), [(0, []), (2, [2, 4, 5]), (9, [5])])
+def test_samples_are_written_every_so_often_and_at_the_end(
+    toy_config, tmp_path, monkeypatch, every, sampled
+):
+    steps = []
+    monkeypatch.setattr(loop._Run, "write_samples", lambda self, step, state: steps.append(step))
+    monkeypatch.setattr(loop, "Sampler", lambda *_: None)
+    monkeypatch.setattr(loop, "one_process", lambda *_: None)
+    toy_config.loop.sample_every = every
+    toy_config.schedule.total_tokens = 5 * 512
+    assert train(toy_config, tmp_path) == 5 and steps == sampled
+
+
 def test_samples_on_several_processes_are_refused(toy_config, tmp_path, monkeypatch):
     """They are drawn from weights that no process has whole."""
     devices = np.array([types.SimpleNamespace(process_index=i) for i in range(2)])

@@ -47,6 +47,17 @@ def scalars(microbatches: int, rate: float = 1e-3) -> StepScalars:
     )
 
 
+def test_scales_and_biases_of_stacked_layers_are_vectors_and_their_matrices_are_muons(spec):
+    groups = {
+        "/".join(entry.key for entry in path): group
+        for path, group in jax.tree_util.tree_leaves_with_path(spec.groups)
+    }
+    vectors = {name for name, group in groups.items() if group == "vector"}
+    assert vectors == {n for n in groups if "norm" in n or n.endswith("bias")} and vectors
+    assert {n for n, group in groups.items() if group == "embedding"} == {"embed_tokens/weight"}
+    assert {groups[n] for n in groups if "proj/weight" in n or "lm_head" in n} == {"muon"}
+
+
 def test_two_microbatches_equal_one_batch_and_a_third_empty_one_changes_nothing(spec):
     state = spec.initial_state(jax.random.key(0))
     compute = jax.jit(lambda batch, scalars: gradients(spec, state, batch, scalars, 1e-4))
