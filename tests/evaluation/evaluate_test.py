@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 
 from data.tokenizer import Tokenizer
 from experiments import convert
 from experiments.measure_sandbox import reference_solutions
 from glm_jax import hf
-from glm_jax.evaluation import held_out, human_eval, results, tasks
+from glm_jax.envs.episode import SamplingSpec
+from glm_jax.evaluation import held_out, human_eval, results, run_worker, tasks
 from glm_jax.evaluation import puzzles as puzzle_tasks
 from glm_jax.evaluation import subject as subjects
 from glm_jax.infer.request import Request
@@ -67,6 +69,17 @@ def tokenizer(workdir):
 @pytest.fixture(scope="module")
 def subject(workdir, tokenizer):
     return subjects.open_subject(workdir, None, tokenizer, SETTINGS)
+
+
+def test_a_worker_has_room_in_its_cache_for_every_row(workdir, tmp_path):
+    asked = toy.write_tasks(tmp_path / "tasks.jsonl", 0, 1)
+    spec = SamplingSpec(
+        group_size=2, max_new_tokens=100, temperature=1.0, seed=0, thinking=True
+    )  # fmt: skip
+    _, worker = run_worker.open_worker(str(workdir), [asked], spec, num_rows=5)
+    config = worker.engine.config
+    assert config.num_rows == 5 and config.context > 100
+    assert config.num_pages * config.page_size >= 5 * config.context
 
 
 def changed(subject, **changes) -> subjects.Subject:

@@ -264,6 +264,24 @@ def test_a_multiple_choice_task_runs_end_to_end(lm, logprobs, tokenizer, task):
     assert run(lm, path, limit=4)["metrics"]["acc"]["value"] == pytest.approx(np.mean(right[:4]))
 
 
+def test_examples_are_the_same_in_every_run(lm, task, monkeypatch):
+    documents = [{"question": f"def f{i}(", "label": i % 2} for i in range(9)]
+    path = task(
+        "toy_shots", documents, output_type="multiple_choice", doc_to_text="{{question}}",
+        doc_to_choice=[" first", " second"], doc_to_target="label", num_fewshot=2,
+        fewshot_split="test", metric_list=[mean_metric("acc")],
+    )  # fmt: skip
+    asked, score_all = [], lm.loglikelihood
+    monkeypatch.setattr(
+        lm, "loglikelihood",
+        lambda requests: asked.append([r.args for r in requests]) or score_all(requests),
+    )  # fmt: skip
+    outs = [run(lm, path), run(lm, path)]
+    assert asked[0] == asked[1] and outs[0] == outs[1] and outs[0]["num_fewshot"] == 2
+    assert all(context.count("def f") == 3 for context, _ in asked[0])
+    assert len({context for context, _ in asked[0]}) == 9
+
+
 def test_a_generation_task_runs_end_to_end(lm, oracle, tokenizer, task):
     contexts = ["def add(", "return", "x = 1", "first"]
     targets = [

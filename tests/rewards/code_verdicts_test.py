@@ -438,6 +438,25 @@ def test_marks_of_pytest_change_no_test(result, passes):
 
 
 @needs_sandbox
+@pytest.mark.parametrize(("result", "passes"), [("[a, b]", 1), ("[a, b + 1]", 0), ("[a]", 0)])
+def test_every_entry_of_a_list_has_to_be_near(result, passes):
+    test = "import pytest\ndef test(): assert f(1.0, 2.0) == pytest.approx([1.0, 2.0 + 1e-9])"
+    answer = {"entry_point": "f", "prompt": "", "test": test}
+    verdict = judge(answer, f"def f(a, b): return {result}", STANDARD).verdict
+    assert (verdict is Verdict.PASSED) == passes
+
+
+@pytest.mark.parametrize(
+    ("prompt", "program", "goes_on"),
+    [("def f():\n", "    return 1", True), ("def f():\n", "\treturn 1", True),
+     ("def f():\n", "def f(): return 1", False), ("", "    return 1", False),
+     ("def f():\n", "", False)],
+)  # fmt: skip
+def test_indented_code_goes_on_where_the_prompt_ends(prompt, program, goes_on):
+    assert code.is_continued(prompt, program) is goes_on
+
+
+@needs_sandbox
 def test_a_solution_cannot_skip_a_test_or_end_it():
     test = (
         "import unittest\nclass T(unittest.TestCase):\n"

@@ -92,7 +92,7 @@ def test_workers_that_die_one_after_the_other_end_the_run(config):
     for worker in source.workers:
         ray.kill(worker.actor)
     source.config = None  # no engine can be made of it
-    with pytest.raises(RuntimeError, match="rollout workers died in turn before one sampled"):
+    with pytest.raises(RuntimeError, match="^4 rollout workers died in turn before one sampled"):
         until_finished(source, 1)
     source.close()
 
