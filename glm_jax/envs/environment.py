@@ -57,12 +57,13 @@ Agent = Callable[[Sequence[Mapping]], Mapping]
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """make: a new episode's environment. check: raises ValueError naming the first task that the
-    environment cannot use. expert: earns 1 in every task; None: there is none.
+    environment cannot use. expert: makes the agent that earns 1 in a task, for one episode; None:
+    there is none.
     """
 
     make: Callable[[], Environment]
     check: Callable[[Sequence[Task]], None]
-    expert: Agent | None = None
+    expert: Callable[[Task], Agent] | None = None
 
 
 def answer_of(function: Callable, *args) -> Any:
