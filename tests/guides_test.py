@@ -22,7 +22,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *D
 WRITERS = ("train", "rl", "optim", "run", "evaluation", "envs")  # packages that may write a metric
 HAVE_EXAMPLES = {
     "add_a_config", "add_a_data_source", "add_a_kernel", "add_a_verifier", "add_an_environment",
-    "profiling", "train_an_agent",
+    "profiling", "train_an_agent", "web_search",
 }  # fmt: skip
 
 name_of = lambda path: path.relative_to(ROOT).as_posix()

@@ -47,6 +47,7 @@ ARROWS = {
         "data", "glm_jax.sandbox", "glm_jax.rollouts", "glm_jax.rewards",
         "glm_jax.infer",  # the worker runs episodes on an engine
         "glm_jax.serve",  # and answers the calls of agents that others wrote
+        "glm_jax.files",  # the corpus of web search is written there
     ),
     "glm_jax.run": ("data", "glm_jax.files"),
     "glm_jax.train": (
@@ -96,7 +97,10 @@ DEV_ALLOWED = {
     "glm_jax/bubblewrap.py",
 }  # fmt: skip
 # What the modules of one stage alone need, in a requirements file of their own.
-STAGES = {"glm_jax/rl/ray_source.py": "requirements-ray.txt"}
+STAGES = {
+    "glm_jax/rl/ray_source.py": "requirements-ray.txt",
+    "glm_jax/envs/search/engine.py": "requirements-search.txt",
+}
 # Libraries that raise bare Exception, what runs untrusted code in the sandbox, environments, and a
 # thread that hands its error on.
 BROAD_EXCEPT_ALLOWED = {

@@ -73,12 +73,13 @@ Agent = Callable[[Sequence[Mapping]], Mapping]
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """make: a new episode's environment or harness. check: raises ValueError naming the first task
-    that it cannot use. expert: earns 1 in every task; None: there is none, as of a harness.
+    that it cannot use. expert: makes the agent that earns 1 in a task, for one episode; None: there
+    is none, as of a harness.
     """
 
     make: Callable[[], Environment | Harness]
     check: Callable[[Sequence[Task]], None]
-    expert: Agent | None = None
+    expert: Callable[[Task], Agent] | None = None
 
 
 def answer_of(function: Callable, *args) -> Any:

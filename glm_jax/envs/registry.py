@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from glm_jax.envs import calculator
 from glm_jax.envs.environment import Environment, Harness, Kind
 from glm_jax.envs.scripted import idle, play
+from glm_jax.envs.search import web_search
 from glm_jax.rewards import verifiers
 from glm_jax.rollouts.task import Task
 
-ENVIRONMENTS: dict[str, Kind] = {"calculator": calculator.KIND}
+ENVIRONMENTS: dict[str, Kind] = {"calculator": calculator.KIND, "search": web_search.KIND}
 PLAYED = 20  # tasks of an environment that `check` plays
 
 
@@ -31,7 +32,8 @@ def check(tasks: Sequence[Task]) -> None:
 def check_rewards(kind: Kind, task: Task) -> None:
     """Raises ValueError unless the environment's expert earns 1 and one who does nothing 0."""
     assert kind.expert is not None
-    for name, agent, due in (("the expert", kind.expert, 1.0), ("doing nothing", idle, 0.0)):
+    expert = kind.expert(task)
+    for name, agent, due in (("the expert", expert, 1.0), ("doing nothing", idle, 0.0)):
         environment = kind.make()
         assert not isinstance(environment, Harness), "a harness brings its own agent"
         reward = play(environment, task, agent).reward

@@ -125,7 +125,7 @@ class Pays:
     ],
 )
 def test_an_environment_that_pays_wrongly_is_refused_at_start_up(monkeypatch, pays, message):
-    kind = Kind(lambda: pays, lambda tasks: None, lambda messages: {"content": "work"})
+    kind = Kind(lambda: pays, lambda tasks: None, lambda task: lambda messages: {"content": "work"})
     monkeypatch.setitem(registry.ENVIRONMENTS, "pays", kind)
     task = dataclasses.replace(TASK, verifier="pays")
     if message is None:
