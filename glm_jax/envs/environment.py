@@ -57,12 +57,17 @@ Agent = Callable[[Sequence[Mapping]], Mapping]
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """make: a new episode's environment. check: raises ValueError naming the first task that the
-    environment cannot use. expert: earns 1 in every task; None: there is none.
+    environment cannot use. expert: earns 1 in every task; None: there is none. expert_of: the
+    same for one task, where an expert has to know its answer.
     """
 
     make: Callable[[], Environment]
     check: Callable[[Sequence[Task]], None]
     expert: Agent | None = None
+    expert_of: Callable[[Task], Agent] | None = None
+
+    def expert_for(self, task: Task) -> Agent | None:
+        return self.expert_of(task) if self.expert_of is not None else self.expert
 
 
 def answer_of(function: Callable, *args) -> Any:
