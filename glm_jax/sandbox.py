@@ -15,11 +15,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import math
 import os
 import pathlib
 import selectors
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -76,11 +78,19 @@ class Box:
     that makes it.
 
     status: None while it runs. Every wait is on the program's own clock, which stands while nobody
-    waits.
+    waits. folders: of ours that it may read, as pairs of where they lie and where it has them.
+    stop: once it is set, by whichever thread, the next wait, or the one under way, ends the program
+    as CLOSED.
     """
 
-    def __init__(self, program: str, limits: Limits):
-        self.limits = limits
+    def __init__(
+        self,
+        program: str,
+        limits: Limits,
+        folders: Sequence[tuple[str, str]] = (),
+        stop: threading.Event | None = None,
+    ):
+        self.limits, self._folders, self._stop = limits, folders, stop
         self.status: Status | None = None
         self.exit_code: int | None = None
         self._seconds_left, self._start_seconds_left = limits.wall_seconds, START_SECONDS
@@ -119,7 +129,7 @@ class Box:
                 dict(user=NOBODY, group=NOBODY, extra_groups=[]) if os.geteuid() == 0 else {}
             )
             process = subprocess.Popen(
-                bubblewrap.command(self.limits, read_end),
+                bubblewrap.command(self.limits, read_end, self._folders),
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE, bufsize=0, cwd="/",
                 env={}, pass_fds=(read_end,), **identity,
@@ -144,11 +154,12 @@ class Box:
             self._unsent += data
             self._send_unsent()
 
-    def receive_line(self) -> bytes | None:
+    def receive_line(self, seconds: float = math.inf) -> bytes | None:
         """The next line of its stdout, at most output_bytes, without its end; None where the
-        program ended before, as `status` says.
+        program ended before, as `status` says. seconds: it may take from now on, else it is ended
+        as TIMEOUT.
         """
-        self._wait(lambda: b"\n" in self._stdout)
+        self._wait(lambda: b"\n" in self._stdout, seconds)
         line, newline, rest = self._stdout.partition(b"\n")
         if not newline:
             return None
@@ -184,13 +195,16 @@ class Box:
             os.close(self._pidfd)
             self._pidfd = -1
 
-    def _wait(self, done: Callable[[], bool]):
+    def _wait(self, done: Callable[[], bool], seconds: float = math.inf):
         """Lets bytes flow until done() or the program's end, and ends it where it goes over a
         limit.
         """
         while self.status is None and not done():
+            if self._stop is not None and self._stop.is_set():
+                self._kill(Status.CLOSED)
+                return
             begun, was_started = time.monotonic(), self._started
-            left = self._seconds_left if was_started else self._start_seconds_left
+            left = min(seconds, self._seconds_left) if was_started else self._start_seconds_left
             if left <= 0:
                 self._kill(Status.TIMEOUT if was_started else Status.ENVIRONMENT)
                 return
@@ -203,6 +217,7 @@ class Box:
                 self._last_look = now
             if was_started:
                 self._seconds_left -= now - begun
+                seconds -= now - begun
             else:
                 self._start_seconds_left -= now - begun
 

@@ -24,6 +24,14 @@ class Played:
 
 def play(environment: Environment, task: Task, agent: Agent, seed: int = 0) -> Played:
     """The agent's episode. Raises ValueError where it has not ended after MAX_TURNS."""
+    try:
+        return _play(environment, task, agent, seed)
+    finally:
+        if close := getattr(environment, "close", None):
+            answer_of(close)
+
+
+def _play(environment: Environment, task: Task, agent: Agent, seed: int) -> Played:
     start = answer_of(environment.reset, task, seed)
     messages, reward = list(start.messages), 0.0
     for _ in range(MAX_TURNS):
