@@ -273,7 +273,7 @@ class Box:
     def _kill(self, status: Status):
         self.status = status
         # Its death kills the first process inside, and that one's all others, but not before the
-        # first has asked for it: bwrap is stopped, so that it starts none, and the first goes too.
+        # first has told the kernel so. Stopped, bwrap starts none, and the first is killed, too.
         signal.pidfd_send_signal(self._pidfd, signal.SIGSTOP)
         os.waitid(os.P_PIDFD, self._pidfd, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         for pid in _children(self._process.pid):  # they keep their numbers until bwrap asks

@@ -392,7 +392,7 @@ def judged(mutations: list[Mutation], known: list[dict]) -> Iterator[dict]:
                 "outcome": outcome, "by": test, "tests": len(limits), "seconds": seconds,
             }  # fmt: skip
 
-        files = {name: test_files(name) for name in dict.fromkeys(m.folder for m in left)}
+        files = {name: tests_of(name) for name in dict.fromkeys(m.folder for m in left)}
         found = pool.map(record, [file for names in files.values() for file in names])
         recorded = {name: {file: next(found) for file in names} for name, names in files.items()}
         print(f"{sum(len(r) for f in recorded.values() for r in f.values())} tests recorded")
@@ -400,7 +400,7 @@ def judged(mutations: list[Mutation], known: list[dict]) -> Iterator[dict]:
             yield line.result()
 
 
-def test_files(folder: str) -> list[str]:
+def tests_of(folder: str) -> list[str]:
     path = ROOT / FOLDERS[folder]
     files = [path] if path.is_file() else sorted(path.rglob("*_test.py"))
     return [file.relative_to(ROOT).as_posix() for file in files]

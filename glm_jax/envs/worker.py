@@ -244,7 +244,7 @@ class RolloutWorker:
         episode.deadline = math.inf  # while the model writes
 
     def _turn_ended(self, episode: Episode, request: Request):
-        """The model has written a turn that a harness asked for."""
+        """The model has written a turn for a harness."""
         call = self._calls.pop(request)
         assert episode.session is not None and call.node is not None
         status, message = self.read(call.tools, request)
@@ -373,5 +373,5 @@ def _finish(future: concurrent.futures.Future, function: Callable, *args):
 def _closed(task: str, close: Callable):
     try:
         answer_of(close)
-    except Exception as error:  # the episode has ended, whatever its environment leaves behind
+    except Exception as error:  # the episode has ended, whatever its environment has left
         logger.warning("task %r: its environment cannot be closed", task, exc_info=error)

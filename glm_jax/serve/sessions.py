@@ -2,7 +2,7 @@
 whoever owns the engine.
 
 What is sampled is the owner's to say: temperature, seed and nucleus of a call are read and have no
-effect. What would change the form of an answer behind the owner's back is refused.
+effect. What would change the form of an answer without the owner's knowledge is refused.
 """
 
 from __future__ import annotations

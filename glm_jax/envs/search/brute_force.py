@@ -50,8 +50,8 @@ class BruteForce:
         if thing.about not in ("", about) or not all(re.search(p, about) for p in patterns):
             return False
         facts = [f for f in self.of_node.get(node, ()) if page is None or f[3] == page]
-        within = lambda wanted: any(
-            (s, r) == (node, wanted.quantity) and wanted.low <= o <= wanted.high
+        within = lambda limits: any(
+            (s, r) == (node, limits.quantity) and limits.low <= o <= limits.high
             for s, r, o, _ in facts
         )
         if not all(map(within, thing.ranges)):

@@ -65,8 +65,8 @@ class Corpus:
 
     def page(self, number: int) -> Page | None:
         """None: there is no such page."""
-        wanted = _tantivy().Query.term_query(self._index.schema, "page", number)
-        hits = self._searcher.search(wanted, 1).hits
+        query = _tantivy().Query.term_query(self._index.schema, "page", number)
+        hits = self._searcher.search(query, 1).hits
         if not hits:
             return None
         fields = self._searcher.doc(hits[0][1]).to_dict()
@@ -110,7 +110,7 @@ _lock = threading.Lock()
 
 
 def corpus_at(folder: str) -> Corpus:
-    """The corpus of a folder, opened when it is first asked for. Errors as Corpus."""
+    """The corpus of a folder, opened at the first use. Errors as Corpus."""
     with _lock:
         if folder not in _opened:
             _opened[folder] = Corpus(folder)

@@ -96,7 +96,7 @@ class _Reader:
         return self.title(thing.node) if KINDS[thing.kind].page else thing.name
 
     def listed(self, page: int, label: str) -> list[str]:
-        """What a line of a page lists behind its label; nothing where it has no such line."""
+        """What a line of a page lists after its label; nothing where it has no such line."""
         for line in self.pages.get(page, "").splitlines()[2:]:
             if line.startswith(f"{label}: "):
                 return line.removeprefix(f"{label}: ").split(SEPARATOR)
@@ -108,10 +108,10 @@ class _Reader:
         page = KINDS[thing.kind].page
         about = second.removeprefix(f"{page}. ")
         names = [first, *self.listed(thing.node, "Also called")]
-        for wanted in thing.ranges:
-            quantity = QUANTITIES[wanted.quantity]
+        for limits in thing.ranges:
+            quantity = QUANTITIES[limits.quantity]
             numbers = [int(n.split()[0]) for n in self.listed(thing.node, quantity.label)]
-            if not any(wanted.low <= number <= wanted.high for number in numbers):
+            if not any(limits.low <= number <= limits.high for number in numbers):
                 return False
         return (
             second.startswith(page)
@@ -126,8 +126,8 @@ class _Reader:
         relation, other = RELATIONS[link.relation], link.thing
         subject, object_ = (thing, other) if link.forward else (other, thing)
         paged = KINDS[object_.kind].page
-        wanted = f"{self.name(object_)} [{object_.node}]" if paged else object_.name
-        if wanted in self.listed(subject.node, relation.label):
+        target = f"{self.name(object_)} [{object_.node}]" if paged else object_.name
+        if target in self.listed(subject.node, relation.label):
             return True
         mine = f"{self.title(subject.node)} [{subject.node}]"
         return bool(relation.back) and mine in self.listed(object_.node, relation.back)

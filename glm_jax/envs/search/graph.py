@@ -130,7 +130,7 @@ class Graph:
 
     def pages(self) -> Iterator[tuple[int, str, str]]:
         """(number, title, text) of each page. A link is the name of a node with its page's number
-        behind it, in brackets.
+        after it, in brackets.
         """
         for number, node in enumerate(self.nodes):
             if KINDS[node.kind].page:

@@ -58,8 +58,8 @@ def _own(thing: Thing, lots: random.Random) -> Iterator[str]:
         yield lots.choice(MENTIONS).format(words)
     if thing.about:
         yield lots.choice(DESCRIBED).format(thing.about)
-    for wanted in thing.ranges:
-        yield lots.choice(QUANTITIES[wanted.quantity].between).format(wanted.low, wanted.high)
+    for limits in thing.ranges:
+        yield lots.choice(QUANTITIES[limits.quantity].between).format(limits.low, limits.high)
     for link in thing.links:
         if not KINDS[link.thing.kind].page:
             noun = KINDS[link.thing.kind].noun

@@ -1,4 +1,4 @@
-"""A question over a knowledge graph: what it says of the thing that is asked for, whose answers it
+"""A question over a knowledge graph: what it says of the thing in question, whose answers it
 has, and whether one page alone gives them away.
 """
 
@@ -36,7 +36,7 @@ class Thing:
 
     node: that the question was made from. name: "" where the question does not say it. about: the
     whole description; words: some of its words. links: to further things, which make a tree; the
-    one that is asked for is its root.
+    one in question is its root.
     """
 
     node: int
@@ -76,9 +76,9 @@ def answers(graph: Graph, thing: Thing) -> Collection[int]:
     found = set(smallest).intersection(*rest)
     if thing.about:
         found = {node for node in found if graph.nodes[node].about == thing.about}
-    for wanted in thing.ranges:
-        numbers, quantity = graph.numbers, wanted.quantity
-        found = {n for n in found if wanted.low <= numbers.get((quantity, n), -1) <= wanted.high}
+    for limits in thing.ranges:
+        numbers, quantity = graph.numbers, limits.quantity
+        found = {n for n in found if limits.low <= numbers.get((quantity, n), -1) <= limits.high}
     for link in thing.links:
         if not found or link.thing.says_nothing:
             continue
@@ -223,9 +223,9 @@ def _fields(entry: Any, cls: type, required: tuple[str, ...], where: str) -> dic
     return {f.name: entry.get(f.name, f.default) for f in fields}
 
 
-def _check(right: bool, where: str, value: Any, wanted: str):
+def _check(right: bool, where: str, value: Any, valid: str):
     if not right:
-        raise ValueError(f"{where}={value!r} must be {wanted}")
+        raise ValueError(f"{where}={value!r} must be {valid}")
 
 
 def _choose(value: Any, valid: Collection[str], where: str):

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 class Kind(NamedTuple):
     """noun: in a question. page: the first words of its page; "": its nodes have no page, and are
-    called by their name, as the section `python` is. asked: what a question asks for; "": it is not
-    asked for.
+    called by their name, as the section `python` is. asked: what a question asks; "": none asks
+    it.
     """
 
     noun: str

@@ -58,7 +58,7 @@ TOOLS = [
     _tool(
         "run",
         f"Runs a shell command in the repository: its output, cut to {CHARACTERS} characters, and"
-        f" exit code. It has {TURN_SECONDS:g} seconds; processes that it leaves behind are ended.",
+        f" exit code. It has {TURN_SECONDS:g} seconds; processes that it leaves are ended.",
         command=("string", "as for sh -c"),
     ),
     _tool(

@@ -2,7 +2,7 @@
 
 An agent's code runs in one process with pytest, so code that looks for the test runner could write
 its own verdict. A fix hardly ever needs a new use of any of this. What a file had before it may
-keep, so that a guard is no proof; the altered tests of judge.py stand behind it.
+keep, so that a guard is no proof; the altered tests of judge.py come after it.
 
 Imports nothing but the standard library: its text is the program of a sandbox, because text can be
 written that brings down Python's parser.

@@ -83,7 +83,7 @@ def mutations(file: str, source: bytes) -> list[Mutation]:
 
 
 def sample(file: str, source: bytes, seed: int) -> list[Mutation]:
-    """At most one for each line, in an order that is drawn."""
+    """At most one for each line, in a random order."""
     rng = random.Random(f"{seed} {file}")
     found = mutations(file, source)
     rng.shuffle(found)

@@ -60,7 +60,7 @@ def record(folder: pathlib.Path, sdist: pathlib.Path) -> tuple[str, Record]:
     return name, found
 
 
-def drawn(repository: Repository, seed: int) -> list[Mutation]:
+def sampled(repository: Repository, seed: int) -> list[Mutation]:
     """At most one mutation of each line of the sources, in an order of chance."""
     found = [
         change
@@ -97,7 +97,7 @@ def attempts(folder: pathlib.Path, name: str, seed: int, done: int) -> Iterator[
     repository, record = load(str(folder), name)
     # A loop without an end is no task, and there is no need to wait for it.
     limits = dataclasses.replace(LIMITS, cpu_seconds=2 + math.ceil(2 * record.seconds))
-    for change in drawn(repository, seed)[done:]:
+    for change in sampled(repository, seed)[done:]:
         files = broken(repository, change)
         if not mutation.compiles(files[change.file]):
             yield None
