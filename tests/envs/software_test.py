@@ -404,15 +404,12 @@ def test_attempts_go_on_where_they_stopped(folder, monkeypatch):
 def software_tasks(monkeypatch):
     """The command, with flags of its own: others of this process have some of the same names."""
     own = flags.FlagValues()
-    for kind in ("string", "integer", "bool"):
-        define = functools.partial(getattr(flags, f"DEFINE_{kind}"), flag_values=own)
-        monkeypatch.setattr(flags, f"DEFINE_{kind}", define)
+    for name in ("DEFINE_string", "DEFINE_integer", "DEFINE_bool"):
+        monkeypatch.setattr(flags, name, functools.partial(getattr(flags, name), flag_values=own))
     return importlib.import_module("experiments.software_tasks")
 
 
-def test_the_command_writes_tasks_and_resumes(
-    software_tasks, folder, tmp_path, monkeypatch, capsys
-):
+def test_the_command_resumes(software_tasks, folder, tmp_path, monkeypatch, capsys):
     output, packages = tmp_path / "tasks.jsonl", tmp_path / "packages.txt"
     packages.write_text("pocket==1.0 --hash=sha256:0  # MIT\n")
     values = {"FOLDER": str(folder), "OUTPUT": str(output), "PACKAGES": str(packages), "COUNT": 3,
