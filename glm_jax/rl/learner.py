@@ -69,9 +69,11 @@ class Learner:
         """The groups as `pack` lays them out."""
         grpo, rollout = self.config.grpo, self.config.rollout
         pairs = [p for group in groups for p in advantages(group, normalize_std=grpo.normalize_std)]
+        most = rollout.prompts_per_step * rollout.group_size
         return pack(
             pairs, row_length=grpo.row_length, rows=grpo.rows,
-            most=rollout.prompts_per_step * rollout.group_size,
+            # Episodes of several rollouts may be more: a larger program, for as many as it takes.
+            most=most * -(-len(pairs) // most),
             aggregation=grpo.aggregation, mask_truncated=rollout.mask_truncated,
             replay=grpo.replay_experts,
         )  # fmt: skip

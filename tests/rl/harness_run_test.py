@@ -34,6 +34,19 @@ class Client:
         return paid(messages[-2]["content"])
 
 
+class Forgetful:
+    """Three calls, each of a conversation of its own: three rollouts of one episode."""
+
+    def run(self, task, address, seed):
+        text = ""
+        with openai.OpenAI(base_url=address, api_key="any", max_retries=0) as client:
+            for number in range(3):
+                messages = [{"role": "user", "content": f"{task.id} {number} " + "x" * 300}]
+                answer = client.chat.completions.create(model="policy", messages=messages)
+                text += answer.choices[0].message.content
+        return paid(text)
+
+
 class Harness:
     async def run(self, task, address, seed):
         return paid(await double(task.messages[-1]["content"], address))
@@ -73,7 +86,7 @@ def config(rl_config, tmp_path, monkeypatch):
     return rl_config
 
 
-@pytest.mark.parametrize(("agent", "turns"), [(Client, 2), (Harness, 1)])
+@pytest.mark.parametrize(("agent", "turns"), [(Client, 2), (Harness, 1), (Forgetful, 1)])
 def test_an_agent_of_others_is_trained(config, tmp_path, monkeypatch, agent, turns):
     monkeypatch.setitem(registry.ENVIRONMENTS, "agent", Kind(agent, lambda tasks: None))
     rl, start = entry.rl_config(config)
