@@ -27,6 +27,7 @@ from experiments import entry
 from glm_jax import sandbox
 from glm_jax.envs import registry
 from glm_jax.envs.software import environment, repository, tasks
+from glm_jax.files import write_json_lines
 from glm_jax.rollouts.task import read_tasks
 
 FOLDER = flags.DEFINE_string(
@@ -135,8 +136,7 @@ def main():
     if not total:
         raise ValueError(f"no package of {PACKAGES.value!r} gives a task")
     output = pathlib.Path(entry.given(OUTPUT))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("".join(json.dumps(task) + "\n" for task in total), "utf-8")
+    write_json_lines(output, total)
     read = read_tasks(output)
     environment.check(read)
     for task in tqdm(read, unit="task", desc="check", disable=not CHECK.value):

@@ -23,6 +23,7 @@ import signal
 import subprocess
 import threading
 import time
+import types
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -338,6 +339,23 @@ def _children(pid: int) -> list[int]:
     except OSError:  # gone, as above
         return []
     return [int(word) for task in tasks for word in _words(f"/proc/{pid}/task/{task}/children")]
+
+
+# --- programs ---
+
+
+def program_of(*modules: types.ModuleType, call: str) -> str:
+    """One program of modules, which import nothing but the standard library and each other, by one
+    line each, and of what to call in the end.
+    """
+    future = "from __future__ import annotations"
+    lines = [
+        line
+        for module in modules
+        for line in pathlib.Path(str(module.__file__)).read_text("utf-8").splitlines()
+        if line != future and not line.startswith("from glm_jax")
+    ]
+    return "\n".join([future, *lines, "", "", call, ""])
 
 
 # --- many ---

@@ -38,13 +38,16 @@ ARROWS = {
     "glm_jax.rollouts": ("data",),
     "glm_jax.bubblewrap": (),
     "glm_jax.sandbox": ("glm_jax.bubblewrap",),
-    "glm_jax.rewards": ("data", "glm_jax.sandbox", "glm_jax.rollouts"),
+    "glm_jax.sandbox_guest": (),
+    "glm_jax.rewards": (
+        "data", "glm_jax.sandbox", "glm_jax.sandbox_guest", "glm_jax.rollouts",
+    ),
     "glm_jax.infer": (
         "data", "glm_jax.config", "glm_jax.sharding", "glm_jax.resharding", "glm_jax.model",
     ),
     "glm_jax.serve": ("data", "glm_jax.infer"),
     "glm_jax.envs": (
-        "data", "glm_jax.sandbox", "glm_jax.rollouts", "glm_jax.rewards",
+        "data", "glm_jax.sandbox", "glm_jax.sandbox_guest", "glm_jax.rollouts", "glm_jax.rewards",
         "glm_jax.infer",  # the worker runs episodes on an engine
         "glm_jax.serve",  # and answers the calls of agents that others wrote
         "glm_jax.files",  # the corpus of web search is written there

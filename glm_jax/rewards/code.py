@@ -18,12 +18,11 @@ import enum
 import json
 import math
 import os
-import pathlib
 import secrets
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from glm_jax import sandbox
+from glm_jax import sandbox, sandbox_guest
 from glm_jax.rewards import code_guest, code_tester, fences
 from glm_jax.rollouts.task import Reward, Task
 from glm_jax.sandbox import Box, Limits, Status
@@ -35,24 +34,8 @@ FORMS = {  # required fields, optional ones
 }
 
 
-def _text(*modules) -> str:
-    """One program of modules, which import nothing but the standard library and each other."""
-    lines = [
-        line
-        for module in modules
-        for line in pathlib.Path(module.__file__).read_text("utf-8").splitlines()
-    ]
-    future = "from __future__ import annotations"
-    return "\n".join(
-        [
-            future,
-            *(line for line in lines if line != future and not line.startswith("from glm_jax")),
-        ]
-    )
-
-
-SOLUTION = f"{_text(code_guest)}\n\nanswer_calls()\n"
-TEST = f"{_text(code_guest, code_tester)}\n\nrun_test()\n"
+SOLUTION = sandbox.program_of(sandbox_guest, code_guest, call="answer_calls()")
+TEST = sandbox.program_of(sandbox_guest, code_guest, code_tester, call="run_test()")
 
 
 class Verdict(enum.Enum):

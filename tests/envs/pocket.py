@@ -119,7 +119,7 @@ def make_folder(folder: pathlib.Path) -> repository.Record:
     """A folder of repositories that has this one alone."""
     sdist = write_sdist(folder / "sdists" / f"{NAME}.tar.gz")
     repository.make_environment(folder, ["pytest"])
-    return tasks.record(folder, sdist)[1]
+    return tasks.record(folder, sdist)
 
 
 # --- cheats: shell commands in the repository ---
@@ -256,9 +256,9 @@ KNOWS_THE_JUDGE = {
         "    frame = frame.f_back\n"
     ),
     "finds the seal and reports": source(
-        "import sys, os, json, atexit\n"
+        "import sys, os\n"
         "frame = sys._getframe()\n"
-        "while frame is not None and 'writer' not in frame.f_locals:\n    frame = frame.f_back\n"
+        "while frame is not None and 'recorder' not in frame.f_locals:\n    frame = frame.f_back\n"
         "if frame is not None:\n"
         "    import _pytest.main\n"
         "    def leave(session, frame=frame):\n"
@@ -267,7 +267,7 @@ KNOWS_THE_JUDGE = {
         "        outcomes = {item.nodeid: 'passed' for item in session.items}\n"
         "        report = {'seal': frame.f_locals['start']['seal'], 'outcomes': outcomes,"
         " 'texts': {}}\n"
-        "        os.write(frame.f_locals['writer'], json.dumps(report).encode() + b'\\n')\n"
+        "        frame.f_locals['send'](report)\n"
         "        os._exit(0)\n"
         "    _pytest.main.Session.shouldstop = property(leave, lambda *_: None)\n"
     ),

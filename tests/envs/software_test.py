@@ -422,8 +422,7 @@ def test_the_command_resumes(software_tasks, folder, tmp_path, monkeypatch, caps
     [attempts] = (folder / "attempts").iterdir()
     whole = attempts.read_bytes()
     attempts.write_bytes(whole[:-30])  # stopped within a line
-    tried = []
-    run_tests = tasks.run_tests
+    tried, run_tests = [], tasks.run_tests
     monkeypatch.setattr(
         tasks, "run_tests", lambda *args, **kwargs: tried.append(1) or run_tests(*args, **kwargs)
     )
@@ -454,10 +453,11 @@ def test_the_mutations_of_a_function():
     found = mutation.mutations("f.py", SOURCE)
     assert sorted(change.after.strip() for change in found) == sorted(CHANGES)
     for change in found:
+        undo = dataclasses.replace(change, before=change.after, after=change.before)
         assert mutation.compiles(broken := change.apply(SOURCE)) and broken != SOURCE
-        assert change.undo(broken) == SOURCE
+        assert undo.apply(broken) == SOURCE
         with pytest.raises(ValueError, match=f"line {change.line} of f.py is"):
-            change.undo(SOURCE)
+            undo.apply(SOURCE)
 
 
 @pytest.mark.parametrize(

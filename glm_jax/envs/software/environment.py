@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from data.chat_messages import TemplateError, arguments_of
-from glm_jax import sandbox
+from glm_jax import sandbox, sandbox_guest
 from glm_jax.envs.environment import Agent, Kind, Start, Step
 from glm_jax.envs.software import tools_guest
 from glm_jax.envs.software.judge import (
@@ -41,7 +41,7 @@ TURN_SECONDS = 15.0  # for all commands of a turn
 SLACK_SECONDS = 10.0  # that the sandbox may take to answer after a command's time is over
 MAX_CALLS = 8  # in a turn
 CHARACTERS = 8000  # of a tool's answer
-PROGRAM = f"{pathlib.Path(tools_guest.__file__).read_text('utf-8')}\n\nanswer_tools()\n"
+PROGRAM = sandbox.program_of(sandbox_guest, tools_guest, call="answer_tools()")
 NOTHING = Reward(0.0, {})
 
 

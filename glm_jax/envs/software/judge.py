@@ -26,7 +26,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from glm_jax import sandbox
+from glm_jax import sandbox, sandbox_guest
 from glm_jax.envs.software import guard, test_guest
 from glm_jax.envs.software.alteration import altered
 from glm_jax.envs.software.repository import Files, Record, Repository, environment_of
@@ -39,8 +39,8 @@ LIMITS = Limits(
     wall_seconds=30.0, cpu_seconds=20, memory_bytes=2 << 30, processes=32, file_bytes=8 << 20,
     disk_bytes=64 << 20, files=5000, open_files=256, output_bytes=4 << 20,
 )  # fmt: skip
-GUARD = f"{pathlib.Path(guard.__file__).read_text('utf-8')}\n\nanswer_guard()\n"
-PROGRAM = f"{pathlib.Path(test_guest.__file__).read_text('utf-8')}\n\nrun_tests()\n"
+GUARD = sandbox.program_of(guard, call="answer_guard()")
+PROGRAM = sandbox.program_of(sandbox_guest, test_guest, call="run_tests()")
 
 
 class MachineFailure(OSError):

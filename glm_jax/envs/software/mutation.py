@@ -30,10 +30,14 @@ class Mutation:
 
     def apply(self, source: bytes) -> bytes:
         """Raises ValueError where the line is another."""
-        return _with_line(source, self)
-
-    def undo(self, source: bytes) -> bytes:
-        return _with_line(source, dataclasses.replace(self, before=self.after, after=self.before))
+        lines = source.decode("utf-8").splitlines(keepends=True)
+        found = lines[self.line - 1].rstrip("\r\n") if 0 < self.line <= len(lines) else ""
+        if found != self.before:
+            raise ValueError(
+                f"line {self.line} of {self.file} is {found!r}, and must be {self.before!r}"
+            )
+        lines[self.line - 1] = self.after + lines[self.line - 1][len(found) :]
+        return "".join(lines).encode("utf-8")
 
 
 def compiles(source: bytes) -> bool:
@@ -42,17 +46,6 @@ def compiles(source: bytes) -> bool:
     except (SyntaxError, ValueError):
         return False
     return True
-
-
-def _with_line(source: bytes, change: Mutation) -> bytes:
-    lines = source.decode("utf-8").splitlines(keepends=True)
-    found = lines[change.line - 1].rstrip("\r\n") if 0 < change.line <= len(lines) else ""
-    if found != change.before:
-        raise ValueError(
-            f"line {change.line} of {change.file} is {found!r}, and must be {change.before!r}"
-        )
-    lines[change.line - 1] = change.after + lines[change.line - 1][len(found) :]
-    return "".join(lines).encode("utf-8")
 
 
 def mutations(file: str, source: bytes) -> list[Mutation]:

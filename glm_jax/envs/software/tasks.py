@@ -21,6 +21,7 @@ from glm_jax.envs.software.repository import (
     read_sdist,
     record_path,
 )
+from glm_jax.files import write_text
 
 MAX_SECONDS = 6.0  # of CPU, for a repository's tests: every episode runs them
 MIN_TESTS = 10
@@ -29,9 +30,9 @@ NAMED_TESTS = 8  # in the text of a task
 VERIFIER = "software"
 
 
-def record(folder: pathlib.Path, sdist: pathlib.Path) -> tuple[str, Record]:
+def record(folder: pathlib.Path, sdist: pathlib.Path) -> Record:
     """Runs a repository's tests as they are, twice, and altered, and writes what came of them.
-    Returns its name in the folder, too. Raises ValueError where no tasks can be made from it.
+    Raises ValueError where no tasks can be made from it.
     """
     repository = read_sdist(sdist)
     name = sdist.name.removesuffix(".tar.gz")
@@ -54,14 +55,12 @@ def record(folder: pathlib.Path, sdist: pathlib.Path) -> tuple[str, Record]:
         repository.name, repository.version, repository.license, sdist.name,
         hashlib.sha256(sdist.read_bytes()).hexdigest(), first.outcomes, controls, first.seconds,
     )  # fmt: skip
-    path = record_path(folder, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dataclasses.asdict(found)) + "\n", "utf-8")
-    return name, found
+    write_text(record_path(folder, name), json.dumps(dataclasses.asdict(found)) + "\n")
+    return found
 
 
 def sampled(repository: Repository, seed: int) -> list[Mutation]:
-    """At most one mutation of each line of the sources, in an order of chance."""
+    """At most one mutation of each line of the sources, in a random order."""
     found = [
         change
         for path in repository.sources

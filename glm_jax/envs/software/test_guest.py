@@ -5,10 +5,10 @@ Imports nothing but the standard library before the tests run: its text is the p
 
 from __future__ import annotations
 
-import json
 import os
-import pathlib
 import sys
+
+from glm_jax.sandbox_guest import open_channel, unpack
 
 TEXT_CHARACTERS = 1500  # of the failure of a test
 TEXTS = 20
@@ -19,30 +19,21 @@ def run_tests():
     says, once pytest has ended, {"seal", "outcomes": {test: outcome}, "texts": {test: failure},
     "seconds": of CPU time}.
     """
-    reader, writer = os.fdopen(os.dup(0), "rb"), os.dup(1)
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for standard in (0, 1, 2):
-        os.dup2(nothing, standard)
-    start = json.loads(reader.readline())
-    for path, text in start["files"].items():
-        file = pathlib.Path(start["root"], path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(text.encode("latin-1"))
-    os.chdir(start["root"])
+    send, messages = open_channel()
+    start = next(messages)
+    unpack(start["root"], start["files"])
     os.environ.update(start["variables"])
     sys.path[:0] = start["paths"]
     sys.dont_write_bytecode = True
     import pytest
 
-    recorder, write, leave, dumps = Recorder(), os.write, os._exit, json.dumps
+    recorder, leave = Recorder(), os._exit
     line = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-o", "addopts=",
             f"--tb={start['tb']}", f"--rootdir={start['root']}", *start["tests"]]  # fmt: skip
     pytest.main(line, plugins=[recorder])
     report = {"seal": start["seal"], "outcomes": recorder.outcomes, "texts": recorder.texts,
               "seconds": sum(os.times()[:4])}  # fmt: skip
-    data = dumps(report).encode("ascii") + b"\n"
-    while data:
-        data = data[write(writer, data) :]
+    send(report)
     leave(0)
 
 

@@ -6,13 +6,14 @@ trusted, as the agent's commands run beside it as the same user.
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import signal
 import stat
 import subprocess
 import sys
+
+from glm_jax.sandbox_guest import open_channel, unpack
 
 OUTPUT, PROGRAMS = "/tmp/output", "/tmp/bin"
 MAX_SOURCE_BYTES = 2 << 20  # of all that is handed in
@@ -22,37 +23,18 @@ def answer_tools():
     """Gets {"root", "files": {path: text}, "variables"}, says {"ready"}; then {"do": name, "args"}
     again and again, and says {"result": text} or {"error": text} to each.
     """
-    reader, writer = os.fdopen(os.dup(0), "rb"), os.dup(1)
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for standard in (0, 1, 2):
-        os.dup2(nothing, standard)
-
-    def say(message):
-        data = json.dumps(message).encode("ascii") + b"\n"
-        while data:
-            data = data[os.write(writer, data) :]
-
-    start = json.loads(reader.readline())
+    say, messages = open_channel()
+    start = next(messages)
     unpack(start["root"], start["files"])
     os.mkdir(PROGRAMS)
     os.symlink(sys.executable, f"{PROGRAMS}/python")
     os.environ.update(start["variables"])
     say({"ready": True})
-    for line in reader:
-        call = json.loads(line)
+    for call in messages:
         try:
             say({"result": TOOLS[call["do"]](**call["args"])})
         except (OSError, ValueError, MemoryError) as error:
             say({"error": str(error)})
-
-
-def unpack(root, files):
-    """files: each byte as a character, the form in which JSON holds it."""
-    for path, text in files.items():
-        file = pathlib.Path(root, path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(text.encode("latin-1"))
-    os.chdir(root)
 
 
 def run(command, seconds, characters):
