@@ -13,7 +13,7 @@ import json
 import logging
 import secrets
 import socket
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine
 
 import uvicorn
 from starlette.applications import Starlette
@@ -43,7 +43,7 @@ from glm_jax.serve.protocol import (
     CompletionRequest,
     read_request,
 )
-from glm_jax.serve.service import QueueFull, Service, ServiceDown, Stream, TimedOut
+from glm_jax.serve.service import Piece, QueueFull, Service, ServiceDown, Stream, TimedOut
 
 HEAD_SECONDS = 15  # for a client to send a request's head
 BODY_SECONDS = 60  # for a client to send its body
@@ -69,7 +69,7 @@ def create_app(service: Service, tokenizer: Tokenizer, config: ServerConfig) -> 
         Route("/metrics", api.metrics),
     ]
     handlers = {
-        ApiError: _api_error,
+        ApiError: api_error,
         HTTPException: _http_error,
         ClientDisconnect: _client_gone,
         Exception: _unexpected,
@@ -248,7 +248,8 @@ class _Api:
         except (QueueFull, ServiceDown) as error:
             raise _as_api_error(error) from None
         if body.stream:
-            return _Events(stream, _events(stream, answer, body.include_usage), self._observe)
+            chunks = events(stream, answer, body.include_usage)
+            return _Events(stream, chunks, self._observe)
         try:
             whole = await _unless_gone(request.receive, _whole(stream, answer))
         finally:
@@ -300,8 +301,8 @@ async def _whole(stream: Stream, answer: Answer) -> dict:
     return answer.whole()
 
 
-async def _events(
-    stream: Stream, answer: Answer, include_usage: bool
+async def events(
+    stream: AsyncIterable[Piece], answer: Answer, include_usage: bool
 ) -> AsyncGenerator[dict | str, None]:
     """What a stream sends: chunks, and then the word that it is done; or an error, and nothing
     more.
@@ -319,6 +320,12 @@ async def _events(
     if include_usage:
         yield answer.usage_chunk()
     yield "[DONE]"
+
+
+def event_bytes(event: dict | str) -> bytes:
+    """As a stream has it. ASCII: some clients break lines at U+2028 and its like."""
+    text = event if isinstance(event, str) else json.dumps(event, separators=(",", ":"))
+    return f"data: {text}\n\n".encode()
 
 
 class _Events:
@@ -352,13 +359,11 @@ class _Events:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         async with contextlib.aclosing(self._events) as events:
             async for event in events:
-                # ASCII: some clients break lines at U+2028 and its like.
-                text = event if isinstance(event, str) else json.dumps(event, separators=(",", ":"))
                 async with asyncio.timeout(SEND_SECONDS):
                     await send(
                         {
                             "type": "http.response.body",
-                            "body": f"data: {text}\n\n".encode(),
+                            "body": event_bytes(event),
                             "more_body": True,
                         }
                     )
@@ -390,7 +395,7 @@ def _as_api_error(error: Exception) -> ApiError:
     return ApiError(status, str(error), retry=status in (429, 503))
 
 
-async def _api_error(request: Request, error: ApiError) -> Response:
+async def api_error(request: Request, error: ApiError) -> Response:
     return JSONResponse(error.body, error.status, error.headers)
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import json
 import secrets
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -26,7 +26,7 @@ from data.tokenizer import Tokenizer
 from glm_jax.infer.request import Request
 from glm_jax.serve.answers import ChatAnswer
 from glm_jax.serve.protocol import ApiError, ChatRequest, read_request
-from glm_jax.serve.server import bound_socket, read_body
+from glm_jax.serve.server import api_error, bound_socket, event_bytes, events, read_body
 from glm_jax.serve.service import Piece
 from glm_jax.serve.text_stream import TextStream
 
@@ -54,7 +54,8 @@ class SessionServer:
             Route("/sessions/{session}/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/sessions/{session}/v1/models", self._models),
         ]
-        app = Starlette(routes=routes, exception_handlers={ApiError: _refused})
+        handlers: dict[Any, Any] = {ApiError: api_error}
+        app = Starlette(routes=routes, exception_handlers=handlers)
         bound = bound_socket("127.0.0.1", 0)
         self._address = "http://{}:{}".format(*bound.getsockname())
         self._server = uvicorn.Server(
@@ -100,8 +101,9 @@ class SessionServer:
         tokens = [token for pair in shown for token in text.push(*pair)] + text.finish()
         piece = Piece(0, tokens, len(request.tokens), request.finish_reason)
         if body.stream:
-            events = _events(answer, piece, body.include_usage)
-            return StreamingResponse(events, media_type="text/event-stream")
+            chunks = events(_alone(piece), answer, body.include_usage)
+            lines = (event_bytes(chunk) async for chunk in chunks)
+            return StreamingResponse(lines, media_type="text/event-stream")
         answer.take(piece)
         return JSONResponse(answer.whole())
 
@@ -130,18 +132,6 @@ class SessionServer:
             )  # fmt: skip
 
 
-async def _events(answer: ChatAnswer, piece: Piece, include_usage: bool) -> AsyncGenerator[bytes]:
-    """The whole answer as a stream has it: a session's answers are judged before they are sent."""
-    chunks: list[Mapping | None] = [*answer.opening(), answer.take(piece)]
-    if include_usage:
-        chunks.append(answer.usage_chunk())
-    for chunk in chunks:
-        if chunk is not None:
-            yield f"data: {json.dumps(chunk)}\n\n".encode()
-    yield b"data: [DONE]\n\n"
-
-
-async def _refused(http: HttpRequest, error: Exception) -> Response:
-    del http
-    assert isinstance(error, ApiError)
-    return JSONResponse(error.body, error.status, error.headers)
+async def _alone(piece: Piece) -> AsyncGenerator[Piece]:
+    """A session's answers are judged as a whole before any of it is sent."""
+    yield piece
