@@ -91,13 +91,9 @@ class Episode:
         found = []
         for part in parts or [self]:
             along: dict[str, Any] = {name: getattr(part, name) for name in ALONG_TOKENS}
-            experts = part.experts
-            if isinstance(experts, list):
-                experts = np.concatenate(experts) if experts else None
-            found.append(
-                Rollout(
-                    task=self.task, **along, status=self.status, reward=self.reward,
-                    experts=experts, episode=number if len(parts) > 1 else None,
-                )
-            )  # fmt: skip
+            found.append(Rollout(
+                task=self.task, **along, status=self.status, reward=self.reward,
+                experts=np.concatenate(part.experts) if part.experts else None,
+                episode=number if len(parts) > 1 else None,
+            ))  # fmt: skip
         return found

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 
 from data.tokenizer import Tokenizer
 from glm_jax.envs.episode import Episode
-from glm_jax.infer.engine import Engine
 from glm_jax.infer.request import Request
 from glm_jax.serve.protocol import ApiError, ChatRequest
 from glm_jax.serve.recorder import Node, Session
@@ -48,16 +47,15 @@ class HarnessCalls:
     but for _submit. The server starts with the first session.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer):
-        self._engine, self._tokenizer = engine, tokenizer
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
         self._server: SessionServer | None = None
         self._episodes: dict[str, Episode] = {}
         self._arrived: queue.SimpleQueue[Call] = queue.SimpleQueue()
         self._lock = threading.Lock()  # over `arrival`
         self._answered: dict[int, Call] = {}  # by the id of the request that answers it
-        self.arrival: concurrent.futures.Future[None] = (
-            concurrent.futures.Future()
-        )  # done where a call has come
+        # Done where a call has come.
+        self.arrival: concurrent.futures.Future[None] = concurrent.futures.Future()
 
     def open(self, episode: Episode) -> tuple[Session, str]:
         """A session for the episode, and its address."""

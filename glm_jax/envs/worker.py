@@ -54,7 +54,7 @@ class RolloutWorker:
         self._running: dict[int, tuple[Request, Episode]] = {}  # by the id of the request
         # What environments are asked, with what goes on when they answer.
         self._waiting: dict[concurrent.futures.Future, tuple[Episode, Callable]] = {}
-        self._calls = HarnessCalls(engine, tokenizer)
+        self._calls = HarnessCalls(tokenizer)
         self._judge = concurrent.futures.ThreadPoolExecutor(1, "judge")
         self._judged: dict[concurrent.futures.Future, int] = {}  # the groups being judged
         self._finished: list[tuple[int, Group]] = []

@@ -45,15 +45,15 @@ class Node:
 
 @dataclasses.dataclass
 class Path:
-    """A conversation as the model saw it; along the tokens as in Rollout. mask: True where the
-    model sampled the token and no path before this one has it.
+    """A conversation as the model saw it; along the tokens as in Rollout, experts in parts. mask:
+    True where the model sampled the token and no path before this one has it.
     """
 
     tokens: list[int]
     mask: list[bool]
     logprobs: list[float]
     versions: list[int]
-    experts: np.ndarray | None
+    experts: list[np.ndarray]
 
 
 class Session:
@@ -70,11 +70,6 @@ class Session:
     def num_sampled(self) -> int:
         """Tokens that the model sampled, on all paths."""
         return sum(len(node.tokens) for node in self._nodes)
-
-    @property
-    def num_turns(self) -> int:
-        """Messages that the model wrote."""
-        return len(self._nodes)
 
     def ask(
         self, messages: Sequence[Mapping], tools: Sequence[Mapping], *, thinking: bool
@@ -130,17 +125,15 @@ class Session:
         seen: set[Node] = set()
         found = []
         for leaf in (node for node in self._nodes if node.is_leaf):
-            path = Path([], [], [], [], None)
-            nodes = leaf.path()
-            for node in nodes:
+            path = Path([], [], [], [], [])
+            for node in leaf.path():
                 count, is_new = len(node.tokens), node.sampled and node not in seen
                 path.tokens += node.tokens
                 path.mask += [is_new] * count
                 path.logprobs += node.logprobs if is_new else [0.0] * count
                 path.versions += node.versions if is_new else [-1] * count
+                path.experts += [] if node.experts is None else [node.experts]
                 seen.add(node)
-            experts = [node.experts for node in nodes if node.experts is not None]
-            path.experts = np.concatenate(experts) if experts else None
             found.append(path)
         return found
 

@@ -9,25 +9,20 @@ import sys
 import threading
 import time
 
-import jax.numpy as jnp
 import numpy as np
 import openai
 import pytest
-from flax import nnx
 
 from data.tokenizer import Tokenizer
 from glm_jax.envs import registry
 from glm_jax.envs.environment import Kind
 from glm_jax.envs.episode import SamplingSpec
 from glm_jax.envs.worker import RolloutWorker
-from glm_jax.infer.agreement import training_forward
-from glm_jax.infer.config import EngineConfig
-from glm_jax.infer.engine import Engine
 from glm_jax.rl.advantages import advantages
 from glm_jax.rollouts.rollout import Group, RolloutStatus, pack_groups, unpack_groups
 from glm_jax.rollouts.task import Reward, Task
 from tests.envs.doubler import double
-from tests.envs.talking import talking_model
+from tests.envs.talking import assert_equal_to_a_replay, talking_model, talking_worker
 from tests.rl.scripted import ScriptedEngine
 
 SPEC = SamplingSpec(
@@ -50,12 +45,7 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def worker(model, tokenizer):
-    config = EngineConfig(
-        context=192, num_rows=8, page_size=8, num_pages=192, prefill_chunk=16, decode_steps=4,
-        draft_tokens=0, weights="compute", cache_dtype="compute", keep_experts=True, min_rows=8,
-        min_chunk=16,
-    )  # fmt: skip
-    return RolloutWorker(Engine(model, config, tokenizer.decode), tokenizer)
+    return talking_worker(model, tokenizer)
 
 
 def chat(address: str, messages, **options):
@@ -156,18 +146,9 @@ def test_what_is_recorded_equals_a_replay(
             assert len(own) == paths
         assert sum(r.num_turns for r in own) == (turns * len(own) if number is None else turns)
     assert {r.episode is None for r in completed} == {paths == 1}
-    graphdef, state = nnx.split(model)
-    for rollout in (r for r in rollouts if r.num_sampled):
-        tokens = rollout.tokens[None]
-        logprobs, experts = training_forward(graphdef, state, tokens, jnp.ones_like(tokens))
-        sampled = rollout.mask[1:]
-        np.testing.assert_allclose(
-            rollout.logprobs[1:][sampled], np.asarray(logprobs)[0][sampled], atol=2e-4
-        )
-        assert not rollout.logprobs[1:][~sampled].any()
+    for rollout in rollouts:
         assert (rollout.versions[rollout.mask] == worker.engine.version).all()
-        theirs = np.sort(np.asarray(experts)[:, 0].swapaxes(0, 1)[:-1], axis=-1)
-        np.testing.assert_array_equal(np.sort(rollout.experts, axis=-1), theirs)
+    assert_equal_to_a_replay(rollouts, model)
 
 
 def test_a_kept_history_is_never_tokenized_again(worker, tokenizer, monkeypatch):

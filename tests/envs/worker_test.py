@@ -6,22 +6,16 @@ import asyncio
 import dataclasses
 import time
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from data.tokenizer import Tokenizer
 from glm_jax.envs import registry
 from glm_jax.envs.environment import Kind, Start, Step
 from glm_jax.envs.episode import SamplingSpec
-from glm_jax.envs.worker import RolloutWorker
-from glm_jax.infer.agreement import training_forward
-from glm_jax.infer.config import EngineConfig
-from glm_jax.infer.engine import Engine
 from glm_jax.rollouts.rollout import RolloutStatus
 from glm_jax.rollouts.task import Reward, Task
-from tests.envs.talking import talking_model
+from tests.envs.talking import assert_equal_to_a_replay, talking_model, talking_worker
 
 SPEC = SamplingSpec(
     group_size=3, max_new_tokens=100, temperature=1.0, seed=5, thinking=False, max_turns=4,
@@ -41,12 +35,7 @@ def model(tokenizer):
 
 @pytest.fixture
 def worker(model, tokenizer):
-    config = EngineConfig(
-        context=192, num_rows=8, page_size=8, num_pages=192, prefill_chunk=16, decode_steps=4,
-        draft_tokens=0, weights="compute", cache_dtype="compute", keep_experts=True, min_rows=8,
-        min_chunk=16,
-    )  # fmt: skip
-    return RolloutWorker(Engine(model, config, tokenizer.decode), tokenizer)
+    return talking_worker(model, tokenizer)
 
 
 @dataclasses.dataclass
@@ -104,17 +93,7 @@ def test_turns_equal_a_replay_through_the_training_forward(worker, model, tokeni
         assert (rollout.versions[rollout.mask] == 0).all()
         assert (rollout.versions[~rollout.mask] == -1).all()
         assert len(rollout.experts) == len(rollout.tokens) - 1
-    graphdef, state = nnx.split(model)
-    for rollout in (r for r in rollouts if r.num_sampled):
-        tokens = rollout.tokens[None]
-        logprobs, experts = training_forward(graphdef, state, tokens, jnp.ones_like(tokens))
-        sampled = rollout.mask[1:]
-        np.testing.assert_allclose(
-            rollout.logprobs[1:][sampled], np.asarray(logprobs)[0][sampled], atol=2e-4
-        )
-        assert not rollout.logprobs[1:][~sampled].any()
-        theirs = np.sort(np.asarray(experts)[:, 0].swapaxes(0, 1)[:-1], axis=-1)
-        np.testing.assert_array_equal(np.sort(rollout.experts, axis=-1), theirs)
+    assert_equal_to_a_replay(rollouts, model)
 
 
 def test_an_episode_is_the_same_whatever_runs_beside_it(worker, model, tokenizer, monkeypatch):

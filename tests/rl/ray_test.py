@@ -105,6 +105,8 @@ def test_a_cluster_without_the_resources_is_refused_before_anything_is_written(
     rl, start = entry.rl_config(config)
     needed = f"rollout.workers=2 need {2 * amount:g} {resource} .* which has 0"
     with pytest.raises(ValueError, match=needed):
+        ray_source.connect(rl.rollout)
+    with pytest.raises(ValueError, match=needed):
         loop.train(rl, start, tmp_path / "run", config_json="{}", progress=False)
     assert not (tmp_path / "run").exists()
 
